@@ -1,0 +1,3 @@
+"""Opportunistic encryption for IP, in Python."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Benchmarks: each beside a named peer or the physical floor, in the same run."""

@@ -1,0 +1,1 @@
+"""Wires the rooms: one event loop, the sockets, the timers."""

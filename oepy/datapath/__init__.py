@@ -1,0 +1,1 @@
+"""ESP: the userland datapath over TUN."""

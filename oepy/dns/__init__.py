@@ -1,0 +1,1 @@
+"""Keys in DNS: records, transport to one resolver, and the DNSSEC validator."""

@@ -1,0 +1,1 @@
+"""Every opportunistic decision, as one pure table."""

@@ -1,0 +1,115 @@
+"""The seams between the rooms: what the daemon may ask of each, on one page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from oepy.model import (
+    Flow,
+    IpAddress,
+    IpNetwork,
+    KeyAnswer,
+    PolicyGroup,
+    SaCounters,
+    SaPair,
+    Verdict,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyRule:
+    """One line of a policy group. `protocol` 0 means any; `port` 0 means any destination port."""
+
+    group: PolicyGroup
+    network: IpNetwork
+    protocol: int = 0
+    port: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TrapPolicy:
+    """All that the trap must know to catch and to exempt. Everything here is static until `reload`."""
+
+    rules: tuple[PolicyRule, ...]
+    default: PolicyGroup
+    resolvers: tuple[IpAddress, ...]  # DNS to these (ports 53 and 853, UDP and TCP) passes untouched
+    ike_ports: tuple[int, ...] = (500, 4500)
+    forward: bool = True  # trap forwarded packets as well
+    tunnel_device: str = "oe0"  # clear-text packets arriving from here are already decrypted
+
+
+class Trap(Protocol):
+    """Catches first packets and holds them until a verdict."""
+
+    def start(self, policy: TrapPolicy, on_trapped: Callable[[PolicyGroup, Flow], None]) -> None:
+        """Install rules and begin; `on_trapped` is called once for each (group, destination) that begins to
+        be held, not once a packet. Removes leftovers of an earlier run first, without a moment in which a
+        fail-closed prefix is open. Raises OepyError with the mend."""
+
+    def decide(
+        self, group: PolicyGroup, destination: IpAddress, verdict: Verdict, lifetime: float | None
+    ) -> None:
+        """Enter the destination into the set of the verdict and release or drop its held packets.
+        `lifetime` in seconds, None for unlimited. A later call replaces an earlier one."""
+
+    def forget(self, destinations: Iterable[tuple[PolicyGroup, IpAddress]]) -> None:
+        """Back to "ask": the next packet is trapped again."""
+
+    def held(self) -> Mapping[tuple[PolicyGroup, IpAddress], int]:
+        """Held packets by destination."""
+
+    def statistics(self) -> Mapping[str, int]: ...
+
+    def reload(self, policy: TrapPolicy) -> None: ...
+
+    def stop(self, *, guard: bool) -> None:
+        """Remove everything that was made. `guard` leaves behind the one table that drops traffic to and from
+        `private` and `block` prefixes while no daemon is there."""
+
+
+class KeySource(Protocol):
+    """Which keys does this peer publish?"""
+
+    async def peer_keys(self, subject: IpAddress | str) -> KeyAnswer:
+        """By address (reverse name) or FQDN. Bounded in time; never raises for what DNS does."""
+
+
+@dataclass(frozen=True, slots=True)
+class DatapathEvent:
+    """`kind`: soft-expire, hard-expire, unknown-spi, selector-mismatch, failed. `spi` is our inbound SPI."""
+
+    kind: str
+    spi: int = 0
+    peer: IpAddress | None = None
+    detail: str = ""
+
+
+class Datapath(Protocol):
+    """SAs and policies, in the kernel or in userland."""
+
+    async def start(self, on_event: Callable[[DatapathEvent], None]) -> None: ...
+
+    def allocate_spi(self) -> int:
+        """An inbound SPI (>= 256) that no live SA has."""
+
+    async def install(self, pair: SaPair, *, outbound: bool = True) -> None:
+        """Install both SAs. With `outbound` False only receive on it: in a rekey the responder sends on the
+        new SA only when the initiator has shown that it has it. A second call with True switches."""
+
+    async def remove(self, spi_in: int) -> None: ...
+
+    async def counters(self, spis: Collection[int] | None = None) -> Sequence[SaCounters]: ...
+
+    async def stop(self) -> None: ...
+
+
+__all__ = [
+    "Datapath",
+    "DatapathEvent",
+    "KeySource",
+    "PolicyRule",
+    "Trap",
+    "TrapPolicy",
+]

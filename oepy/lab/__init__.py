@@ -1,0 +1,1 @@
+"""The lab: a small Internet of network namespaces on this machine."""

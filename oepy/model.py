@@ -1,0 +1,414 @@
+"""The words that the rooms share: frozen values, no behaviour beyond their own consistency.
+
+Times are seconds as float on the caller's monotonic clock; ports and SPIs are integers in host order.
+"""
+
+from __future__ import annotations
+
+import enum
+import hmac
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+
+IpAddress = IPv4Address | IPv6Address
+IpNetwork = IPv4Network | IPv6Network
+
+IKE_PORT = 500
+NAT_T_PORT = 4500
+
+# Bits of the packet mark (fwmark). Chosen away from the bits that kube-proxy (0xc000), Tailscale (0xff0000)
+# and Cilium (0xf00) use. Only these bits are ever set or matched.
+MARK_MASK = 0x30000000
+MARK_PRIVATE = 0x10000000  # route this packet through the tunnel
+MARK_OWN = 0x20000000  # the daemon's own IKE, ESP and DNS traffic: never trapped
+
+
+class Secret:
+    """Key material: hidden from `repr`, logs and accidental comparison by timing."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: bytes) -> None:
+        self._value = bytes(value)
+
+    def reveal(self) -> bytes:
+        return self._value
+
+    def __len__(self) -> int:
+        return len(self._value)
+
+    def __repr__(self) -> str:
+        return f"Secret({len(self._value)} bytes)"
+
+    __str__ = __repr__
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Secret) and hmac.compare_digest(self._value, other._value)
+
+    def __hash__(self) -> int:
+        raise TypeError("a Secret is not hashable")
+
+    def __reduce__(self) -> str | tuple[object, ...]:
+        raise TypeError("a Secret is not pickled; reveal() it where it must travel")
+
+
+class PolicyGroup(enum.Enum):
+    """FreeS/WAN's policy groups (DESIGN: longest prefix wins, then the stricter group)."""
+
+    CLEAR = "clear"
+    CLEAR_OR_PRIVATE = "clear-or-private"
+    PRIVATE_OR_CLEAR = "private-or-clear"
+    PRIVATE = "private"
+    BLOCK = "block"
+
+    @property
+    def strictness(self) -> int:
+        return _STRICTNESS[self]
+
+    @property
+    def fails_closed(self) -> bool:
+        return self in (PolicyGroup.PRIVATE, PolicyGroup.BLOCK)
+
+
+_STRICTNESS = {group: rank for rank, group in enumerate(PolicyGroup)}
+
+
+class Direction(enum.Enum):
+    OUTPUT = "output"
+    FORWARD = "forward"
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """The selector of one trapped packet. Ports are 0 where the protocol has none or in a later fragment."""
+
+    source: IpAddress
+    destination: IpAddress
+    protocol: int
+    source_port: int = 0
+    destination_port: int = 0
+    direction: Direction = Direction.OUTPUT
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """An outer address and UDP port."""
+
+    address: IpAddress
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.address}]:{self.port}" if self.address.version == 6 else f"{self.address}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class TrafficSelector:
+    """RFC 7296 §3.13.1: one protocol (0 = any), a port range and an address range, all ends included."""
+
+    start: IpAddress
+    end: IpAddress
+    protocol: int = 0
+    start_port: int = 0
+    end_port: int = 65535
+
+    def __post_init__(self) -> None:
+        if self.start.version != self.end.version or int(self.start) > int(self.end):
+            raise ValueError(f"traffic selector {self.start}..{self.end} is no range of one family")
+        if not 0 <= self.start_port <= 65535 or not 0 <= self.end_port <= 65535:
+            raise ValueError("a port is outside of 0..65535")
+
+    @classmethod
+    def of(
+        cls, network: IpNetwork | IpAddress, protocol: int = 0, port: int | None = None
+    ) -> TrafficSelector:
+        if isinstance(network, (IPv4Address, IPv6Address)):
+            first = last = network
+        else:
+            first, last = network[0], network[-1]
+        if port is None:
+            return cls(first, last, protocol)
+        return cls(first, last, protocol, port, port)
+
+    def contains_address(self, address: IpAddress) -> bool:
+        return address.version == self.start.version and int(self.start) <= int(address) <= int(self.end)
+
+    def covers(self, other: TrafficSelector) -> bool:
+        """Whether every packet of `other` is one of ours."""
+        return self.intersect(other) == other
+
+    def intersect(self, other: TrafficSelector) -> TrafficSelector | None:
+        """The narrowed selector of RFC 7296 §2.9, or None where nothing is common."""
+        if self.start.version != other.start.version:
+            return None
+        if self.protocol and other.protocol and self.protocol != other.protocol:
+            return None
+        start = max(self.start, other.start, key=int)
+        end = min(self.end, other.end, key=int)
+        start_port = max(self.start_port, other.start_port)
+        end_port = min(self.end_port, other.end_port)
+        if int(start) > int(end) or start_port > end_port:
+            return None
+        return TrafficSelector(start, end, self.protocol or other.protocol, start_port, end_port)
+
+    def __str__(self) -> str:
+        if self.start == self.end:
+            text = f"{self.start}/{self.start.max_prefixlen}"
+        else:
+            bits = (int(self.start) ^ int(self.end)).bit_length()
+            width = self.start.max_prefixlen
+            whole = int(self.start) & ((1 << bits) - 1) == 0 and int(self.end) == int(self.start) | (
+                (1 << bits) - 1
+            )
+            text = f"{self.start}/{width - bits}" if whole else f"{self.start}-{self.end}"
+        if self.protocol or (self.start_port, self.end_port) != (0, 65535):
+            ports = (
+                str(self.start_port)
+                if self.start_port == self.end_port
+                else f"{self.start_port}-{self.end_port}"
+            )
+            text += f"[{self.protocol or 'any'}/{'any' if ports == '0-65535' else ports}]"
+        return text
+
+
+class IdType(enum.IntEnum):
+    """IKE identification types, RFC 7296 §3.5 and RFC 7619 §2.2."""
+
+    IPV4_ADDR = 1
+    FQDN = 2
+    RFC822_ADDR = 3
+    IPV6_ADDR = 5
+    DER_ASN1_DN = 9
+    KEY_ID = 11
+    NULL = 13
+
+
+@dataclass(frozen=True, slots=True)
+class PeerIdentity:
+    """An IKE identity as on the wire: `data` is empty for NULL, packed for an address, ASCII for names."""
+
+    type: IdType
+    data: bytes = b""
+
+    @classmethod
+    def null(cls) -> PeerIdentity:
+        return cls(IdType.NULL)
+
+    @classmethod
+    def address(cls, address: IpAddress) -> PeerIdentity:
+        return cls(IdType.IPV4_ADDR if address.version == 4 else IdType.IPV6_ADDR, address.packed)
+
+    @classmethod
+    def parse(cls, text: str) -> PeerIdentity:
+        """From configuration text: an address, an e-mail, else an FQDN (lower-cased, no final dot)."""
+        try:
+            return cls.address(ip_address(text))
+        except ValueError:
+            pass
+        kind = IdType.RFC822_ADDR if "@" in text else IdType.FQDN
+        return cls(kind, text.rstrip(".").lower().encode("ascii"))
+
+    def as_address(self) -> IpAddress | None:
+        if self.type is IdType.IPV4_ADDR and len(self.data) == 4:
+            return IPv4Address(self.data)
+        if self.type is IdType.IPV6_ADDR and len(self.data) == 16:
+            return IPv6Address(self.data)
+        return None
+
+    def __str__(self) -> str:
+        address = self.as_address()
+        if address is not None:
+            return str(address)
+        if self.type is IdType.NULL:
+            return "%null"
+        if self.type in (IdType.FQDN, IdType.RFC822_ADDR):
+            return self.data[:255].decode("ascii", "backslashreplace")
+        return f"{self.type.name}:{self.data[:64].hex()}"
+
+
+class KeyAlgorithm(enum.IntEnum):
+    """IPSECKEY algorithm numbers: RFC 4025 §2.4, RFC 8005, RFC 9373."""
+
+    RSA = 2
+    ECDSA = 3
+    EDDSA = 4
+
+
+@dataclass(frozen=True, slots=True)
+class PublicKey:
+    """A public key in the form that DNS carries (RFC 3110 §2, RFC 6605 §4, RFC 8080 §3)."""
+
+    algorithm: KeyAlgorithm
+    data: bytes
+
+
+class GatewayType(enum.IntEnum):
+    """RFC 4025 §2.3."""
+
+    NONE = 0
+    IPV4 = 1
+    IPV6 = 2
+    NAME = 3
+
+
+@dataclass(frozen=True, slots=True)
+class PeerKey:
+    """One usable key record of a peer, with its gateway already resolved.
+
+    `gateways` are the addresses to negotiate with, of the destination's own address where the record names
+    no gateway; `gateway_text` is the record's gateway field as published (`.` for none).
+    """
+
+    key: PublicKey
+    gateways: tuple[IpAddress, ...]
+    gateway_type: GatewayType
+    gateway_text: str
+    precedence: int
+    record: str  # "IPSECKEY" or "TXT"
+    owner: str
+    ttl: int
+
+
+class Security(enum.Enum):
+    """RFC 4033 §5."""
+
+    SECURE = "secure"
+    INSECURE = "insecure"
+    BOGUS = "bogus"
+    INDETERMINATE = "indeterminate"
+
+
+@dataclass(frozen=True, slots=True)
+class KeyAnswer:
+    """What the DNS says of a peer. One of the five classes below, never None."""
+
+    subject: str  # the address or name asked for
+    owner: str  # the DNS name asked
+    ttl: int  # seconds for which this answer may be relied on
+    reason: str = ""  # why it is not secure; empty where it is
+    elapsed: float = 0.0  # seconds that the lookup took
+    questions: int = 0  # questions sent to the resolver for it (0: all from cache)
+    notes: tuple[str, ...] = ()  # odd records skipped, with the reason
+
+
+@dataclass(frozen=True, slots=True)
+class Secure(KeyAnswer):
+    keys: tuple[PeerKey, ...] = ()  # in the order in which to try them; never empty
+
+
+@dataclass(frozen=True, slots=True)
+class Insecure(KeyAnswer):
+    """Records (perhaps) in a zone that is provably unsigned."""
+
+    keys: tuple[PeerKey, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Bogus(KeyAnswer):
+    """Validation failed, or a secure record that should hold a key is malformed (`reason` names it)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Absent(KeyAnswer):
+    """Proven: no key record of ours at this name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unreachable(KeyAnswer):
+    """The resolver was silent, refused, or failed in a way that proves nothing."""
+
+
+class Authenticated(enum.Enum):
+    """How the *peer* proved who it is."""
+
+    DNS = "dns"
+    PSK = "psk"
+    X509 = "x509"
+    NULL = "null"
+    MANUAL = "manual"
+
+
+@dataclass(frozen=True, slots=True)
+class EspSuite:
+    """A negotiated ESP transform set, by strongSwan's names.
+
+    `encryption`: aes128gcm16, aes192gcm16, aes256gcm16, chacha20poly1305, aes128, aes192, aes256, null.
+    `integrity`: "" for an AEAD, else sha256, sha384 or sha512 (HMAC, truncated by RFC 4868).
+    """
+
+    encryption: str
+    integrity: str = ""
+    esn: bool = True
+
+    def __str__(self) -> str:
+        return (
+            self.encryption + (f"-{self.integrity}" if self.integrity else "") + ("-esn" if self.esn else "")
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SaKeys:
+    """Key material of one direction, in the order of RFC 7296 §2.17. `encryption` includes the AEAD salt
+    (4 bytes for GCM and ChaCha20-Poly1305) at its end; `integrity` is empty for an AEAD."""
+
+    encryption: Secret
+    integrity: Secret = field(default_factory=lambda: Secret(b""))
+
+
+@dataclass(frozen=True, slots=True)
+class Lifetime:
+    """Limits of one SA; 0 = none. Soft limits ask for a rekey, hard limits end the SA."""
+
+    soft_seconds: float = 0.0
+    hard_seconds: float = 0.0
+    soft_bytes: int = 0
+    hard_bytes: int = 0
+    soft_packets: int = 0
+    hard_packets: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SaPair:
+    """What IKE hands to a datapath: one inbound and one outbound SA with their selectors.
+
+    The initiator/responder question is already settled: keys_in decrypt, keys_out encrypt.
+    """
+
+    spi_in: int  # chosen by us; the pair's identity everywhere in this host
+    spi_out: int
+    local: Endpoint
+    remote: Endpoint
+    suite: EspSuite
+    keys_in: SaKeys
+    keys_out: SaKeys
+    local_ts: tuple[TrafficSelector, ...]
+    remote_ts: tuple[TrafficSelector, ...]
+    authenticated: Authenticated
+    peer: PeerIdentity
+    encap: bool = True
+    mode: str = "tunnel"
+    protocol: str = "esp"
+    replay_window: int = 1024
+    lifetime: Lifetime = Lifetime()
+    connection: str = ""  # name of a configured connection; "" for opportunistic
+
+
+@dataclass(frozen=True, slots=True)
+class SaCounters:
+    spi_in: int
+    bytes_in: int = 0
+    bytes_out: int = 0
+    packets_in: int = 0
+    packets_out: int = 0
+    replayed: int = 0
+    integrity_failures: int = 0
+    selector_mismatches: int = 0
+    last_in: float = 0.0  # monotonic time of the last good packet in, 0.0 for never
+    last_out: float = 0.0
+
+
+class Verdict(enum.Enum):
+    """What the trap does with packets to a destination."""
+
+    CLEAR = "clear"
+    PRIVATE = "private"
+    BLOCK = "block"

@@ -1,0 +1,1 @@
+"""First packets: caught, held, and let go with a verdict."""
