@@ -193,17 +193,21 @@ def parse(text: str, source: str = "oepy.yaml") -> Config:
     problems = list(_index_lines(node, (), lines)) if node is not None else []
     # An empty section (`dns:` with nothing under it) means its defaults.
     data = {key: value for key, value in data.items() if value is not None}
+    problems += _cross_checks(data, lines)
     model = None
     try:
         model = _File.model_validate(data)
     except ValidationError as error:
-        problems += [_explain(item, lines, data) for item in error.errors()]
-    if model is not None:
-        config, more = _build(model, source, lines)
-        problems += more
-        if not problems:
-            return config
-    raise ConfigError(source, sorted(problems, key=_line_of))
+        problems += [_explain(item, lines) for item in error.errors()]
+    if model is None or problems:
+        raise ConfigError(source, sorted(problems, key=_line_of))
+    resolvers = model.dns.resolvers
+    found = system_resolvers() if resolvers is None else tuple(ip_address(text) for text in resolvers)
+    if not found:
+        line = lines.get(("dns", "resolvers"), lines.get(("dns",), 1))
+        mend = f"none is named here nor in {RESOLV_CONF}; name at least one address"
+        raise ConfigError(source, [f"line {line}: dns.resolvers: {mend}"])
+    return _build(model, source, found)
 
 
 def _line_of(problem: str) -> int:
@@ -237,7 +241,7 @@ def _dotted(path: tuple[str | int, ...]) -> str:
     return text or "file"
 
 
-def _explain(item: Any, lines: dict[tuple[str | int, ...], int], data: dict[str, Any]) -> str:
+def _explain(item: Any, lines: dict[tuple[str | int, ...], int]) -> str:
     path = tuple(part for part in item["loc"] if part != "[key]")
     known = path
     while known and known not in lines:
@@ -265,48 +269,52 @@ def _suggest(path: tuple[str | int, ...]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known here are {', '.join(names)}"
 
 
-def _build(model: _File, source: str, lines: dict[tuple[str | int, ...], int]) -> tuple[Config, list[str]]:
-    problems = []
-    rules: list[PolicyRule] = []
-    owners: dict[tuple[object, int, int], str] = {}
-    for name, texts in model.policy.groups.items():
-        for index, text in enumerate(texts or []):
-            for rule in parse_rule(text, PolicyGroup(name)):
-                key = (rule.network, rule.protocol, rule.port)
-                line = lines.get(("policy", "groups", name, index), 1)
-                if owners.get(key, name) != name:
-                    problems.append(
-                        f"line {line}: policy.groups.{name}[{index}]: {text} stands in {owners[key]} too; "
-                        "keep it in one group"
-                    )
-                owners[key] = name
-                rules.append(rule)
-    for index, anchor in enumerate(model.dns.trust_anchors):
-        if not anchor.is_file():
-            line = lines.get(("dns", "trust_anchors", index), 1)
-            problems.append(
-                f"line {line}: dns.trust_anchors[{index}]: no file {anchor}; "
-                "give a file of DS or DNSKEY records"
+def _cross_checks(data: dict[str, Any], lines: dict[tuple[str | int, ...], int]) -> Iterator[str]:
+    """Mistakes between values that are each well-formed. Works on the raw data, so that they are listed
+    together with the others; what is malformed is reported elsewhere and passed over here."""
+    owners: dict[PolicyRule, str] = {}
+    for name, index, text in _group_lines(data):
+        try:
+            rules = parse_rule(text, PolicyGroup.CLEAR)  # one group for all: equal rules compare equal
+        except ValueError:
+            continue
+        for rule in rules:
+            if owners.setdefault(rule, name) != name:
+                yield (
+                    f"line {lines.get(('policy', 'groups', name, index), 1)}: policy.groups.{name}[{index}]: "
+                    f"{text} stands in {owners[rule]} too; keep it in one group"
+                )
+    anchors = data["dns"].get("trust_anchors") if isinstance(data.get("dns"), dict) else None
+    for index, anchor in enumerate(anchors if isinstance(anchors, list) else []):
+        if isinstance(anchor, str) and not Path(anchor).is_file():
+            yield (
+                f"line {lines.get(('dns', 'trust_anchors', index), 1)}: dns.trust_anchors[{index}]: "
+                f"no file {anchor}; give a file of DS or DNSKEY records"
             )
-    resolvers = (
-        system_resolvers()
-        if model.dns.resolvers is None
-        else tuple(ip_address(text) for text in model.dns.resolvers)
-    )
-    if not resolvers:
-        line = lines.get(("dns", "resolvers"), lines.get(("dns",), 1))
-        problems.append(
-            f"line {line}: dns.resolvers: no resolver here and none in {RESOLV_CONF}; "
-            "name at least one address"
-        )
-    config = Config(
+
+
+def _group_lines(data: dict[str, Any]) -> Iterator[tuple[str, int, object]]:
+    policy = data.get("policy")
+    groups = policy.get("groups") if isinstance(policy, dict) else None
+    for name, texts in groups.items() if isinstance(groups, dict) else ():
+        for index, text in enumerate(texts if isinstance(texts, list) else []):
+            yield str(name), index, text
+
+
+def _build(model: _File, source: str, resolvers: tuple[IpAddress, ...]) -> Config:
+    return Config(
         source=source,
         identity=model.identity.id,
         key=model.identity.key,
         resolvers=resolvers,
         trust_anchors=tuple(model.dns.trust_anchors),
         insecure_keys=model.dns.insecure_keys == "use",
-        rules=tuple(rules),
+        rules=tuple(
+            rule
+            for name, texts in model.policy.groups.items()
+            for text in texts or []
+            for rule in parse_rule(text, PolicyGroup(name))
+        ),
         default_group=PolicyGroup(model.policy.default),
         after_failed_ike_blocks=model.policy.after_failed_ike == "block",
         datapath=model.datapath,
@@ -315,7 +323,6 @@ def _build(model: _File, source: str, lines: dict[tuple[str | int, ...], int]) -
         socket=model.control.socket,
         key_log=model.debug.key_log,
     )
-    return config, problems
 
 
 def system_resolvers(path: Path = RESOLV_CONF) -> tuple[IpAddress, ...]:
