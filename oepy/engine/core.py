@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from oepy.engine import table
 from oepy.engine.entry import Entry, Key, candidates_of, tunnel_of
+from oepy.engine.forecast import cause_of
 from oepy.engine.messages import (
     Action,
     CancelIke,
@@ -38,7 +39,6 @@ from oepy.engine.messages import (
 )
 from oepy.engine.table import Cause, State
 from oepy.model import (
-    Absent,
     Authenticated,
     Bogus,
     Direction,
@@ -202,6 +202,7 @@ class Engine:
             if entry is None or entry.state is not State.LOOKUP:
                 continue
             entry.answer, entry.answered_at = answer, now
+            entry.dns_seconds, entry.ike_seconds = now - entry.since, None
             yield Report(
                 "lookup",
                 {
@@ -219,7 +220,7 @@ class Engine:
             if entry.candidates:
                 yield from self._next_gateway(entry, now)
             else:
-                yield from self._settle(entry, _cause_of(entry), answer.reason, now)
+                yield from self._settle(entry, cause_of(answer), answer.reason, now)
 
     def _usable_keys(self, entry: Entry) -> tuple[PeerKey, ...]:
         answer = entry.answer
@@ -284,6 +285,8 @@ class Engine:
         ttl = (entry.answered_at + entry.answer.ttl - now) if entry.answer else 0.0
         life = table.life_of(outcome, ttl, entry.failures)
         state = State.CLEAR if outcome.verdict is Verdict.CLEAR else State.BLOCKED
+        if entry.state is State.NEGOTIATING:
+            entry.ike_seconds = now - entry.since
         reason = cause.value + (f": {detail}" if detail else "")
         entry.move(state, reason, now)
         self._set_expiry(entry, now, life)
@@ -351,7 +354,8 @@ class Engine:
         waiting = self._lookups.get(entry.destination)
         if waiting:
             waiting.discard(entry.key)
-        held_for = now - entry.since
+        if entry.state is State.NEGOTIATING:
+            entry.ike_seconds = now - entry.since
         entry.attempt, entry.failures, entry.last_error = 0, 0, ""
         entry.move(State.PRIVATE, f"{pair.suite} with {pair.remote.address}", now)
         entry.expires = None
@@ -368,7 +372,7 @@ class Engine:
                 "spi_out": f"{pair.spi_out:08x}",
                 "authenticated": pair.authenticated.value,
                 "initiator": message.initiator,
-                "ike_seconds": round(held_for, 6),
+                "seconds": round(entry.ike_seconds, 6) if entry.ike_seconds is not None else None,
             },
         )
 
@@ -516,20 +520,6 @@ class Engine:
                 yield from self._reset(entry, "flushed by command", now)
             elif entry.state is State.NEW:
                 del self.entries[entry.key]
-
-
-def _cause_of(entry: Entry) -> Cause:
-    answer = entry.answer
-    if isinstance(answer, Bogus):
-        return Cause.BOGUS
-    if isinstance(answer, Insecure):
-        return Cause.INSECURE
-    if isinstance(answer, Absent):
-        return Cause.ABSENT
-    if isinstance(answer, Secure):
-        # Records, but no gateway that we could negotiate with: as good as none published.
-        return Cause.ABSENT
-    return Cause.UNREACHABLE
 
 
 def _is_stronger(entry: Entry, pair: SaPair) -> bool:

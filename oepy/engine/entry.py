@@ -64,6 +64,8 @@ class Entry:
     failures: int = 0  # in a row
     worst: object = None  # the weightiest Failure of this round
     last_error: str = ""
+    dns_seconds: float | None = None  # how long the last lookup kept packets waiting
+    ike_seconds: float | None = None  # and the last negotiation, all gateways together
     forced: bool = False  # by `oepy initiate`, whatever the group would do by itself
     tunnels: list[Tunnel] = field(default_factory=list)  # newest last
 
