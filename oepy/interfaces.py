@@ -54,6 +54,9 @@ class Trap(Protocol):
         """Enter the destination into the set of the verdict and release or drop its held packets.
         `lifetime` in seconds, None for unlimited. A later call replaces an earlier one."""
 
+    def commit(self) -> None:
+        """Decisions so far are in the kernel when this returns: a peer may hear of them now."""
+
     def forget(self, destinations: Iterable[tuple[PolicyGroup, IpAddress]]) -> None:
         """Back to "ask": the next packet is trapped again."""
 

@@ -26,6 +26,7 @@ from oepy.engine.messages import (
     NegotiationFailed,
     OutboundReady,
     ReadCounters,
+    Reloaded,
     Remove,
     Report,
     StartIke,
@@ -71,12 +72,12 @@ class Engine:
     """All destinations and what is decided of them."""
 
     def __init__(self, settings: EngineSettings) -> None:
-        self.settings = settings
+        self.settings = settings  # replaced as a whole by a reload, which is followed by `Reloaded`
         self.entries: dict[Key, Entry] = {}
         self.counts: Counter[str] = Counter()
         self._by_spi: dict[int, list[Key]] = {}
         self._by_attempt: dict[int, Key] = {}
-        self._pairs: dict[int, SaPair] = {}
+        self.pairs: dict[int, tuple[SaPair, float]] = {}  # by inbound SPI, with the time it came up
         self._timers: list[tuple[float, int, str, object]] = []
         self._timer_number = 0
         self._next_attempt = 1
@@ -94,6 +95,7 @@ class Engine:
             Initiate: self._initiate,
             Terminate: self._terminate,
             Flush: self._flush,
+            Reloaded: self._reloaded,
             Tick: self._tick,
         }
 
@@ -112,9 +114,6 @@ class Engine:
         if entry is None:
             entry = next((e for (_, address), e in self.entries.items() if address == destination), None)
         return entry
-
-    def pair(self, spi_in: int) -> SaPair | None:
-        return self._pairs.get(spi_in)
 
     def refuses_responder(self, peer: IpAddress, authenticated: Authenticated) -> str:
         """Why we do not answer an offer of `peer` (for its own traffic); empty where we do."""
@@ -314,7 +313,7 @@ class Engine:
         if any(_is_stronger(entry, pair) for entry in entries):
             yield CloseTunnel(pair.spi_in, "a NULL peer never replaces an authenticated SA")
             return
-        self._pairs[pair.spi_in] = pair
+        self.pairs[pair.spi_in] = (pair, now)
         self._by_spi[pair.spi_in] = [entry.key for entry in entries]
         yield Install(pair, message.outbound)
         for entry in entries:
@@ -377,9 +376,9 @@ class Engine:
         )
 
     def _outbound_ready(self, message: OutboundReady, _now: float) -> Iterator[Action]:
-        pair = self._pairs.get(message.spi_in)
-        if pair is not None:
-            yield Install(pair, True)
+        known = self.pairs.get(message.spi_in)
+        if known is not None:
+            yield Install(known[0], True)
 
     def _tunnel_down(self, message: TunnelDown, now: float) -> Iterator[Action]:
         keys = self._by_spi.pop(message.spi_in, [])
@@ -391,7 +390,7 @@ class Engine:
             if entry.state is State.PRIVATE and not entry.tunnels:
                 # The trap first, the SA after it: no packet finds a gap between the two.
                 yield from self._reset(entry, f"tunnel down: {message.reason}", now)
-        if self._pairs.pop(message.spi_in, None) is not None:
+        if self.pairs.pop(message.spi_in, None) is not None:
             yield Remove(message.spi_in)
             yield Report(
                 "tunnel-down",
@@ -433,7 +432,7 @@ class Engine:
 
     def _counters(self, message: Counters, now: float) -> Iterator[Action]:
         for counters in message.counters:
-            if counters.spi_in not in self._pairs:
+            if counters.spi_in not in self.pairs:
                 continue
             if now - max(counters.last_in, counters.last_out) <= table.IDLE_RECENT:
                 self._arm(now + table.IDLE_NEXT_CHECK, "idle", counters.spi_in)
@@ -450,7 +449,7 @@ class Engine:
             _, _, kind, subject = heapq.heappop(self._timers)
             if kind == "idle":
                 assert isinstance(subject, int)
-                if subject in self._pairs:
+                if subject in self.pairs:
                     idle.append(subject)
                 continue
             assert isinstance(subject, tuple)
@@ -520,6 +519,24 @@ class Engine:
                 yield from self._reset(entry, "flushed by command", now)
             elif entry.state is State.NEW:
                 del self.entries[entry.key]
+
+    def _reloaded(self, _message: Reloaded, now: float) -> Iterator[Action]:
+        """Destinations that a new policy puts into another group start anew; others keep their tunnels."""
+        for entry in list(self.entries.values()):
+            group, entry.prefix = self.settings.group_of(entry.destination)
+            if group is entry.group:
+                continue
+            spis = [tunnel.spi_in for tunnel in entry.tunnels]
+            if entry.attempt:
+                self._by_attempt.pop(entry.attempt, None)
+                yield CancelIke(entry.attempt)
+            entry.tunnels, entry.failures, entry.attempt = [], 0, 0
+            if entry.state is State.NEW:
+                del self.entries[entry.key]
+            else:
+                yield from self._reset(entry, "another policy group", now)
+            for spi in spis:
+                yield CloseTunnel(spi, "another policy group")
 
 
 def _is_stronger(entry: Entry, pair: SaPair) -> bool:

@@ -106,6 +106,11 @@ class Flush:
 
 
 @dataclass(frozen=True, slots=True)
+class Reloaded:
+    """The engine has new settings."""
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed."""
 
@@ -122,6 +127,7 @@ Input = (
     | Initiate
     | Terminate
     | Flush
+    | Reloaded
     | Tick
 )
 

@@ -1,0 +1,535 @@
+"""The daemon: makes the rooms, wires them, and takes them down again."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import IO, Any
+
+from oepy import __version__
+from oepy import config as configuration
+from oepy.config import Config
+from oepy.control.server import ControlServer
+from oepy.daemon import views
+from oepy.daemon.addresses import own_addresses
+from oepy.daemon.admission import Admissions
+from oepy.daemon.datapaths import NoDatapath, open_datapath
+from oepy.daemon.forecast import foretell, key_source
+from oepy.daemon.journal import Event, Journal
+from oepy.daemon.negotiator import Negotiator, Ports
+from oepy.daemon.own import OwnRecord, OwnRecords
+from oepy.daemon.steps import Steps
+from oepy.daemon.traps import open_trap
+from oepy.engine import Engine, EngineSettings
+from oepy.engine import messages as engine_messages
+from oepy.engine.messages import Action, Input, LookupDone, Tick, Trapped, TunnelDown, UnknownSpi
+from oepy.engine.table import State
+from oepy.errors import ConfigError, OepyError
+from oepy.ike.endpoint import IkeEndpoint
+from oepy.ike.events import Datagram, IkeKeys
+from oepy.ike.settings import IkeSettings
+from oepy.interfaces import DatapathEvent, PolicyRule, Trap, TrapPolicy
+from oepy.keylog import KeyLog
+from oepy.keys import HostKey, describe, fingerprint
+from oepy.model import (
+    IKE_PORT,
+    NAT_T_PORT,
+    Endpoint,
+    Flow,
+    IpAddress,
+    PeerIdentity,
+    PolicyGroup,
+    Unreachable,
+)
+from oepy.policy import PROTOCOL_NUMBERS, PolicyTable
+from oepy.udp import IkeSockets
+
+LOOKUP_SECONDS = 12.0  # the DNS room bounds itself; this is the belt to its braces
+STOP_SECONDS = 1.5
+OWN_RECORD_SECONDS = 3.0
+KEEP_BLOCKED_HINT = "lift it with `oepy guard remove`"
+
+
+class Daemon:
+    """`start`, then `run_until_stopped`, then `stop`."""
+
+    def __init__(self, config: Config, config_path: str | None, log: Callable[[Event], None]) -> None:
+        self.config = config
+        self._config_path = config_path
+        self._started = time.monotonic()
+        self.journal = Journal(time.time, log)
+        self._policy = PolicyTable(config.rules, config.default_group)
+        self.engine = Engine(self._engine_settings())
+        self._steps = Steps(self._internal_error)
+        self._stop = asyncio.Event()
+        self._reloads = 0
+        self._ready = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._lock: IO[str] | None = None
+        self._control: ControlServer | None = None
+
+    def _engine_settings(self) -> EngineSettings:
+        policy = self._policy
+
+        def group_of(address: IpAddress) -> tuple[PolicyGroup, str]:
+            match = policy.match_address(address)
+            return match.group, match.prefix
+
+        return EngineSettings(group_of, self.config.insecure_keys, self.config.after_failed_ike_blocks)
+
+    # ------------------------------------------------------------ life
+
+    async def start(self) -> None:
+        """Raises OepyError with the mend when something is missing; what was made is removed by `stop`."""
+        self._take_lock()
+        self.host_key = _load_or_make_key(self.config.key, self.journal)
+        self.key_log = KeyLog.open(self.config.key_log) if self.config.key_log else None
+        if self.key_log is not None:
+            self.journal.add(
+                "key-log-on",
+                alert=True,
+                reason=f"secrets of every tunnel are written to {self.config.key_log}; "
+                "remove debug.key_log from the configuration when done",
+            )
+        self.keys = key_source(self.config)
+        self.own = OwnRecords(self.keys, self.host_key.public, time.monotonic, self._own_changed)
+        self.sockets = IkeSockets.open()
+        self.datapath = open_datapath(self.config, self.sockets, self._on_ike)
+        self.trap: Trap = open_trap(self.config)
+        admissions = Admissions(self.keys, self.engine)
+        self.negotiator = Negotiator(
+            IkeEndpoint(self._ike_settings(), os.urandom),
+            self.host_key,
+            self.config.identity,
+            self.own,
+            admissions,
+            Ports(
+                feed=self.feed,
+                send=self._send,
+                report=self.journal.add,
+                allocate_spi=self.datapath.allocate_spi,
+                monotonic=time.monotonic,
+                log_ike_keys=self._log_ike_keys,
+            ),
+        )
+        await self.datapath.start(self._on_datapath_event)
+        self.sockets.serve(
+            self._on_ike,
+            ports=(IKE_PORT, NAT_T_PORT) if isinstance(self.datapath, NoDatapath) else (IKE_PORT,),
+        )
+        self._control = ControlServer(self, self.config.socket)
+        await self._control.start()
+        self.trap.start(self._trap_policy(), self._on_trapped)
+        self.journal.add("started", datapath=self.datapath.name, key=fingerprint(self.host_key.public))
+        self._spawn(self._learn_own_records())
+
+    def _take_lock(self) -> None:
+        path = self.config.socket.with_suffix(".lock")
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        lock = path.open("a")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise OepyError(
+                f"another oepy holds {path}", "stop it first, or give this one another control.socket"
+            ) from None
+        self._lock = lock
+
+    def _ike_settings(self) -> IkeSettings:
+        return IkeSettings(
+            identity=PeerIdentity.parse(self.config.identity) if self.config.identity else None,
+            force_encap=True,  # the userland datapath speaks ESP in UDP only
+            key_log=self.config.key_log is not None,
+        )
+
+    def _trap_policy(self) -> TrapPolicy:
+        return TrapPolicy(
+            rules=self.config.rules,
+            default=self.config.default_group,
+            resolvers=self.config.resolvers,
+            tunnel_device=self.config.device,
+        )
+
+    async def _learn_own_records(self) -> None:
+        subjects: list[IpAddress | str] = (
+            [self.config.identity] if self.config.identity else sorted(own_addresses(), key=str)
+        )
+        asked = [asyncio.ensure_future(self.own.get(subject)) for subject in subjects]
+        if asked:
+            await asyncio.wait(asked, timeout=OWN_RECORD_SECONDS)
+        self._ready = True
+        _notify_systemd("READY=1")
+
+    def _own_changed(self, record: OwnRecord) -> None:
+        self.journal.add(
+            "own-record",
+            alert=record.state == "mismatch",
+            subject=record.subject,
+            state=record.state,
+            reason=record.reason,
+        )
+
+    async def run_until_stopped(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        loop.add_signal_handler(signal.SIGHUP, self.reload)
+        await self._stop.wait()
+
+    async def stop(self) -> None:
+        """Deletes to everyone; then rules, routes and devices go. `private` stays blocked by the guard."""
+        _notify_systemd("STOPPING=1")
+        if hasattr(self, "negotiator"):
+            count = await self.negotiator.shutdown(STOP_SECONDS)
+            await self._steps.idle()
+            self.journal.add("stopping", tunnels=count)
+        for task in list(self._tasks):
+            task.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
+        if hasattr(self, "trap"):
+            guard = any(rule.group.fails_closed for rule in self.config.rules)
+            guard = guard or self.config.default_group.fails_closed
+            self.trap.stop(guard=guard)
+            if guard:
+                self.journal.add(
+                    "guard", reason=f"private and block prefixes stay blocked; {KEEP_BLOCKED_HINT}"
+                )
+        if hasattr(self, "datapath"):
+            await self.datapath.stop()
+        if hasattr(self, "sockets"):
+            self.sockets.close()
+        if self._control is not None:
+            await self._control.stop()
+        if self._lock is not None:
+            self._lock.close()
+            self.config.socket.with_suffix(".lock").unlink(missing_ok=True)
+
+    def reload(self) -> None:
+        """SIGHUP. A configuration with mistakes changes nothing."""
+        try:
+            config = configuration.load(self._config_path)
+            self._check_reload(config)
+        except ConfigError as error:
+            for problem in error.problems:
+                self.journal.add("reload-refused", alert=True, reason=f"{error.source}: {problem}")
+            return
+        self.config = config
+        self._policy = PolicyTable(config.rules, config.default_group)
+        self.engine.settings = self._engine_settings()
+        self.trap.reload(self._trap_policy())
+        self.feed(engine_messages.Reloaded())
+        self._reloads += 1
+        self.journal.add("reloaded", reason=config.source)
+
+    def _check_reload(self, config: Config) -> None:
+        """What a running daemon cannot change."""
+        fixed = ("identity", "key", "datapath", "trap", "device", "socket", "key_log")
+        fixed += ("resolvers", "trust_anchors")
+        changed = [name for name in fixed if getattr(config, name) != getattr(self.config, name)]
+        if changed:
+            problems = [f"{name} changed: restart the daemon for it" for name in changed]
+            raise ConfigError(config.source, problems)
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and isinstance(error := task.exception(), Exception):
+            self._internal_error(error)
+
+    def _internal_error(self, error: Exception) -> None:
+        self.journal.add("internal-error", alert=True, reason=f"{type(error).__name__}: {error}")
+        asyncio.get_running_loop().call_exception_handler(
+            {"message": "a step of the daemon failed", "exception": error}
+        )
+
+    # ------------------------------------------------------------ engine in, actions out
+
+    def feed(self, message: Input) -> None:
+        for action in self.engine.handle(message, time.monotonic()):
+            self._steps.do(lambda action=action: self._act(action))  # type: ignore[misc]
+        self._arm()
+
+    def _arm(self) -> None:
+        when = self.engine.next_timer()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if when is not None:
+            delay = max(when - time.monotonic(), 0.0)
+            self._timer = asyncio.get_running_loop().call_later(delay, self.feed, Tick())
+
+    def _act(self, action: Action) -> Any:
+        """Carry out one action; what is returned is awaited before the next."""
+        match action:
+            case engine_messages.Decide(group, destination, verdict, lifetime):
+                self.trap.decide(group, destination, verdict, lifetime)
+            case engine_messages.Forget(group, destination):
+                self.trap.forget([(group, destination)])
+            case engine_messages.StartLookup(destination):
+                self._spawn(self._look_up(destination))
+            case engine_messages.StartIke():
+                self.negotiator.start(action)
+            case engine_messages.CancelIke(attempt):
+                self.negotiator.cancel(attempt)
+            case engine_messages.Install(pair, outbound):
+                if self.key_log is not None:
+                    self.key_log.child(pair)
+                return self.datapath.install(pair, outbound=outbound)
+            case engine_messages.Remove(spi_in):
+                return self.datapath.remove(spi_in)
+            case engine_messages.CloseTunnel(spi_in, _):
+                self.negotiator.close(spi_in)
+            case engine_messages.ReadCounters(spis):
+                self._spawn(self._read_counters(spis))
+            case engine_messages.Report(event, fields, alert):
+                self.journal.add(event, alert, **fields)
+        return None
+
+    async def _look_up(self, destination: IpAddress) -> None:
+        try:
+            async with asyncio.timeout(LOOKUP_SECONDS):
+                answer = await self.keys.peer_keys(destination)
+        except TimeoutError:
+            answer = Unreachable(str(destination), "", 0, "the lookup took too long", LOOKUP_SECONDS)
+        self.feed(LookupDone(destination, answer))
+
+    async def _read_counters(self, spis: tuple[int, ...]) -> None:
+        self.feed(engine_messages.Counters(await self.datapath.counters(spis)))
+
+    # ------------------------------------------------------------ from the rooms
+
+    def _on_trapped(self, group: PolicyGroup, flow: Flow) -> None:
+        self.feed(Trapped(group, flow, self._policy.match(flow).prefix))
+
+    def _on_ike(self, data: bytes, local: Endpoint, remote: Endpoint) -> None:
+        self.negotiator.receive(data, local, remote)
+
+    def _send(self, datagrams: list[Datagram]) -> None:
+        """After everything that must be in place before the peer hears of it."""
+
+        def step() -> None:
+            self.trap.commit()
+            for datagram in datagrams:
+                self.sockets.send(datagram.data, datagram.local, datagram.remote)
+
+        self._steps.do(step)
+
+    def _log_ike_keys(self, event: IkeKeys) -> None:
+        if self.key_log is not None:
+            self.key_log.ike(event)
+
+    def _on_datapath_event(self, event: DatapathEvent) -> None:
+        match event.kind:
+            case "unknown-spi" if event.peer is not None:
+                self.feed(UnknownSpi(event.peer))
+            case "soft-expire":
+                self.negotiator.rekey(event.spi)
+            case "hard-expire":
+                self.negotiator.close(event.spi)
+            case "failed":
+                self._spawn(self._datapath_failed(event.detail))
+            case _:
+                self.journal.add(event.kind, spi_in=f"{event.spi:08x}", peer=event.peer and str(event.peer))
+
+    async def _datapath_failed(self, detail: str) -> None:
+        """Sequence numbers are gone with the process, and an AEAD must never see one twice: all tunnels end
+        and are negotiated anew."""
+        self.journal.add("datapath-failed", alert=True, reason=detail)
+        for spi_in in list(self.engine.pairs):
+            self.negotiator.close(spi_in)
+            self.feed(TunnelDown(spi_in, "the datapath process ended"))
+        await self._steps.idle()
+        await self.datapath.start(self._on_datapath_event)
+        self.journal.add("datapath-restarted", alert=True, reason="packets are trapped again")
+
+    # ------------------------------------------------------------ control
+
+    async def status(self) -> dict[str, Any]:
+        counts: dict[str, int] = {}
+        for entry in self.engine.entries.values():
+            name = views.disposition(entry.state)
+            counts[name] = counts.get(name, 0) + 1
+        groups: dict[str, list[str]] = {group.value: [] for group in PolicyGroup}
+        for rule in self.config.rules:
+            groups[rule.group.value].append(str(rule.network))
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            "ready": self._ready,
+            "uptime": round(time.monotonic() - self._started, 3),
+            "config": self.config.source,
+            "reloads": self._reloads,
+            "datapath": self.datapath.name,
+            "trap": type(self.trap).__name__,
+            "device": self.config.device,
+            "default_group": self.config.default_group.value,
+            "groups": groups,
+            "resolvers": [str(address) for address in self.config.resolvers],
+            "key": {
+                "type": describe(self.host_key.public),
+                "fingerprint": fingerprint(self.host_key.public),
+                "file": str(self.config.key),
+            },
+            "key_log": str(self.config.key_log) if self.config.key_log else None,
+            "own_records": [
+                {"subject": r.subject, "state": r.state, "reason": r.reason} for r in self.own.known()
+            ],
+            "destinations": counts,
+            "sas": len(self.engine.pairs),
+            "held": sum(self.trap.held().values()),
+            "counts": {
+                "engine": dict(self.engine.counts),
+                "events": dict(self.journal.counts),
+                "trap": dict(self.trap.statistics()),
+                "ike": dict(self.negotiator.endpoint.counters),
+            },
+            "alerts": list(self.journal.last_alerts),
+        }
+
+    async def peers(self) -> list[dict[str, Any]]:
+        held, now = self.trap.held(), time.monotonic()
+        return [
+            views.entry_view(entry, held.get(entry.key, 0), now) for entry in self.engine.entries.values()
+        ]
+
+    async def sas(self) -> list[dict[str, Any]]:
+        counters = {c.spi_in: c for c in await self.datapath.counters()}
+        now = time.monotonic()
+        return [
+            views.sa_view(pair, counters.get(spi), since, now)
+            for spi, (pair, since) in self.engine.pairs.items()
+        ]
+
+    async def policies(self) -> list[dict[str, Any]]:
+        default = self.config.default_group.value
+        rules = sorted(self.config.rules, key=_match_order)
+        listed = [
+            {
+                "prefix": str(rule.network),
+                "protocol": _PROTOCOL_NAMES.get(rule.protocol, str(rule.protocol)) if rule.protocol else None,
+                "port": rule.port or None,
+                "group": rule.group.value,
+            }
+            for rule in rules
+        ]
+        return [*listed, {"prefix": "default", "protocol": None, "port": None, "group": default}]
+
+    async def explain(self, destination: IpAddress) -> dict[str, Any]:
+        entry = self.engine.find(destination)
+        if entry is None:
+            data = await foretell(destination, self._policy, self.keys, self.config.insecure_keys)
+        else:
+            sa = None
+            if entry.tunnels and entry.tunnels[-1].spi_in in self.engine.pairs:
+                spi = entry.tunnels[-1].spi_in
+                pair, since = self.engine.pairs[spi]
+                counters = await self.datapath.counters([spi])
+                sa = views.sa_view(pair, next(iter(counters), None), since, time.monotonic())
+            held = self.trap.held().get(entry.key, 0)
+            session = self.negotiator.endpoint.session_info(sa and int(sa["spi_in"], 16))
+            data = views.explanation(entry, held, time.monotonic(), sa, session)
+        where = "own traffic and forwarded" if destination not in own_addresses() else "own address: never"
+        data["trap"] = f"{type(self.trap).__name__}, {where}"
+        return data
+
+    async def initiate(self, destination: IpAddress, seconds: float) -> dict[str, Any]:
+        match = self._policy.match_address(destination)
+        if match.group in (PolicyGroup.CLEAR, PolicyGroup.BLOCK):
+            raise OepyError(
+                f"{destination} is in group {match.group.value} ({match.prefix}), which never negotiates",
+                "put it into another group first",
+            )
+        self.feed(engine_messages.Initiate(destination, match.group, match.prefix))
+        deadline = time.monotonic() + seconds
+        pending = (State.LOOKUP, State.NEGOTIATING)
+        while (entry := self.engine.find(destination)) and entry.state in pending:
+            if time.monotonic() > deadline:
+                break
+            await asyncio.sleep(0.005)
+        return await self.explain(destination)
+
+    async def terminate(self, destination: IpAddress) -> dict[str, Any]:
+        before = len(self.engine.pairs)
+        self.feed(engine_messages.Terminate(destination))
+        await self._steps.idle()
+        return {"destination": str(destination), "closed": before - len(self.engine.pairs)}
+
+    async def flush(self, destination: IpAddress | None) -> dict[str, Any]:
+        before = len(self.engine.entries)
+        self.feed(engine_messages.Flush(destination))
+        await self._steps.idle()
+        return {"forgotten": before - len(self.engine.entries)}
+
+    def recent_events(self, limit: int) -> list[dict[str, Any]]:
+        return self.journal.recent(limit)
+
+    def follow_events(self) -> AsyncIterator[dict[str, Any]]:
+        return self.journal.follow()
+
+
+_PROTOCOL_NAMES = {number: name for name, number in PROTOCOL_NUMBERS.items()}
+
+
+def _match_order(rule: PolicyRule) -> tuple[int, int, bool, bool, int]:
+    """Longest prefix first, then the rules with a port or protocol, then the stricter group."""
+    network = rule.network
+    return (network.version, -network.prefixlen, not rule.port, not rule.protocol, -rule.group.strictness)
+
+
+def _load_or_make_key(path: Path, journal: Journal) -> HostKey:
+    if path.exists():
+        return HostKey.load(path)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    key = HostKey.generate("ed25519")
+    key.save(path)
+    journal.add("key-made", reason=f"a new host key in {path}; publish it with `oepy key show`")
+    return key
+
+
+def _notify_systemd(state: str) -> None:
+    """sd_notify(3): one datagram to the socket that systemd names, if it does."""
+    name = os.environ.get("NOTIFY_SOCKET", "")
+    if not name:
+        return
+    address = "\0" + name[1:] if name.startswith("@") else name
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.sendto(state.encode(), address)
+
+
+def _log_line(event: Event, verbose: bool) -> None:
+    if not (verbose or event.get("alert") or event["event"] in ("started", "stopping", "guard", "key-made")):
+        return
+    fields = " ".join(f"{k}={v}" for k, v in event.items() if k not in ("number", "time", "event", "alert"))
+    print(
+        f"oepy: {'ALERT ' if event.get('alert') else ''}{event['event']} {fields}",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def run_daemon(config: Config, config_path: str | None, verbose: bool) -> None:
+    """`oepy run` until a signal. Raises OepyError when it cannot start; everything made is removed then."""
+
+    async def main() -> None:
+        daemon = Daemon(config, config_path, lambda event: _log_line(event, verbose))
+        try:
+            await daemon.start()
+            await daemon.run_until_stopped()
+        finally:
+            await daemon.stop()
+
+    asyncio.run(main())
