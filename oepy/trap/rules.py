@@ -1,0 +1,276 @@
+"""The ruleset as text for `nft -f -`.
+
+Theory of operation. All stands in one table of the inet family:
+
+    output   (type route, -150: a changed mark is routed again)
+        own marks, loopback and the exempt are accepted; the rest goes to `sort`
+    arriving (filter prerouting, -140: after conntrack, before routing)
+        from the tunnel: accepted, the connection is remembered as private (bit in the ct mark)
+        for this host:   exempt accepted, then dropped where the source's prefix fails closed
+        to be forwarded: dropped where the source's prefix fails closed, then `sort`
+    sort     one verdict map for each (protocol, port) named by a rule, then one for all others, of disjoint
+             ranges (see prefixes.py): from here on a packet belongs to exactly one group
+    group_*  what the group does with a packet. The order of its lines is the group's policy:
+             clear accepts. block drops. private never looks at @clear, at replies or at the open queue.
+    ask_open, ask_closed
+             the queues. Loaded as "accept" and "drop"; the queue rule is put before that over netlink, for
+             where nft's own queue is missing only netlink can say it.
+
+A reply is let out in the clear where its connection came in in the clear, but not where any packet of the
+connection has been private.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from ipaddress import IPv4Address, IPv6Address
+
+from oepy.interfaces import TrapPolicy
+from oepy.model import MARK_MASK, MARK_OWN, MARK_PRIVATE, PolicyGroup
+from oepy.trap.prefixes import GroupRange, Lookup, lookups
+
+TABLE = "oepy"
+GUARD_TABLE = "oepy_guard"
+COMMENT = "made by oepy"
+
+ASK_OPEN, ASK_CLOSED = "ask_open", "ask_closed"
+
+# Sets of decided addresses, each in a v4 and a v6 form. `refused` is BLOCK for the private group: apart from
+# `block`, so that one port's failed-closed verdict does not take the address's other traffic along.
+PRIVATE, CLEAR, BLOCK, REFUSED = "private", "clear", "block", "refused"
+SETS = (PRIVATE, CLEAR, BLOCK, REFUSED)
+
+_ADDRESS_TYPE = {4: "ipv4_addr", 6: "ipv6_addr"}
+_IP = {4: "ip", 6: "ip6"}
+_WITH_PORTS = "{ tcp, udp, dccp, sctp, udplite }"
+_NEIGHBOUR_DISCOVERY = "icmpv6 type 133-137"
+_FOREIGN_BITS = 0xFFFFFFFF ^ MARK_MASK
+
+
+def _address(version: int, number: int) -> str:
+    return str(IPv4Address(number) if version == 4 else IPv6Address(number))
+
+
+def _chain_of(group: PolicyGroup) -> str:
+    return "group_" + group.value.replace("-", "_")
+
+
+def _interval(version: int, item: GroupRange) -> str:
+    first, last = _address(version, item.first), _address(version, item.last)
+    return first if first == last else f"{first}-{last}"
+
+
+def _verdict_map(step: Lookup, prefix: str, verdicts: dict[PolicyGroup, str]) -> str:
+    elements = ", ".join(
+        f"{_interval(step.version, item)} : {verdicts[item.group]}"
+        for item in step.ranges
+        if item.group in verdicts
+    )
+    kind = f"type {_ADDRESS_TYPE[step.version]} : verdict; flags interval;"
+    return f"map {prefix}_{step.name} {{ {kind} elements = {{ {elements} }} }}\n"
+
+
+def _flow_match(step: Lookup, side: str) -> str:
+    """The match for a step's protocol and port; `side` is `dport` or `sport`."""
+    if step.port:
+        protocol = str(step.protocol) if step.protocol else _WITH_PORTS
+        return f"meta l4proto {protocol} th {side} {step.port} "
+    return f"meta l4proto {step.protocol} " if step.protocol else ""
+
+
+def _vmap(step: Lookup, address: str, prefix: str) -> str:
+    port = "dport" if address == "daddr" else "sport"
+    return f"{_flow_match(step, port)}{_IP[step.version]} {address} vmap @{prefix}_{step.name}"
+
+
+class Ruleset:
+    """The text for one policy. `guard` is the small variant that only keeps shut what fails closed."""
+
+    def __init__(self, policy: TrapPolicy, *, guard: bool = False) -> None:
+        self._policy = policy
+        self._guard = guard
+        self._steps = lookups(policy.rules)
+        self._table = GUARD_TABLE if guard else TABLE
+
+    @property
+    def needed(self) -> bool:
+        """Whether anything in it fails closed."""
+        groups = {rule.group for rule in self._policy.rules} | {self._policy.default}
+        return any(group.fails_closed for group in groups)
+
+    # -- transactions --------------------------------------------------------------------------------
+
+    def replacing_all(self) -> str:
+        """Remove both tables of an earlier run and load this one: one transaction."""
+        return "".join((_removal(TABLE), _removal(GUARD_TABLE), self._load(self._static_sets())))
+
+    def replacing(self, old: Ruleset) -> str:
+        """Change from `old`, loaded before, and keep the sets of decided addresses with their elements, and
+        the queue rules: one transaction."""
+        flushes = [f"flush chain inet {self._table} {name}\n" for name in self._chains()]
+        deletions = [f"delete map inet {self._table} {name}\n" for name in old.map_names()]
+        return "".join((*flushes, *deletions, self._load("")))
+
+    def map_names(self) -> list[str]:
+        return [f"{prefix}_{step.name}" for prefix, step in self._maps()]
+
+    # -- pieces --------------------------------------------------------------------------------------
+
+    def _load(self, extra: str) -> str:
+        chains = "".join(
+            f"chain {name} {{\n{''.join(f'  {line}{chr(10)}' for line in lines)}}}\n"
+            for name, lines in self._chains().items()
+        )
+        return (
+            f"table inet {self._table} {{\n  comment {json.dumps(COMMENT)}\n"
+            f"{extra}{self._bare_chains()}{self._map_texts()}{chains}}}\n"
+        )
+
+    def _bare_chains(self) -> str:
+        """The maps refer to chains, which must be there first."""
+        names = ["reply_in_clear", *(_chain_of(group) for group in PolicyGroup)]
+        return "".join(f"chain {name} {{ }}\n" for name in names)
+
+    def _static_sets(self) -> str:
+        if self._guard:
+            return ""
+        sets = "".join(
+            f"set {name}{version} {{ type {kind}; flags timeout; }}\n"
+            for name in SETS
+            for version, kind in _ADDRESS_TYPE.items()
+        )
+        return f"{sets}chain {ASK_OPEN} {{ accept; }}\nchain {ASK_CLOSED} {{ drop; }}\n"
+
+    def _maps(self) -> list[tuple[str, Lookup]]:
+        return [(prefix, step) for prefix in ("to", "from") for step in self._steps]
+
+    def _map_texts(self) -> str:
+        outward = {group: f"goto {_chain_of(group)}" for group in PolicyGroup}
+        texts = []
+        for prefix, step in self._maps():
+            if prefix == "to":
+                verdicts = outward
+            else:
+                passing = "goto reply_in_clear" if step.specific else "return"
+                verdicts = {group: "drop" if group.fails_closed else passing for group in PolicyGroup}
+            texts.append(_verdict_map(step, prefix, verdicts))
+        return "".join(texts)
+
+    def _chains(self) -> dict[str, list[str]]:
+        policy = self._policy
+        return {
+            "refuse_any": [
+                *(_vmap(step, "saddr", "from") for step in self._steps if not step.specific),
+                "drop" if policy.default.fails_closed else "return",
+            ],
+            "reply_in_clear": ["ct direction reply return", "goto refuse_any"],
+            "tunnel": [
+                f"meta mark set (meta mark & {_FOREIGN_BITS:#x}) | {MARK_PRIVATE:#x}",
+                f"ct mark set (ct mark & {_FOREIGN_BITS:#x}) | {MARK_PRIVATE:#x}",
+                "accept",
+            ],
+            **{_chain_of(group): self._group(group) for group in PolicyGroup},
+            "sort": [
+                *(_vmap(step, "daddr", "to") for step in self._steps),
+                f"goto {_chain_of(policy.default)}",
+            ],
+            "refuse": self._refuse(),
+            "to_host": [*self._exempt_in(), "jump refuse", "accept"],
+            "output": [
+                "type route hook output priority -150; policy accept;",
+                f"meta mark & {MARK_MASK:#x} == {MARK_OWN:#x} accept",
+                'oifname "lo" accept',
+                *self._exempt_out(),
+                "goto sort",
+            ],
+            "arriving": self._arriving(),
+        }
+
+    def _group(self, group: PolicyGroup) -> list[str]:
+        if group is PolicyGroup.BLOCK or (self._guard and group.fails_closed):
+            return ["drop"]
+        if group is PolicyGroup.CLEAR or self._guard:
+            return ["accept"]
+        lines = _in_set(PRIVATE, "goto tunnel")
+        if group is PolicyGroup.PRIVATE:
+            return [*lines, *_in_set(REFUSED, "drop"), f"goto {ASK_CLOSED}"]
+        lines += _in_set(BLOCK, "drop")
+        if group is PolicyGroup.CLEAR_OR_PRIVATE:
+            return [*lines, "accept"]
+        return [
+            *lines,
+            *_in_set(CLEAR, "accept"),
+            f"ct direction reply ct mark & {MARK_MASK:#x} != {MARK_PRIVATE:#x} accept",
+            f"goto {ASK_OPEN}",
+        ]
+
+    def _exempt_out(self) -> list[str]:
+        return [
+            "fib daddr type { local, broadcast, multicast } accept",
+            f"{_NEIGHBOUR_DISCOVERY} accept",
+            *_dhcp(("68", "67"), ("546", "547")),
+            *self._resolver("daddr", "dport", ""),
+        ]
+
+    def _exempt_in(self) -> list[str]:
+        ports = ", ".join(str(port) for port in sorted(set(self._policy.ike_ports)))
+        return [
+            f"ip6 hoplimit 255 {_NEIGHBOUR_DISCOVERY} accept",
+            *([f"udp dport {{ {ports} }} accept"] if ports else []),
+            "meta l4proto esp accept",
+            *_dhcp(("67", "68"), ("547", "546")),
+            *self._resolver("saddr", "sport", "ct direction reply "),
+        ]
+
+    def _resolver(self, address: str, port: str, condition: str) -> list[str]:
+        lines = []
+        for version in (4, 6):
+            servers = sorted({str(item) for item in self._policy.resolvers if item.version == version})
+            if servers:
+                lines.append(
+                    f"{_IP[version]} {address} {{ {', '.join(servers)} }} meta l4proto {{ tcp, udp }} "
+                    f"th {port} {{ 53, 853 }} {condition}accept"
+                )
+        return lines
+
+    def _refuse(self) -> list[str]:
+        """Drop what comes in the clear from prefixes that fail closed, else return. PMTU errors may pass that
+        quote one of our connections, but not a private one: a router on the way never sees those."""
+        related = f"ct state related ct mark & {MARK_MASK:#x} != {MARK_PRIVATE:#x} return"
+        return [
+            f"icmp type destination-unreachable icmp code frag-needed {related}",
+            f"icmpv6 type packet-too-big {related}",
+            *(_vmap(step, "saddr", "from") for step in self._steps if step.specific),
+            "goto refuse_any",
+        ]
+
+    def _arriving(self) -> list[str]:
+        device = json.dumps(self._policy.tunnel_device)
+        remember = f"ct mark set (ct mark & {_FOREIGN_BITS:#x}) | {MARK_PRIVATE:#x} "
+        return [
+            "type filter hook prerouting priority -140; policy accept;",
+            'iifname "lo" accept',
+            f"iifname {device} {'' if self._guard else remember}accept",
+            "fib daddr type { local, broadcast, multicast } goto to_host",
+            *(["jump refuse", "goto sort"] if self._policy.forward else []),
+        ]
+
+
+def _in_set(name: str, verdict: str) -> list[str]:
+    return [f"{_IP[version]} daddr @{name}{version} {verdict}" for version in (4, 6)]
+
+
+def _dhcp(four: Sequence[str], six: Sequence[str]) -> Iterable[str]:
+    for source, destination in (four, six):
+        yield f"udp sport {source} udp dport {destination} accept"
+
+
+def _removal(table: str) -> str:
+    """Deleting what is not there would fail the transaction; adding first does nothing where it is."""
+    return f"add table inet {table}\ndelete table inet {table}\n"
+
+
+def removing(*tables: str) -> str:
+    """One transaction that removes these tables, whether they are there or not."""
+    return "".join(_removal(table) for table in tables)
