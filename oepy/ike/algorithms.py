@@ -121,7 +121,9 @@ def parse_ike_proposal(text: str) -> Offer:
     if aeads and (len(aeads) != len(encryption) or integrity):
         raise UsageError(f"IKE proposal {text!r}: an AEAD goes without integrity and without other ciphers")
     if not aeads and not integrity:
-        raise UsageError(f"IKE proposal {text!r}: {transform_name(encryption[0])} needs an integrity algorithm")
+        raise UsageError(
+            f"IKE proposal {text!r}: {transform_name(encryption[0])} needs an integrity algorithm"
+        )
     if not prfs:
         prfs = [PRFS["prf" + transform_name(t)] for t in integrity] or list(PRFS.values())
     offer: Offer = {TransformType.ENCR: tuple(encryption), TransformType.PRF: tuple(prfs)}
@@ -163,7 +165,9 @@ def parse_esp_proposal(text: str) -> tuple[EspOffer, ...]:
         if not aead and not integrity:
             raise UsageError(f"ESP proposal {text!r}: {cipher} needs an integrity algorithm")
         for mac in [""] if aead else integrity:
-            offers += [EspOffer(EspSuite(cipher, mac, number), tuple(groups)) for number in esn or [True, False]]
+            offers += [
+                EspOffer(EspSuite(cipher, mac, number), tuple(groups)) for number in esn or [True, False]
+            ]
     if not offers:
         raise UsageError(f"ESP proposal {text!r} names no encryption algorithm")
     return tuple(offers)
@@ -226,7 +230,9 @@ def _match(offer: Offer, proposal: Proposal, prefer_group: int) -> dict[int, Tra
             common = [ESN_NO]  # RFC 7296 §3.3.3: it should be there, some leave it out
         if not common:
             return None
-        chosen[kind] = next((t for t in common if kind == TransformType.KE and t.id == prefer_group), common[0])
+        chosen[kind] = next(
+            (t for t in common if kind == TransformType.KE and t.id == prefer_group), common[0]
+        )
     return chosen
 
 
@@ -235,7 +241,9 @@ def accepted(offers: list[Offer], answer: tuple[Proposal, ...], protocol: int) -
     if len(answer) != 1 or answer[0].protocol != protocol:
         return None
     proposal = answer[0]
-    kinds = [transform.type for transform in proposal.transforms if transform.id or transform.type not in (3, 4)]
+    kinds = [
+        transform.type for transform in proposal.transforms if transform.id or transform.type not in (3, 4)
+    ]
     if len(kinds) != len(set(kinds)) or not 1 <= proposal.number <= len(offers):
         return None
     transforms = _match(offers[proposal.number - 1], proposal, 0)

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from oepy.ike.algorithms import DEFAULT_ESP, DEFAULT_IKE, EspOffer, Offer, parse_esp_proposal, parse_ike_proposal
+from oepy.ike.algorithms import (
+    DEFAULT_ESP,
+    DEFAULT_IKE,
+    EspOffer,
+    Offer,
+    parse_esp_proposal,
+    parse_ike_proposal,
+)
 from oepy.model import Endpoint, PeerIdentity, PublicKey, Secret, TrafficSelector
 
 

@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from oepy.control.client import ControlClient
 from oepy.errors import DaemonUnreachable, OepyError
 from oepy.keys import HostKey
 from oepy.lab.capture import Capture
-from oepy.lab.nameserver import LabDns
+from oepy.lab.nameserver import ExtraHost, LabDns
 from oepy.lab.namespaces import Lab, Namespace, Wire
 from oepy.model import PublicKey
 
@@ -166,12 +167,12 @@ class LabNetwork:
         *,
         key_log: bool = False,
         hosts: tuple[HostPlan, ...] = HOSTS,
-        extra_dns: list[tuple[str, str, str, PublicKey]] | None = None,
+        extra_dns: Sequence[ExtraHost] = (),
     ) -> None:
         self.directory = directory
         self._key_log = key_log
         self._plans = hosts
-        self._extra_dns = extra_dns or []
+        self._extra_dns = extra_dns
         self.lab = Lab()
         self.hosts: dict[str, LabHost] = {}
         self.wire: Wire
@@ -201,10 +202,10 @@ class LabNetwork:
         self.ns = self.lab.namespace("ns")
         self.wire.attach(self.ns, "eth0", [f"{NS_V4}/15", f"{NS_V6}/48"])
         keys = self._make_hosts()
-        self.dns = LabDns(self.directory / "ns", keys, extra_hosts=self._extra_dns)
-        self.dns.start(self.ns)
+        self.dns = LabDns(self.directory / "ns", self.ns.name, keys, extra_hosts=self._extra_dns)
+        self.dns.start()
         for host in self.hosts.values():
-            host.anchors.write_bytes(self.dns.trust_anchors.read_bytes())
+            host.anchors.write_bytes(self.dns.trust_anchor.read_bytes())
             _serve_page(host)
 
     def _make_hosts(self) -> dict[str, PublicKey]:
