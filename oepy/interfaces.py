@@ -78,6 +78,9 @@ class KeySource(Protocol):
     async def peer_keys(self, subject: IpAddress | str) -> KeyAnswer:
         """By address (reverse name) or FQDN. Bounded in time; never raises for what DNS does."""
 
+    def forget(self, subject: IpAddress | str | None) -> None:
+        """Drop what is cached of this peer's records, or (None) everything, validated zone keys included."""
+
 
 @dataclass(frozen=True, slots=True)
 class DatapathEvent:

@@ -43,11 +43,13 @@ def terminate(ctx: click.Context, destination: str, as_json: bool) -> None:
 
 @click.command()
 @click.argument("destination", required=False)
+@click.option("--dns", "dns_too", is_flag=True, help="Forget the DNS answers of it too (of all: everything).")
 @json_option
 @click.pass_context
-def flush(ctx: click.Context, destination: str | None, as_json: bool) -> None:
+def flush(ctx: click.Context, destination: str | None, dns_too: bool, as_json: bool) -> None:
     """Forget what was decided (clear and blocked) of DESTINATION or of all; tunnels stay."""
-    data = client(ctx).post(protocol.FLUSH, {"destination": destination})
+    what = (destination or "all") if dns_too else None
+    data = client(ctx).post(protocol.FLUSH, {"destination": destination, "dns": what})
     if as_json:
         print_json(data)
     else:

@@ -34,7 +34,7 @@ class Controllable(Protocol):
 
     async def terminate(self, destination: IpAddress) -> dict[str, Any]: ...
 
-    async def flush(self, destination: IpAddress | None) -> dict[str, Any]: ...
+    async def flush(self, destination: IpAddress | None, dns: IpAddress | str | None) -> dict[str, Any]: ...
 
     def recent_events(self, limit: int) -> list[dict[str, Any]]: ...
 
@@ -110,8 +110,14 @@ class ControlServer:
         return web.json_response(await self._target.terminate(_destination(body.get("destination"))))
 
     async def _flush(self, request: web.Request) -> web.Response:
-        wanted = (await _body(request)).get("destination")
-        return web.json_response(await self._target.flush(None if wanted is None else _destination(wanted)))
+        body = await _body(request)
+        wanted, dns = body.get("destination"), body.get("dns")
+        return web.json_response(
+            await self._target.flush(
+                None if wanted is None else _destination(wanted),
+                dns if dns in (None, "all") else _destination(dns),
+            )
+        )
 
     async def _events(self, request: web.Request) -> web.StreamResponse:
         limit_text = request.query.get("limit", "100")

@@ -468,7 +468,10 @@ class Daemon:
         await self._steps.idle()
         return {"destination": str(destination), "closed": before - len(self.engine.pairs)}
 
-    async def flush(self, destination: IpAddress | None) -> dict[str, Any]:
+    async def flush(self, destination: IpAddress | None, dns: IpAddress | str | None) -> dict[str, Any]:
+        """`dns`: forget cached answers too, of one address or ("all") of everything."""
+        if dns is not None:
+            self.keys.forget(None if dns == "all" else dns)
         before = len(self.engine.entries)
         self.feed(engine_messages.Flush(destination))
         await self._steps.idle()

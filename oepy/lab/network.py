@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -168,11 +168,13 @@ class LabNetwork:
         key_log: bool = False,
         hosts: tuple[HostPlan, ...] = HOSTS,
         extra_dns: Sequence[ExtraHost] = (),
+        host_keys: Mapping[str, HostKey] | None = None,
     ) -> None:
         self.directory = directory
         self._key_log = key_log
         self._plans = hosts
         self._extra_dns = extra_dns
+        self._host_keys = host_keys or {}
         self.lab = Lab()
         self.hosts: dict[str, LabHost] = {}
         self.wire: Wire
@@ -223,7 +225,7 @@ class LabNetwork:
             if self._key_log:
                 host.key_log = directory / "keylog"
             self.hosts[plan.name] = host
-            key = HostKey.generate("ed25519")
+            key = self._host_keys.get(plan.name) or HostKey.generate("ed25519")
             key.save(directory / "host.key")
             if plan.publishes == "own":
                 published[plan.name] = key.public
