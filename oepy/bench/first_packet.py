@@ -28,7 +28,7 @@ from oepy.lab.nameserver import ExtraHost
 from oepy.lab.network import HostPlan, LabHost, LabNetwork
 from oepy.lab.probe import Pinger
 
-FARM = HostPlan("farm", "198.19.0.1", "2001:2:1::1", True, "none")
+FARM = HostPlan("farm", "198.19.0.1", "2001:2:0:9::1", True, "none")
 ALPHA = HostPlan("alpha", "198.18.0.10", "2001:2::10", True, "own")
 LEGACY = HostPlan("legacy", "198.18.0.40", "2001:2::40", False, "none")
 REPLY_SECONDS = 10.0
@@ -83,7 +83,7 @@ def _take_down(alpha: LabHost, farm: LabHost, address: str) -> None:
 
 
 def destinations(count: int) -> list[tuple[IPv4Address, IPv6Address]]:
-    v4, v6 = int(IPv4Address("198.19.1.1")), int(IPv6Address("2001:2:1::1:1"))
+    v4, v6 = int(IPv4Address("198.19.1.1")), int(IPv6Address("2001:2:0:9::1:1"))
     return [(IPv4Address(v4 + index), IPv6Address(v6 + index)) for index in range(count)]
 
 
@@ -103,9 +103,7 @@ def run(count: int, version: int, on_progress: Callable[[int], None]) -> Result:
             network.build()
             alpha, farm, legacy = (network.hosts[plan] for plan in ("alpha", "farm", "legacy"))
             for v4, v6 in addresses:
-                farm.namespace.address("eth0", f"{v4}/15", f"{v6}/32")
-            alpha.namespace.ip("-6", "route", "add", "2001:2::/32", "dev", "eth0")
-            farm.namespace.ip("-6", "route", "replace", "2001:2::/32", "dev", "eth0")
+                farm.namespace.address("eth0", f"{v4}/15", f"{v6}/48")
             network.start_daemons()
             for index, pair in enumerate(addresses):
                 address = str(pair[0] if version == 4 else pair[1])

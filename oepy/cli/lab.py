@@ -17,6 +17,7 @@ from oepy.errors import OepyError, UsageError
 
 if TYPE_CHECKING:
     from oepy.lab.demo import Row
+    from oepy.lab.network import LabHost
 
 PID_FILE = Path("/run/oepy-lab.pid")
 _HEADER = (
@@ -141,11 +142,11 @@ def _copy_logs(directory: Path, target: Path) -> None:
         shutil.copyfile(log, target / f"{log.parent.name}-{log.name}")
 
 
-def _copy_key_logs(hosts: dict[str, object], target: Path) -> None:
+def _copy_key_logs(hosts: dict[str, LabHost], target: Path) -> None:
     """All hosts' key logs in one directory that tshark can take as its own (0600)."""
     target.mkdir(mode=0o700, parents=True, exist_ok=True)
     for host in hosts.values():
-        source = getattr(host, "key_log", None)
+        source = host.key_log
         if source is None or not source.is_dir():
             continue
         for file in source.iterdir():

@@ -9,19 +9,18 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from oepy import __version__
 from oepy import config as configuration
 from oepy.config import Config
 from oepy.control.server import ControlServer
-from oepy.daemon import views
 from oepy.daemon.addresses import own_addresses
 from oepy.daemon.admission import Admissions
+from oepy.daemon.api import ControlApi
 from oepy.daemon.datapaths import NoDatapath, open_datapath
-from oepy.daemon.forecast import foretell, key_source
+from oepy.daemon.forecast import key_source
 from oepy.daemon.journal import Event, Journal
 from oepy.daemon.negotiator import Negotiator, Ports
 from oepy.daemon.own import OwnRecord, OwnRecords
@@ -30,14 +29,13 @@ from oepy.daemon.traps import open_trap
 from oepy.engine import Engine, EngineSettings
 from oepy.engine import messages as engine_messages
 from oepy.engine.messages import Action, Input, LookupDone, Tick, Trapped, TunnelDown, UnknownSpi
-from oepy.engine.table import State
 from oepy.errors import ConfigError, OepyError
 from oepy.ike.endpoint import IkeEndpoint
 from oepy.ike.events import Datagram, IkeKeys
 from oepy.ike.settings import IkeSettings
-from oepy.interfaces import DatapathEvent, PolicyRule, Trap, TrapPolicy
+from oepy.interfaces import DatapathEvent, Trap, TrapPolicy
 from oepy.keylog import KeyLog
-from oepy.keys import HostKey, describe, fingerprint
+from oepy.keys import HostKey, fingerprint
 from oepy.model import (
     IKE_PORT,
     NAT_T_PORT,
@@ -48,7 +46,7 @@ from oepy.model import (
     PolicyGroup,
     Unreachable,
 )
-from oepy.policy import PROTOCOL_NUMBERS, PolicyTable
+from oepy.policy import PolicyTable
 from oepy.udp import IkeSockets
 
 LOOKUP_SECONDS = 12.0  # the DNS room bounds itself; this is the belt to its braces
@@ -57,27 +55,33 @@ OWN_RECORD_SECONDS = 3.0
 KEEP_BLOCKED_HINT = "lift it with `oepy guard remove`"
 
 
+_FIXED = (
+    *("identity", "key", "resolvers", "trust_anchors"),
+    *("datapath", "trap", "device", "socket", "key_log"),
+)
+
+
 class Daemon:
     """`start`, then `run_until_stopped`, then `stop`."""
 
     def __init__(self, config: Config, config_path: str | None, log: Callable[[Event], None]) -> None:
         self.config = config
         self._config_path = config_path
-        self._started = time.monotonic()
+        self.started = time.monotonic()
         self.journal = Journal(time.time, log)
-        self._policy = PolicyTable(config.rules, config.default_group)
+        self.policy = PolicyTable(config.rules, config.default_group)
         self.engine = Engine(self._engine_settings())
-        self._steps = Steps(self._internal_error)
+        self.steps = Steps(self._internal_error)
         self._stop = asyncio.Event()
-        self._reloads = 0
-        self._ready = False
+        self.reloads = 0
+        self.ready = False
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._lock: IO[str] | None = None
         self._control: ControlServer | None = None
 
     def _engine_settings(self) -> EngineSettings:
-        policy = self._policy
+        policy = self.policy
 
         def group_of(address: IpAddress) -> tuple[PolicyGroup, str]:
             match = policy.match_address(address)
@@ -125,7 +129,7 @@ class Daemon:
             self._on_ike,
             ports=(IKE_PORT, NAT_T_PORT) if isinstance(self.datapath, NoDatapath) else (IKE_PORT,),
         )
-        self._control = ControlServer(self, self.config.socket)
+        self._control = ControlServer(ControlApi(self), self.config.socket)
         await self._control.start()
         self.trap.start(self._trap_policy(), self._on_trapped)
         self.journal.add("started", datapath=self.datapath.name, key=fingerprint(self.host_key.public))
@@ -166,7 +170,7 @@ class Daemon:
         asked = [asyncio.ensure_future(self.own.get(subject)) for subject in subjects]
         if asked:
             await asyncio.wait(asked, timeout=OWN_RECORD_SECONDS)
-        self._ready = True
+        self.ready = True
         _notify_systemd("READY=1")
 
     def _own_changed(self, record: OwnRecord) -> None:
@@ -190,7 +194,7 @@ class Daemon:
         _notify_systemd("STOPPING=1")
         if hasattr(self, "negotiator"):
             count = await self.negotiator.shutdown(STOP_SECONDS)
-            await self._steps.idle()
+            await self.steps.idle()
             self.journal.add("stopping", tunnels=count)
         for task in list(self._tasks):
             task.cancel()
@@ -224,18 +228,16 @@ class Daemon:
                 self.journal.add("reload-refused", alert=True, reason=f"{error.source}: {problem}")
             return
         self.config = config
-        self._policy = PolicyTable(config.rules, config.default_group)
+        self.policy = PolicyTable(config.rules, config.default_group)
         self.engine.settings = self._engine_settings()
         self.trap.reload(self._trap_policy())
         self.feed(engine_messages.Reloaded())
-        self._reloads += 1
+        self.reloads += 1
         self.journal.add("reloaded", reason=config.source)
 
     def _check_reload(self, config: Config) -> None:
         """What a running daemon cannot change."""
-        fixed = ("identity", "key", "datapath", "trap", "device", "socket", "key_log")
-        fixed += ("resolvers", "trust_anchors")
-        changed = [name for name in fixed if getattr(config, name) != getattr(self.config, name)]
+        changed = [name for name in _FIXED if getattr(config, name) != getattr(self.config, name)]
         if changed:
             problems = [f"{name} changed: restart the daemon for it" for name in changed]
             raise ConfigError(config.source, problems)
@@ -260,7 +262,7 @@ class Daemon:
 
     def feed(self, message: Input) -> None:
         for action in self.engine.handle(message, time.monotonic()):
-            self._steps.do(lambda action=action: self._act(action))  # type: ignore[misc]
+            self.steps.do(lambda action=action: self._act(action))  # type: ignore[misc]
         self._arm()
 
     def _arm(self) -> None:
@@ -313,7 +315,7 @@ class Daemon:
     # ------------------------------------------------------------ from the rooms
 
     def _on_trapped(self, group: PolicyGroup, flow: Flow) -> None:
-        self.feed(Trapped(group, flow, self._policy.match(flow).prefix))
+        self.feed(Trapped(group, flow, self.policy.match(flow).prefix))
 
     def _on_ike(self, data: bytes, local: Endpoint, remote: Endpoint) -> None:
         self.negotiator.receive(data, local, remote)
@@ -326,7 +328,7 @@ class Daemon:
             for datagram in datagrams:
                 self.sockets.send(datagram.data, datagram.local, datagram.remote)
 
-        self._steps.do(step)
+        self.steps.do(step)
 
     def _log_ike_keys(self, event: IkeKeys) -> None:
         if self.key_log is not None:
@@ -352,145 +354,9 @@ class Daemon:
         for spi_in in list(self.engine.pairs):
             self.negotiator.close(spi_in)
             self.feed(TunnelDown(spi_in, "the datapath process ended"))
-        await self._steps.idle()
+        await self.steps.idle()
         await self.datapath.start(self._on_datapath_event)
         self.journal.add("datapath-restarted", alert=True, reason="packets are trapped again")
-
-    # ------------------------------------------------------------ control
-
-    async def status(self) -> dict[str, Any]:
-        counts: dict[str, int] = {}
-        for entry in self.engine.entries.values():
-            name = views.disposition(entry.state)
-            counts[name] = counts.get(name, 0) + 1
-        groups: dict[str, list[str]] = {group.value: [] for group in PolicyGroup}
-        for rule in self.config.rules:
-            groups[rule.group.value].append(str(rule.network))
-        return {
-            "version": __version__,
-            "pid": os.getpid(),
-            "ready": self._ready,
-            "uptime": round(time.monotonic() - self._started, 3),
-            "config": self.config.source,
-            "reloads": self._reloads,
-            "datapath": self.datapath.name,
-            "trap": type(self.trap).__name__,
-            "device": self.config.device,
-            "default_group": self.config.default_group.value,
-            "groups": groups,
-            "resolvers": [str(address) for address in self.config.resolvers],
-            "key": {
-                "type": describe(self.host_key.public),
-                "fingerprint": fingerprint(self.host_key.public),
-                "file": str(self.config.key),
-            },
-            "key_log": str(self.config.key_log) if self.config.key_log else None,
-            "own_records": [
-                {"subject": r.subject, "state": r.state, "reason": r.reason} for r in self.own.known()
-            ],
-            "destinations": counts,
-            "sas": len(self.engine.pairs),
-            "held": sum(self.trap.held().values()),
-            "counts": {
-                "engine": dict(self.engine.counts),
-                "events": dict(self.journal.counts),
-                "trap": dict(self.trap.statistics()),
-                "ike": dict(self.negotiator.endpoint.counters),
-            },
-            "alerts": list(self.journal.last_alerts),
-        }
-
-    async def peers(self) -> list[dict[str, Any]]:
-        held, now = self.trap.held(), time.monotonic()
-        return [
-            views.entry_view(entry, held.get(entry.key, 0), now) for entry in self.engine.entries.values()
-        ]
-
-    async def sas(self) -> list[dict[str, Any]]:
-        counters = {c.spi_in: c for c in await self.datapath.counters()}
-        now = time.monotonic()
-        return [
-            views.sa_view(pair, counters.get(spi), since, now)
-            for spi, (pair, since) in self.engine.pairs.items()
-        ]
-
-    async def policies(self) -> list[dict[str, Any]]:
-        default = self.config.default_group.value
-        rules = sorted(self.config.rules, key=_match_order)
-        listed = [
-            {
-                "prefix": str(rule.network),
-                "protocol": _PROTOCOL_NAMES.get(rule.protocol, str(rule.protocol)) if rule.protocol else None,
-                "port": rule.port or None,
-                "group": rule.group.value,
-            }
-            for rule in rules
-        ]
-        return [*listed, {"prefix": "default", "protocol": None, "port": None, "group": default}]
-
-    async def explain(self, destination: IpAddress) -> dict[str, Any]:
-        entry = self.engine.find(destination)
-        if entry is None:
-            data = await foretell(destination, self._policy, self.keys, self.config.insecure_keys)
-        else:
-            sa = None
-            if entry.tunnels and entry.tunnels[-1].spi_in in self.engine.pairs:
-                spi = entry.tunnels[-1].spi_in
-                pair, since = self.engine.pairs[spi]
-                counters = await self.datapath.counters([spi])
-                sa = views.sa_view(pair, next(iter(counters), None), since, time.monotonic())
-            held = self.trap.held().get(entry.key, 0)
-            session = self.negotiator.endpoint.session_info(sa and int(sa["spi_in"], 16))
-            data = views.explanation(entry, held, time.monotonic(), sa, session)
-        where = "own traffic and forwarded" if destination not in own_addresses() else "own address: never"
-        data["trap"] = f"{type(self.trap).__name__}, {where}"
-        return data
-
-    async def initiate(self, destination: IpAddress, seconds: float) -> dict[str, Any]:
-        match = self._policy.match_address(destination)
-        if match.group in (PolicyGroup.CLEAR, PolicyGroup.BLOCK):
-            raise OepyError(
-                f"{destination} is in group {match.group.value} ({match.prefix}), which never negotiates",
-                "put it into another group first",
-            )
-        self.feed(engine_messages.Initiate(destination, match.group, match.prefix))
-        deadline = time.monotonic() + seconds
-        pending = (State.LOOKUP, State.NEGOTIATING)
-        while (entry := self.engine.find(destination)) and entry.state in pending:
-            if time.monotonic() > deadline:
-                break
-            await asyncio.sleep(0.005)
-        return await self.explain(destination)
-
-    async def terminate(self, destination: IpAddress) -> dict[str, Any]:
-        before = len(self.engine.pairs)
-        self.feed(engine_messages.Terminate(destination))
-        await self._steps.idle()
-        return {"destination": str(destination), "closed": before - len(self.engine.pairs)}
-
-    async def flush(self, destination: IpAddress | None, dns: IpAddress | str | None) -> dict[str, Any]:
-        """`dns`: forget cached answers too, of one address or ("all") of everything."""
-        if dns is not None:
-            self.keys.forget(None if dns == "all" else dns)
-        before = len(self.engine.entries)
-        self.feed(engine_messages.Flush(destination))
-        await self._steps.idle()
-        return {"forgotten": before - len(self.engine.entries)}
-
-    def recent_events(self, limit: int) -> list[dict[str, Any]]:
-        return self.journal.recent(limit)
-
-    def follow_events(self) -> AsyncIterator[dict[str, Any]]:
-        return self.journal.follow()
-
-
-_PROTOCOL_NAMES = {number: name for name, number in PROTOCOL_NUMBERS.items()}
-
-
-def _match_order(rule: PolicyRule) -> tuple[int, int, bool, bool, int]:
-    """Longest prefix first, then the rules with a port or protocol, then the stricter group."""
-    network = rule.network
-    return (network.version, -network.prefixlen, not rule.port, not rule.protocol, -rule.group.strictness)
 
 
 def _load_or_make_key(path: Path, journal: Journal) -> HostKey:
