@@ -85,7 +85,7 @@ class SaDatabase:
             if pair.selectors.allow_outward(packet):
                 return pair
         for item in self._ranges:
-            if len(destination) == len(item.start) and item.start <= destination <= item.end:
-                if item.pair.selectors.allow_outward(packet):
-                    return item.pair
+            covered = len(destination) == len(item.start) and item.start <= destination <= item.end
+            if covered and item.pair.selectors.allow_outward(packet):
+                return item.pair
         return None
