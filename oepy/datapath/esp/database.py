@@ -1,0 +1,91 @@
+"""The live SAs: found by SPI inward, and by the inner packet's destination outward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from oepy.datapath.esp.inner import addresses
+from oepy.datapath.esp.sa import EspPair
+
+MAX_PAIRS = 1 << 18
+
+
+@dataclass(frozen=True, slots=True)
+class _Range:
+    start: bytes
+    end: bytes
+    size: int
+    pair: EspPair
+
+
+class SaDatabase:
+    """Of several pairs for one destination the one enabled last sends (a rekey); all of them receive."""
+
+    def __init__(self) -> None:
+        self._inbound: dict[bytes, EspPair] = {}
+        self._hosts: dict[bytes, list[EspPair]] = {}  # newest first
+        self._ranges: list[_Range] = []  # narrowest first, then newest first
+
+    def __len__(self) -> int:
+        return len(self._inbound)
+
+    def __iter__(self) -> Iterator[EspPair]:
+        return iter(list(self._inbound.values()))
+
+    def get(self, spi_in: int) -> EspPair | None:
+        return self._inbound.get(spi_in.to_bytes(4, "big"))
+
+    def add(self, pair: EspPair) -> None:
+        """Receive on it. Raises ValueError where the SPI is taken, or there are MAX_PAIRS."""
+        key = pair.pair.spi_in.to_bytes(4, "big")
+        if key in self._inbound:
+            raise ValueError(f"SPI {pair.pair.spi_in:#x} is in use")
+        if len(self._inbound) >= MAX_PAIRS:
+            raise ValueError(f"there are {MAX_PAIRS} SA pairs already")
+        self._inbound[key] = pair
+
+    def enable_sending(self, pair: EspPair) -> None:
+        """From now on it sends, before older ones for the same destinations."""
+        if pair.sending:
+            return
+        pair.sending = True
+        for selector in pair.pair.remote_ts:
+            start, end = selector.start.packed, selector.end.packed
+            if start == end:
+                self._hosts.setdefault(start, []).insert(0, pair)
+            else:
+                size = int(selector.end) - int(selector.start)
+                self._ranges.insert(0, _Range(start, end, size, pair))
+        self._ranges.sort(key=lambda item: item.size)
+
+    def remove(self, spi_in: int) -> EspPair | None:
+        pair = self._inbound.pop(spi_in.to_bytes(4, "big"), None)
+        if pair is None:
+            return None
+        for selector in pair.pair.remote_ts:
+            start = selector.start.packed
+            sharing = self._hosts.get(start)
+            if sharing is not None:
+                sharing[:] = [other for other in sharing if other is not pair]
+                if not sharing:
+                    del self._hosts[start]
+        self._ranges = [item for item in self._ranges if item.pair is not pair]
+        pair.sending = False
+        return pair
+
+    def inbound(self, spi: bytes) -> EspPair | None:
+        """By the first four bytes of a datagram."""
+        return self._inbound.get(spi)
+
+    def outbound(self, packet: bytes) -> EspPair | None:
+        """The pair that carries this IP packet; None where none may."""
+        _, destination = addresses(packet)
+        for pair in self._hosts.get(destination, ()):
+            if pair.selectors.allow_outward(packet):
+                return pair
+        for item in self._ranges:
+            covered = len(destination) == len(item.start) and item.start <= destination <= item.end
+            if covered and item.pair.selectors.allow_outward(packet):
+                return item.pair
+        return None

@@ -1,0 +1,116 @@
+"""How marked packets get into the tunnel: a table of their own, chosen by the mark.
+
+The table ends in `unreachable default`: where the device is gone, marked packets are refused and never leave
+in the clear. All rules and routes carry our protocol number, by which leftovers of an earlier run are
+recognised; nothing else is ever touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+from pyroute2 import IPRoute
+from pyroute2.netlink.exceptions import NetlinkError
+
+from oepy.errors import OepyError
+from oepy.model import MARK_MASK, MARK_PRIVATE
+
+TABLE = 17733
+RULE_PRIORITY = 1773
+# With rp_filter in loose mode the kernel refuses whatever comes in by a device that has no IPv4 address at all
+# (fib_validate_source). So it gets the dummy address of RFC 7600 §4.8, in scope host: never a source.
+_DUMMY_ADDRESS = "192.0.0.8"
+PROTOCOL = 173  # rtnetlink's protocol number for our routes and rules; below 256, not in rt_protos
+_SCOPE_HOST = 254
+_METRIC_DEVICE = 100
+_METRIC_UNREACHABLE = 4_000_000
+_FAMILIES = (socket.AF_INET, socket.AF_INET6)
+_ABSENT = frozenset((errno.ENOENT, errno.ESRCH, errno.ENODEV))
+
+
+@contextlib.contextmanager
+def _netlink() -> Iterator[IPRoute]:
+    route = IPRoute()
+    try:
+        yield route
+    except NetlinkError as error:
+        if error.code == errno.EPERM:
+            raise OepyError("not permitted to change routes", "run as root (CAP_NET_ADMIN)") from error
+        raise OepyError(f"the kernel refused a route or rule: {error}") from error
+    finally:
+        route.close()
+
+
+def _families(route: IPRoute) -> list[int]:
+    """AF_INET, and AF_INET6 where the kernel has it."""
+    found: list[int] = []
+    for family in _FAMILIES:
+        try:
+            list(route.get_rules(family=family))
+        except NetlinkError as error:
+            if error.code not in (errno.EAFNOSUPPORT, errno.EOPNOTSUPP):
+                raise
+        else:
+            found.append(family)
+    return found
+
+
+def _without_absent(call: Any, *arguments: Any, **named: Any) -> None:
+    try:
+        call(*arguments, **named)
+    except NetlinkError as error:
+        if error.code not in _ABSENT:
+            raise
+
+
+def _our_rules(route: IPRoute, family: int) -> list[Any]:
+    return [
+        rule
+        for rule in route.get_rules(family=family)
+        if rule.get_attr("FRA_PROTOCOL") == PROTOCOL and rule.get_attr("FRA_TABLE") == TABLE
+    ]
+
+
+def set_up(device: str, mtu: int) -> None:
+    """Bring the device up and lead marked packets to it. Idempotent: what is right already stays, so that at
+    no moment a marked packet finds the main table. Raises OepyError."""
+    with _netlink() as route:
+        index = route.link_lookup(ifname=device)[0]
+        route.link("set", index=index, mtu=mtu, state="up", txqlen=1000)
+        route.addr("replace", index=index, address=_DUMMY_ADDRESS, prefixlen=32, scope=_SCOPE_HOST)
+        for family in _families(route):
+            common = {"family": family, "table": TABLE, "proto": PROTOCOL}
+            route.route("replace", dst="default", type="unreachable", priority=_METRIC_UNREACHABLE, **common)
+            route.route("replace", dst="default", oif=index, priority=_METRIC_DEVICE, **common)
+            if not _our_rules(route, family):
+                route.rule(
+                    "add",
+                    family=family,
+                    priority=RULE_PRIORITY,
+                    table=TABLE,
+                    fwmark=MARK_PRIVATE,
+                    fwmask=MARK_MASK,
+                    protocol=PROTOCOL,
+                )
+
+
+def tear_down() -> None:
+    """Remove all of our rules and routes. Only when nothing is marked any more."""
+    with _netlink() as route:
+        for family in _families(route):
+            for rule in _our_rules(route, family):
+                _without_absent(
+                    route.rule,
+                    "del",
+                    family=family,
+                    priority=rule.get_attr("FRA_PRIORITY"),
+                    table=TABLE,
+                    fwmark=MARK_PRIVATE,
+                    fwmask=MARK_MASK,
+                    protocol=PROTOCOL,
+                )
+            _without_absent(route.flush_routes, family=family, table=TABLE, proto=PROTOCOL)
