@@ -45,7 +45,7 @@ class ControlApi:
             "uptime": round(time.monotonic() - self._daemon.started, 3),
             "config": self._daemon.config.source,
             "reloads": self._daemon.reloads,
-            "datapath": self._daemon.datapath.name,
+            "datapath": self._daemon.datapath_name,
             "trap": type(self._daemon.trap).__name__,
             "device": self._daemon.config.device,
             "default_group": self._daemon.config.default_group.value,

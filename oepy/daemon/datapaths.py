@@ -39,3 +39,13 @@ class NoDatapath:
 
     async def stop(self) -> None:
         self._spis.clear()
+
+
+def open_datapath(config: Config, sockets: IkeSockets, on_ike: OnIke) -> tuple[str, Datapath]:
+    """The datapath of the configuration with its name; `auto` is the userland one, which this version has.
+    Its process reads the NAT-T sockets and hands IKE to `on_ike`."""
+    if config.datapath == "none":
+        return "none", NoDatapath()
+    from oepy.datapath.tun.datapath import TunDatapath
+
+    return "tun", TunDatapath(sockets.nat_t, on_ike, device=config.device)

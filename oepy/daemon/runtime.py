@@ -19,7 +19,7 @@ from oepy.control.server import ControlServer
 from oepy.daemon.addresses import own_addresses
 from oepy.daemon.admission import Admissions
 from oepy.daemon.api import ControlApi
-from oepy.daemon.datapaths import NoDatapath, open_datapath
+from oepy.daemon.datapaths import open_datapath
 from oepy.daemon.forecast import key_source
 from oepy.daemon.journal import Event, Journal
 from oepy.daemon.negotiator import Negotiator, Ports
@@ -37,8 +37,6 @@ from oepy.interfaces import DatapathEvent, Trap, TrapPolicy
 from oepy.keylog import KeyLog
 from oepy.keys import HostKey, fingerprint
 from oepy.model import (
-    IKE_PORT,
-    NAT_T_PORT,
     Endpoint,
     Flow,
     IpAddress,
@@ -47,11 +45,12 @@ from oepy.model import (
     Unreachable,
 )
 from oepy.policy import PolicyTable
-from oepy.udp import IkeSockets
+from oepy.udp import UdpSocket, open_ike_sockets
 
 LOOKUP_SECONDS = 12.0  # the DNS room bounds itself; this is the belt to its braces
 STOP_SECONDS = 1.5
 OWN_RECORD_SECONDS = 3.0
+READS_PER_WAKEUP = 64
 KEEP_BLOCKED_HINT = "lift it with `oepy guard remove`"
 
 
@@ -105,8 +104,8 @@ class Daemon:
             )
         self.keys = key_source(self.config)
         self.own = OwnRecords(self.keys, self.host_key.public, time.monotonic, self._own_changed)
-        self.sockets = IkeSockets.open()
-        self.datapath = open_datapath(self.config, self.sockets, self._on_ike)
+        self.sockets = open_ike_sockets()
+        self.datapath_name, self.datapath = open_datapath(self.config, self.sockets, self._on_ike)
         self.trap: Trap = open_trap(self.config)
         admissions = Admissions(self.keys, self.engine)
         self.negotiator = Negotiator(
@@ -132,7 +131,7 @@ class Daemon:
         self._control = ControlServer(ControlApi(self), self.config.socket)
         await self._control.start()
         self.trap.start(self._trap_policy(), self._on_trapped)
-        self.journal.add("started", datapath=self.datapath.name, key=fingerprint(self.host_key.public))
+        self.journal.add("started", datapath=self.datapath_name, key=fingerprint(self.host_key.public))
         self._spawn(self._learn_own_records())
 
     def _take_lock(self) -> None:
@@ -211,6 +210,8 @@ class Daemon:
         if hasattr(self, "datapath"):
             await self.datapath.stop()
         if hasattr(self, "sockets"):
+            for sock in self._all_sockets():
+                asyncio.get_running_loop().remove_reader(sock.fileno())
             self.sockets.close()
         if self._control is not None:
             await self._control.stop()
@@ -317,6 +318,16 @@ class Daemon:
     def _on_trapped(self, group: PolicyGroup, flow: Flow) -> None:
         self.feed(Trapped(group, flow, self.policy.match(flow).prefix))
 
+    def _all_sockets(self) -> tuple[UdpSocket, ...]:
+        return (*self.sockets.ike, *self.sockets.nat_t)
+
+    def _ike_readable(self, sock: UdpSocket) -> None:
+        for _ in range(READS_PER_WAKEUP):
+            datagram = self.sockets.receive(sock)
+            if datagram is None:
+                return
+            self._on_ike(datagram.data, datagram.local, datagram.remote)
+
     def _on_ike(self, data: bytes, local: Endpoint, remote: Endpoint) -> None:
         self.negotiator.receive(data, local, remote)
 
@@ -326,7 +337,10 @@ class Daemon:
         def step() -> None:
             self.trap.commit()
             for datagram in datagrams:
-                self.sockets.send(datagram.data, datagram.local, datagram.remote)
+                if datagram.keepalive:
+                    self.sockets.keepalive(datagram.local, datagram.remote)
+                else:
+                    self.sockets.send(datagram.data, datagram.local, datagram.remote)
 
         self.steps.do(step)
 
