@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Sequence
-from typing import ClassVar
 
-from oepy.interfaces import DatapathEvent
-from oepy.model import SaCounters, SaPair
+from oepy.config import Config
+from oepy.interfaces import Datapath, DatapathEvent
+from oepy.model import Endpoint, SaCounters, SaPair
+from oepy.udp import IkeSockets
+
+OnIke = Callable[[bytes, Endpoint, Endpoint], None]
 
 
 class NoDatapath:
     """`datapath: none`: negotiates and installs nothing, for measuring IKE. Protected packets go nowhere."""
-
-    name: ClassVar[str] = "none"
 
     def __init__(self) -> None:
         self._spis: set[int] = set()

@@ -124,10 +124,10 @@ class Daemon:
             ),
         )
         await self.datapath.start(self._on_datapath_event)
-        self.sockets.serve(
-            self._on_ike,
-            ports=(IKE_PORT, NAT_T_PORT) if isinstance(self.datapath, NoDatapath) else (IKE_PORT,),
-        )
+        # Port 4500 is read by the datapath process, where there is one.
+        read_here = self.sockets.ike if self.datapath_name != "none" else self._all_sockets()
+        for sock in read_here:
+            asyncio.get_running_loop().add_reader(sock.fileno(), self._ike_readable, sock)
         self._control = ControlServer(ControlApi(self), self.config.socket)
         await self._control.start()
         self.trap.start(self._trap_policy(), self._on_trapped)
