@@ -7,7 +7,6 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from oepy.daemon.addresses import source_towards
 from oepy.daemon.admission import Admissions, Offer
 from oepy.daemon.own import OwnRecords
 from oepy.engine.messages import (
@@ -43,6 +42,7 @@ class Ports:
     report: Callable[..., None]
     allocate_spi: Callable[[], int]
     monotonic: Callable[[], float]
+    source_towards: Callable[[IpAddress], IpAddress | None]
     log_ike_keys: Callable[[ike.IkeKeys], None]
 
 
@@ -85,7 +85,7 @@ class Negotiator:
         gateway = action.gateway
         local = action.source
         if local is None or local.version != gateway.version or not self._is_ours(local):
-            local = source_towards(gateway)
+            local = self._ports.source_towards(gateway)
         if local is None:
             self._cancelled.discard(action.attempt)
             self._ports.feed(

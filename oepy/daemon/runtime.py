@@ -11,43 +11,32 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from oepy import config as configuration
 from oepy.config import Config
 from oepy.control.server import ControlServer
 from oepy.daemon.addresses import own_addresses
-from oepy.daemon.admission import Admissions
 from oepy.daemon.api import ControlApi
+from oepy.daemon.core import Core, Surroundings, engine_settings
 from oepy.daemon.datapaths import open_datapath
 from oepy.daemon.forecast import key_source
 from oepy.daemon.journal import Event, Journal
-from oepy.daemon.negotiator import Negotiator, Ports
-from oepy.daemon.own import OwnRecord, OwnRecords
-from oepy.daemon.steps import Steps
 from oepy.daemon.traps import open_trap
-from oepy.engine import Engine, EngineSettings
 from oepy.engine import messages as engine_messages
-from oepy.engine.messages import Action, Input, LookupDone, Tick, Trapped, TunnelDown, UnknownSpi
 from oepy.errors import ConfigError, OepyError
-from oepy.ike.endpoint import IkeEndpoint
-from oepy.ike.events import Datagram, IkeKeys
+from oepy.ike.events import Datagram
 from oepy.ike.settings import IkeSettings
-from oepy.interfaces import DatapathEvent, Trap, TrapPolicy
+from oepy.interfaces import TrapPolicy
 from oepy.keylog import KeyLog
 from oepy.keys import HostKey, fingerprint
 from oepy.model import (
-    Endpoint,
-    Flow,
     IpAddress,
     PeerIdentity,
-    PolicyGroup,
-    Unreachable,
 )
 from oepy.policy import PolicyTable
 from oepy.udp import UdpSocket, open_ike_sockets
 
-LOOKUP_SECONDS = 12.0  # the DNS room bounds itself; this is the belt to its braces
 STOP_SECONDS = 1.5
 OWN_RECORD_SECONDS = 3.0
 READS_PER_WAKEUP = 64
@@ -60,33 +49,24 @@ _FIXED = (
 )
 
 
-class Daemon:
+class Daemon(Core):
     """`start`, then `run_until_stopped`, then `stop`."""
 
     def __init__(self, config: Config, config_path: str | None, log: Callable[[Event], None]) -> None:
         self.config = config
         self._config_path = config_path
         self.started = time.monotonic()
-        self.journal = Journal(time.time, log)
-        self.policy = PolicyTable(config.rules, config.default_group)
-        self.engine = Engine(self._engine_settings())
-        self.steps = Steps(self._internal_error)
+        super().__init__(
+            PolicyTable(config.rules, config.default_group),
+            Journal(time.time, log),
+            insecure_keys=config.insecure_keys,
+            block=config.after_failed_ike_blocks,
+        )
         self._stop = asyncio.Event()
         self.reloads = 0
         self.ready = False
-        self._timer: asyncio.TimerHandle | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
         self._lock: IO[str] | None = None
         self._control: ControlServer | None = None
-
-    def _engine_settings(self) -> EngineSettings:
-        policy = self.policy
-
-        def group_of(address: IpAddress) -> tuple[PolicyGroup, str]:
-            match = policy.match_address(address)
-            return match.group, match.prefix
-
-        return EngineSettings(group_of, self.config.insecure_keys, self.config.after_failed_ike_blocks)
 
     # ------------------------------------------------------------ life
 
@@ -102,35 +82,29 @@ class Daemon:
                 reason=f"secrets of every tunnel are written to {self.config.key_log}; "
                 "remove debug.key_log from the configuration when done",
             )
-        self.keys = key_source(self.config)
-        self.own = OwnRecords(self.keys, self.host_key.public, time.monotonic, self._own_changed)
         self.sockets = open_ike_sockets()
-        self.datapath_name, self.datapath = open_datapath(self.config, self.sockets, self._on_ike)
-        self.trap: Trap = open_trap(self.config)
-        admissions = Admissions(self.keys, self.engine)
-        self.negotiator = Negotiator(
-            IkeEndpoint(self._ike_settings(), os.urandom),
-            self.host_key,
-            self.config.identity,
-            self.own,
-            admissions,
-            Ports(
-                feed=self.feed,
-                send=self._send,
-                report=self.journal.add,
-                allocate_spi=self.datapath.allocate_spi,
+        self.datapath_name, datapath = open_datapath(self.config, self.sockets, self.on_ike)
+        self.wire(
+            Surroundings(
+                keys=key_source(self.config),
+                trap=open_trap(self.config),
+                datapath=datapath,
+                send=self._send_datagram,
                 monotonic=time.monotonic,
-                log_ike_keys=self._log_ike_keys,
-            ),
+                host_key=self.host_key,
+                identity=self.config.identity,
+                ike_settings=self._ike_settings(),
+                key_log=self.key_log,
+            )
         )
-        await self.datapath.start(self._on_datapath_event)
+        await self.datapath.start(self.on_datapath_event)
         # Port 4500 is read by the datapath process, where there is one.
         read_here = self.sockets.ike if self.datapath_name != "none" else self._all_sockets()
         for sock in read_here:
             asyncio.get_running_loop().add_reader(sock.fileno(), self._ike_readable, sock)
         self._control = ControlServer(ControlApi(self), self.config.socket)
         await self._control.start()
-        self.trap.start(self._trap_policy(), self._on_trapped)
+        self.trap.start(self._trap_policy(), self.on_trapped)
         self.journal.add("started", datapath=self.datapath_name, key=fingerprint(self.host_key.public))
         self._spawn(self._learn_own_records())
 
@@ -172,15 +146,6 @@ class Daemon:
         self.ready = True
         _notify_systemd("READY=1")
 
-    def _own_changed(self, record: OwnRecord) -> None:
-        self.journal.add(
-            "own-record",
-            alert=record.state == "mismatch",
-            subject=record.subject,
-            state=record.state,
-            reason=record.reason,
-        )
-
     async def run_until_stopped(self) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -191,14 +156,7 @@ class Daemon:
     async def stop(self) -> None:
         """Deletes to everyone; then rules, routes and devices go. `private` stays blocked by the guard."""
         _notify_systemd("STOPPING=1")
-        if hasattr(self, "negotiator"):
-            count = await self.negotiator.shutdown(STOP_SECONDS)
-            await self.steps.idle()
-            self.journal.add("stopping", tunnels=count)
-        for task in list(self._tasks):
-            task.cancel()
-        if self._timer is not None:
-            self._timer.cancel()
+        await self.unwire(STOP_SECONDS)
         if hasattr(self, "trap"):
             guard = any(rule.group.fails_closed for rule in self.config.rules)
             guard = guard or self.config.default_group.fails_closed
@@ -230,7 +188,9 @@ class Daemon:
             return
         self.config = config
         self.policy = PolicyTable(config.rules, config.default_group)
-        self.engine.settings = self._engine_settings()
+        self.engine.settings = engine_settings(
+            self.policy, config.insecure_keys, config.after_failed_ike_blocks
+        )
         self.trap.reload(self._trap_policy())
         self.feed(engine_messages.Reloaded())
         self.reloads += 1
@@ -243,81 +203,6 @@ class Daemon:
             problems = [f"{name} changed: restart the daemon for it" for name in changed]
             raise ConfigError(config.source, problems)
 
-    def _spawn(self, work: Any) -> None:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._task_done)
-
-    def _task_done(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and isinstance(error := task.exception(), Exception):
-            self._internal_error(error)
-
-    def _internal_error(self, error: Exception) -> None:
-        self.journal.add("internal-error", alert=True, reason=f"{type(error).__name__}: {error}")
-        asyncio.get_running_loop().call_exception_handler(
-            {"message": "a step of the daemon failed", "exception": error}
-        )
-
-    # ------------------------------------------------------------ engine in, actions out
-
-    def feed(self, message: Input) -> None:
-        for action in self.engine.handle(message, time.monotonic()):
-            self.steps.do(lambda action=action: self._act(action))  # type: ignore[misc]
-        self._arm()
-
-    def _arm(self) -> None:
-        when = self.engine.next_timer()
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if when is not None:
-            delay = max(when - time.monotonic(), 0.0)
-            self._timer = asyncio.get_running_loop().call_later(delay, self.feed, Tick())
-
-    def _act(self, action: Action) -> Any:
-        """Carry out one action; what is returned is awaited before the next."""
-        match action:
-            case engine_messages.Decide(group, destination, verdict, lifetime):
-                self.trap.decide(group, destination, verdict, lifetime)
-            case engine_messages.Forget(group, destination):
-                self.trap.forget([(group, destination)])
-            case engine_messages.StartLookup(destination):
-                self._spawn(self._look_up(destination))
-            case engine_messages.StartIke():
-                self.negotiator.start(action)
-            case engine_messages.CancelIke(attempt):
-                self.negotiator.cancel(attempt)
-            case engine_messages.Install(pair, outbound):
-                if self.key_log is not None:
-                    self.key_log.child(pair)
-                return self.datapath.install(pair, outbound=outbound)
-            case engine_messages.Remove(spi_in):
-                return self.datapath.remove(spi_in)
-            case engine_messages.CloseTunnel(spi_in, _):
-                self.negotiator.close(spi_in)
-            case engine_messages.ReadCounters(spis):
-                self._spawn(self._read_counters(spis))
-            case engine_messages.Report(event, fields, alert):
-                self.journal.add(event, alert, **fields)
-        return None
-
-    async def _look_up(self, destination: IpAddress) -> None:
-        try:
-            async with asyncio.timeout(LOOKUP_SECONDS):
-                answer = await self.keys.peer_keys(destination)
-        except TimeoutError:
-            answer = Unreachable(str(destination), "", 0, "the lookup took too long", LOOKUP_SECONDS)
-        self.feed(LookupDone(destination, answer))
-
-    async def _read_counters(self, spis: tuple[int, ...]) -> None:
-        self.feed(engine_messages.Counters(await self.datapath.counters(spis)))
-
-    # ------------------------------------------------------------ from the rooms
-
-    def _on_trapped(self, group: PolicyGroup, flow: Flow) -> None:
-        self.feed(Trapped(group, flow, self.policy.match(flow).prefix))
-
     def _all_sockets(self) -> tuple[UdpSocket, ...]:
         return (*self.sockets.ike, *self.sockets.nat_t)
 
@@ -326,51 +211,13 @@ class Daemon:
             datagram = self.sockets.receive(sock)
             if datagram is None:
                 return
-            self._on_ike(datagram.data, datagram.local, datagram.remote)
+            self.on_ike(datagram.data, datagram.local, datagram.remote)
 
-    def _on_ike(self, data: bytes, local: Endpoint, remote: Endpoint) -> None:
-        self.negotiator.receive(data, local, remote)
-
-    def _send(self, datagrams: list[Datagram]) -> None:
-        """After everything that must be in place before the peer hears of it."""
-
-        def step() -> None:
-            self.trap.commit()
-            for datagram in datagrams:
-                if datagram.keepalive:
-                    self.sockets.keepalive(datagram.local, datagram.remote)
-                else:
-                    self.sockets.send(datagram.data, datagram.local, datagram.remote)
-
-        self.steps.do(step)
-
-    def _log_ike_keys(self, event: IkeKeys) -> None:
-        if self.key_log is not None:
-            self.key_log.ike(event)
-
-    def _on_datapath_event(self, event: DatapathEvent) -> None:
-        match event.kind:
-            case "unknown-spi" if event.peer is not None:
-                self.feed(UnknownSpi(event.peer))
-            case "soft-expire":
-                self.negotiator.rekey(event.spi)
-            case "hard-expire":
-                self.negotiator.close(event.spi)
-            case "failed":
-                self._spawn(self._datapath_failed(event.detail))
-            case _:
-                self.journal.add(event.kind, spi_in=f"{event.spi:08x}", peer=event.peer and str(event.peer))
-
-    async def _datapath_failed(self, detail: str) -> None:
-        """Sequence numbers are gone with the process, and an AEAD must never see one twice: all tunnels end
-        and are negotiated anew."""
-        self.journal.add("datapath-failed", alert=True, reason=detail)
-        for spi_in in list(self.engine.pairs):
-            self.negotiator.close(spi_in)
-            self.feed(TunnelDown(spi_in, "the datapath process ended"))
-        await self.steps.idle()
-        await self.datapath.start(self._on_datapath_event)
-        self.journal.add("datapath-restarted", alert=True, reason="packets are trapped again")
+    def _send_datagram(self, datagram: Datagram) -> None:
+        if datagram.keepalive:
+            self.sockets.keepalive(datagram.local, datagram.remote)
+        else:
+            self.sockets.send(datagram.data, datagram.local, datagram.remote)
 
 
 def _load_or_make_key(path: Path, journal: Journal) -> HostKey:
