@@ -20,7 +20,9 @@ from oepy.ike.crypto import prf
 from oepy.keys import from_public_key
 from oepy.model import PublicKey, Secret
 
-PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | ed448.Ed448PrivateKey
+PrivateKey = (
+    rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | ed448.Ed448PrivateKey
+)
 
 _KEY_PAD = b"Key Pad for IKEv2"
 MAX_KEYS_TRIED = 16
@@ -136,7 +138,9 @@ def _pack(identifier: bytes, signature: bytes) -> bytes:
     return bytes((len(identifier),)) + identifier + signature
 
 
-def _sign_ecdsa(key: ec.EllipticCurvePrivateKey, data: bytes, peer_hashes: Collection[int]) -> tuple[int, bytes]:
+def _sign_ecdsa(
+    key: ec.EllipticCurvePrivateKey, data: bytes, peer_hashes: Collection[int]
+) -> tuple[int, bytes]:
     methods = {
         256: (HashId.SHA2_256, AuthMethod.ECDSA_256),
         384: (HashId.SHA2_384, AuthMethod.ECDSA_384),
@@ -220,10 +224,14 @@ def _verify_ecdsa(key: ec.EllipticCurvePublicKey, method: int, auth: bytes, octe
         identifier, signature = _unpack(method, auth)
         hash_id = _ECDSA_IDENTIFIERS.get(identifier)
     else:
-        hash_id = next((h for (m, bits), h in fixed.items() if m == method and bits == key.curve.key_size), None)
+        hash_id = next(
+            (h for (m, bits), h in fixed.items() if m == method and bits == key.curve.key_size), None
+        )
         if len(auth) != 2 * size:
             return False
-        signature = encode_dss_signature(int.from_bytes(auth[:size], "big"), int.from_bytes(auth[size:], "big"))
+        signature = encode_dss_signature(
+            int.from_bytes(auth[:size], "big"), int.from_bytes(auth[size:], "big")
+        )
     if hash_id is None:
         return False
     try:
