@@ -4,10 +4,11 @@ and the choice between two proposals.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from oepy.errors import UsageError
-from oepy.ike.payload_sa import PROTOCOL_ESP, PROTOCOL_IKE, Proposal, Transform, TransformType
+from oepy.ike.payload_sa import Proposal, Transform, TransformType
 from oepy.model import EspSuite
 
 ENCR_NULL = 11
@@ -133,57 +134,44 @@ def parse_ike_proposal(text: str) -> Offer:
     return offer
 
 
-@dataclass(frozen=True, slots=True)
-class EspOffer:
-    """One ESP suite that we would take, with the groups for perfect forward secrecy in CREATE_CHILD_SA
-    (empty: none, the keys then come from the IKE SA alone)."""
-
-    suite: EspSuite
-    groups: tuple[str, ...] = ("x25519", "ecp256", "ecp384")
-
-
-def parse_esp_proposal(text: str) -> tuple[EspOffer, ...]:
-    """`aes256gcm16-x25519-esn-noesn`; ESN is wanted unless only `noesn` is written. Raises UsageError."""
-    encryption: list[str] = []
-    integrity: list[str] = []
-    groups: list[str] = []
-    esn: list[bool] = []
+def parse_esp_proposal(text: str) -> Offer:
+    """`aes256gcm16-x25519-esn-noesn`; both are offered unless `esn` or `noesn` is written. Groups are for
+    CREATE_CHILD_SA; without one there is no forward secrecy beyond the IKE SA's. Raises UsageError."""
+    encryption, integrity, groups, esn = [], [], [], []
     for part in _split(text):
         if part in ENCRYPTIONS:
-            encryption.append(part)
+            encryption.append(ENCRYPTIONS[part])
         elif part in INTEGRITIES:
-            integrity.append(part)
+            integrity.append(INTEGRITIES[part])
         elif part in GROUPS:
-            groups.append(part)
+            groups.append(GROUPS[part])
         elif part in ("esn", "noesn"):
-            esn.append(part == "esn")
+            esn.append(ESN_YES if part == "esn" else ESN_NO)
         elif part not in PRFS:
             raise UsageError(f"ESP proposal {text!r}: {part!r} is no algorithm known here")
-    offers = []
-    for cipher in encryption:
-        aead = ENCRYPTIONS[cipher].id in AEADS
-        if not aead and not integrity:
-            raise UsageError(f"ESP proposal {text!r}: {cipher} needs an integrity algorithm")
-        for mac in [""] if aead else integrity:
-            offers += [
-                EspOffer(EspSuite(cipher, mac, number), tuple(groups)) for number in esn or [True, False]
-            ]
-    if not offers:
+    aeads = [transform for transform in encryption if transform.id in AEADS]
+    if not encryption:
         raise UsageError(f"ESP proposal {text!r} names no encryption algorithm")
-    return tuple(offers)
+    if aeads and (len(aeads) != len(encryption) or integrity):
+        raise UsageError(f"ESP proposal {text!r}: an AEAD goes without integrity and without other ciphers")
+    if not aeads and not integrity:
+        raise UsageError(
+            f"ESP proposal {text!r}: {transform_name(encryption[0])} needs an integrity algorithm"
+        )
+    offer: Offer = {TransformType.ENCR: tuple(encryption)}
+    if integrity:
+        offer[TransformType.INTEG] = tuple(integrity)
+    if groups:
+        offer[TransformType.KE] = tuple(groups)
+    offer[TransformType.ESN] = tuple(esn) or (ESN_YES, ESN_NO)
+    return offer
 
 
-def esp_offer(offer: EspOffer, *, groups: bool) -> Offer:
-    result: Offer = {TransformType.ENCR: (ENCRYPTIONS[offer.suite.encryption],)}
-    if offer.suite.integrity:
-        result[TransformType.INTEG] = (INTEGRITIES[offer.suite.integrity],)
-    if groups and offer.groups:
-        result[TransformType.KE] = tuple(GROUPS[name] for name in offer.groups)
-    result[TransformType.ESN] = (ESN_YES if offer.suite.esn else ESN_NO,)
-    return result
+def without_groups(offer: Offer) -> Offer:
+    return {kind: transforms for kind, transforms in offer.items() if kind is not TransformType.KE}
 
 
-def to_proposals(offers: list[Offer], protocol: int, spi: bytes) -> tuple[Proposal, ...]:
+def to_proposals(offers: Sequence[Offer], protocol: int, spi: bytes) -> tuple[Proposal, ...]:
     return tuple(
         Proposal(number, protocol, spi, tuple(t for kind in offer.values() for t in kind))
         for number, offer in enumerate(offers, 1)
@@ -204,7 +192,7 @@ class Chosen:
 
 
 def choose(
-    offers: list[Offer], peer: tuple[Proposal, ...], protocol: int, *, prefer_group: int = 0
+    offers: Sequence[Offer], peer: tuple[Proposal, ...], protocol: int, *, prefer_group: int = 0
 ) -> Chosen | None:
     """The best of ours that the peer proposes too. `prefer_group`: among the acceptable key exchanges take
     this one if it is proposed, for it is the one whose share the peer already sent."""
@@ -236,7 +224,7 @@ def _match(offer: Offer, proposal: Proposal, prefer_group: int) -> dict[int, Tra
     return chosen
 
 
-def accepted(offers: list[Offer], answer: tuple[Proposal, ...], protocol: int) -> Chosen | None:
+def accepted(offers: Sequence[Offer], answer: tuple[Proposal, ...], protocol: int) -> Chosen | None:
     """What the responder chose, if it is exactly one transform a type out of one proposal of ours."""
     if len(answer) != 1 or answer[0].protocol != protocol:
         return None
@@ -262,6 +250,15 @@ def ike_suite(chosen: Chosen) -> IkeSuite:
     )
 
 
+def esp_suite(chosen: Chosen) -> EspSuite:
+    names = {kind: transform_name(transform) for kind, transform in chosen.transforms.items()}
+    return EspSuite(
+        names[TransformType.ENCR],
+        names.get(TransformType.INTEG, ""),
+        esn=chosen.transforms[TransformType.ESN].id == 1,
+    )
+
+
 DEFAULT_IKE = (
     "aes256gcm16-chacha20poly1305-aes128gcm16-prfsha256-prfsha384-prfsha512-x25519-ecp256-ecp384",
     "aes256-aes128-sha256-sha384-sha512-prfsha256-prfsha384-prfsha512-x25519-ecp256-ecp384",
@@ -270,5 +267,3 @@ DEFAULT_ESP = (
     "aes128gcm16-aes256gcm16-chacha20poly1305-x25519-ecp256-ecp384-esn-noesn",
     "aes256-aes128-sha256-sha512-x25519-ecp256-ecp384-esn-noesn",
 )
-
-__all__ = ["PROTOCOL_ESP", "PROTOCOL_IKE", "Chosen", "EspOffer", "IkeSuite", "Offer", "accepted", "choose"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from oepy.ike.algorithms import EspOffer
+from oepy.ike.algorithms import Offer
 from oepy.model import (
     Authenticated,
     Endpoint,
@@ -98,7 +98,7 @@ class Narrowed:
 
     local_ts: tuple[TrafficSelector, ...]
     remote_ts: tuple[TrafficSelector, ...]
-    offers: tuple[EspOffer, ...] | None = None
+    offers: tuple[Offer, ...] | None = None
     connection: str = ""
 
 

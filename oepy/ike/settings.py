@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from oepy.ike.algorithms import (
-    DEFAULT_ESP,
-    DEFAULT_IKE,
-    EspOffer,
-    Offer,
-    parse_esp_proposal,
-    parse_ike_proposal,
-)
+from oepy.ike.algorithms import DEFAULT_ESP, DEFAULT_IKE, Offer, parse_esp_proposal, parse_ike_proposal
 from oepy.model import Endpoint, PeerIdentity, PublicKey, Secret, TrafficSelector
 
 
@@ -29,8 +22,8 @@ def default_ike_offers() -> tuple[Offer, ...]:
     return tuple(parse_ike_proposal(text) for text in DEFAULT_IKE)
 
 
-def default_esp_offers() -> tuple[EspOffer, ...]:
-    return tuple(offer for text in DEFAULT_ESP for offer in parse_esp_proposal(text))
+def default_esp_offers() -> tuple[Offer, ...]:
+    return tuple(parse_esp_proposal(text) for text in DEFAULT_ESP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +50,7 @@ class IkeSettings:
     allow_null_initiator: bool = True
     allow_sha1: bool = False  # accept method 1 (RSA) over SHA-1
     ike_offers: tuple[Offer, ...] = field(default_factory=default_ike_offers)
-    esp_offers: tuple[EspOffer, ...] = field(default_factory=default_esp_offers)
+    esp_offers: tuple[Offer, ...] = field(default_factory=default_esp_offers)
     lifetimes: Lifetimes = Lifetimes()
     handshake: Retransmission = Retransmission()
     established: Retransmission = Retransmission(0.5, 1.8, 20.0)
@@ -73,6 +66,7 @@ class IkeSettings:
     ike_port: int = 500
     nat_t_port: int = 4500
     keepalive_interval: float = 20.0
+    fragment_size: int = 1200  # IKE messages longer than this are fragmented (RFC 7383), where the peer can
     key_log: bool = False
 
 
@@ -93,7 +87,7 @@ class Initiate:
     identity: PeerIdentity | None = None  # None: the settings', else our address
     expected_identity: PeerIdentity | None = None
     ike_offers: tuple[Offer, ...] | None = None
-    esp_offers: tuple[EspOffer, ...] | None = None
+    esp_offers: tuple[Offer, ...] | None = None
     initial_contact: bool = True
     retransmission: Retransmission | None = None
     authenticated_by: str = "dns"  # how remote_keys were learnt: dns | manual
