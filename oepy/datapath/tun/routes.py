@@ -21,7 +21,7 @@ from oepy.model import MARK_MASK, MARK_PRIVATE
 
 TABLE = 17733
 RULE_PRIORITY = 1773
-# With rp_filter in loose mode the kernel refuses whatever comes in by a device that has no IPv4 address at all
+# With rp_filter in loose mode the kernel refuses whatever comes in by a device without any IPv4 address
 # (fib_validate_source). So it gets the dummy address of RFC 7600 §4.8, in scope host: never a source.
 _DUMMY_ADDRESS = "192.0.0.8"
 PROTOCOL = 173  # rtnetlink's protocol number for our routes and rules; below 256, not in rt_protos
