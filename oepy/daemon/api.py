@@ -115,8 +115,12 @@ class ControlApi:
                 counters = await self._daemon.datapath.counters([spi])
                 sa = views.sa_view(pair, next(iter(counters), None), since, time.monotonic())
             held = self._daemon.trap.held().get(entry.key, 0)
-            session = self._daemon.negotiator.endpoint.session_info(sa and int(sa["spi_in"], 16))
-            data = views.explanation(entry, held, time.monotonic(), sa, session)
+            session = self._daemon.negotiator.session_with(entry.tunnels[-1].spi_in) if sa else None
+            ike = None
+            if session is not None:
+                ike = {"state": session.state, "algorithms": session.suite, "peer_id": str(session.identity)}
+                ike["last_error"] = session.last_error or entry.last_error
+            data = views.explanation(entry, held, time.monotonic(), sa, ike)
         where = "own traffic and forwarded" if destination not in own_addresses() else "own address: never"
         data["trap"] = f"{type(self._daemon.trap).__name__}, {where}"
         return data

@@ -20,7 +20,7 @@ from oepy.engine.messages import (
 )
 from oepy.ike import events as ike
 from oepy.ike.authentication import sign_auth
-from oepy.ike.endpoint import IkeEndpoint
+from oepy.ike.endpoint import IkeEndpoint, SessionInfo
 from oepy.ike.settings import Initiate
 from oepy.keys import HostKey
 from oepy.model import IKE_PORT, Endpoint, IpAddress, TrafficSelector
@@ -129,7 +129,7 @@ class Negotiator:
                 self._cancelled.clear()
             return
         self._attempt_of.pop(session, None)
-        self.endpoint.abandon(session, self._ports.monotonic())
+        self.endpoint.terminate(session, self._ports.monotonic())
         self.pump()
 
     def close(self, spi_in: int) -> None:
@@ -144,17 +144,26 @@ class Negotiator:
     async def shutdown(self, seconds: float) -> int:
         """Send Deletes to everyone, wait a little for the answers. Returns how many sessions there were."""
         now = self._ports.monotonic()
-        count = self.endpoint.terminate_all(now)
+        sessions = self.endpoint.sessions()
+        for info in sessions:
+            self.endpoint.terminate(info.session, now)
         self.pump()
         deadline = now + seconds
         # A bounded wait, once in the daemon's life: not worth an event.
-        while self.endpoint.session_count() and self._ports.monotonic() < deadline:  # noqa: ASYNC110
+        while self.endpoint.sessions() and self._ports.monotonic() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         for task in list(self._tasks):
             task.cancel()
         if self._timer is not None:
             self._timer.cancel()
-        return count
+        return len(sessions)
+
+    def session_with(self, spi_in: int) -> SessionInfo | None:
+        """The IKE SA that this CHILD SA belongs to."""
+        for info in self.endpoint.sessions():
+            if any(child.spi_in == spi_in for child in info.children):
+                return info
+        return None
 
     # ------------------------------------------------------------ what the endpoint wants
 
