@@ -346,16 +346,16 @@ class Engine:
         return entries
 
     def _became_private(self, entry: Entry, pair: SaPair, message: TunnelUp, now: float) -> Iterator[Action]:
-        if entry.attempt and entry.attempt != message.attempt:
-            # The peer was faster: our own attempt ends by itself or is settled by the tie-break of IKE.
-            self._by_attempt.pop(entry.attempt, None)
-            yield CancelIke(entry.attempt)
+        # An attempt of our own that still runs is not called off: the peer may be about to call off the one
+        # that we now use. IKE ranks the two tunnels alike on both sides and lets one go.
         waiting = self._lookups.get(entry.destination)
         if waiting:
             waiting.discard(entry.key)
         if entry.state is State.NEGOTIATING:
             entry.ike_seconds = now - entry.since
-        entry.attempt, entry.failures, entry.last_error = 0, 0, ""
+        entry.failures, entry.last_error = 0, ""
+        if entry.attempt == message.attempt:
+            entry.attempt = 0
         entry.move(State.PRIVATE, f"{pair.suite} with {pair.remote.address}", now)
         entry.expires = None
         self.counts["private"] += 1
