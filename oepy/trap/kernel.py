@@ -51,6 +51,11 @@ def load(text: str) -> None:
     raise OepyError(f"nft refused the rules: {reason}", "the kernel needs nf_tables with fib and ct (inet)")
 
 
+def current_namespace() -> str:
+    """Names the calling thread's network namespace."""
+    return os.readlink("/proc/thread-self/ns/net")
+
+
 def open_socket() -> socket.socket:
     """A netfilter netlink socket of the calling thread's network namespace."""
     try:
@@ -176,7 +181,8 @@ class QueueSocket:
         try:
             exchange(self._socket, queue.bind(number) + queue.configure(number, max_length))
         except NetlinkRefused as refused:
-            if refused.errno == errno.EBUSY:
+            # EPERM: a queue of another socket; that we may use queues at all, _force has shown
+            if refused.errno in (errno.EBUSY, errno.EPERM):
                 raise OepyError(
                     f"packet queue {number} is taken", "stop the oepy that runs already (`oepy status`)"
                 ) from refused

@@ -51,7 +51,13 @@ class _Running:
     tables: kernel.Tables
     packets: kernel.QueueSocket
     kernel_counters: TextIO
+    namespace: str
     sweep: asyncio.TimerHandle | None = None
+
+    def check_namespace(self) -> None:
+        """`nft` works where the calling thread is; that must be where the sockets are."""
+        if kernel.current_namespace() != self.namespace:
+            raise MisuseError("the trap is used from another network namespace than it was started in")
 
     def close(self) -> None:
         self.loop.remove_reader(self.packets.fileno())
@@ -134,10 +140,12 @@ class NfqueueTrap:
             changer.refuse_foreign()
             packets = kernel.QueueSocket(self._queues, QUEUE_MAX_LENGTH)
             undo.callback(packets.close)
-            kernel_counters = undo.enter_context(
-                Path("/proc/thread-self/net/netfilter/nfnetlink_queue").open()
-            )
+            kernel_counters = undo.enter_context(_QUEUE_COUNTERS.open())
+            namespace = kernel.current_namespace()
+            leftovers = changer.any_table()
             kernel.load(ruleset.replacing_all())
+            # Without queues the trap cannot work: then back to shut, where it was not open before
+            undo.callback(_close_again, policy, leftovers)
             changer.insert_queue_rules(*self._queues)
             undo.pop_all()
         self._running = _Running(
@@ -149,6 +157,7 @@ class NfqueueTrap:
             tables=changer,
             packets=packets,
             kernel_counters=kernel_counters,
+            namespace=namespace,
         )
         loop.add_reader(packets.fileno(), self._readable)
         self._running.sweep = loop.call_later(SWEEP_SECONDS, self._sweep)
@@ -208,6 +217,7 @@ class NfqueueTrap:
         held for it dropped (the next one is sorted anew). Blocks while nft works: about 0.1 s for 1,000
         prefixes."""
         running = self._require()
+        running.check_namespace()
         self._flush()
         ruleset = Ruleset(policy)
         kernel.load(ruleset.replacing(running.ruleset))
@@ -228,6 +238,7 @@ class NfqueueTrap:
         running = self._running
         if running is None:
             return
+        running.check_namespace()
         _close_again(running.policy, guard)
         running.close()
         self._running = None
@@ -365,6 +376,7 @@ class NfqueueTrap:
         running = self._running
         if running is None:
             return
+        running.check_namespace()
         kernel.load(running.ruleset.replacing_all())
         running.tables.insert_queue_rules(*self._queues)
         self._commit(running, self._decided.all_elements())
