@@ -86,11 +86,8 @@ def run(
                     _say(f"ready after {time.monotonic() - started:.1f} s")
                     click.secho(_HEADER, bold=True)
                     rows, private = demo.run_demo(
-                        network, capture, on_row=_print_row, say=_say, private_seconds=private_seconds
+                        network, capture, on_row=_print_row, say=_say, seconds=private_seconds
                     )
-                    _say("\nwhy, in full, for one of them (oepy explain):")
-                    for line in demo.story(network.hosts["alpha"], network.hosts["impostor"].plan.v4):
-                        _say("  " + line)
             finally:
                 if keep_logs is not None:
                     _copy_logs(directory, keep_logs)

@@ -107,6 +107,16 @@ def between(packets: list[Packet], one: str, other: str) -> Counter[str]:
     return Counter(packet.kind for packet in packets if {packet.source, packet.destination} == pair)
 
 
+def clear_between(packets: list[Packet], one: str, other: str) -> list[Packet]:
+    pair = {ip_address(one), ip_address(other)}
+    return [p for p in packets if p.kind == "clear" and {p.source, p.destination} == pair]
+
+
+def describe_packet(packet: Packet) -> str:
+    ports = f" {packet.source_port} → {packet.destination_port}" if packet.source_port else ""
+    return f"{packet.source} → {packet.destination}, protocol {packet.protocol}{ports}"
+
+
 def run_row(network: LabNetwork, capture: Capture, source: str, destination: str, version: int) -> Row:
     row = Row(source, destination, version, EXPECTED[source, destination])
     host, target = network.hosts[source], network.hosts[destination]
@@ -249,7 +259,10 @@ def run_private(
         counts = [process.communicate(timeout=10)[0].split() for process in knockers]
     until = time.time()
     packets = [packet for packet in capture.packets() if since <= packet.time <= until]
-    clear = sum(between(packets, alpha.address(v), beta.address(v))["clear"] for v in (4, 6))
+    leaked = [packet for v in (4, 6) for packet in clear_between(packets, alpha.address(v), beta.address(v))]
+    for packet in leaked[:10]:
+        step(f"IN THE CLEAR at {packet.time - started:.3f} s: {describe_packet(packet)}")
+    clear = len(leaked)
     sent, answers = sum(int(c[0]) for c in counts), sum(int(c[1]) for c in counts)
     step(f"{sent} packets and connections tried, {answers} answered, {clear} packets in the clear")
     beta.start_daemon()
@@ -271,7 +284,7 @@ def run_demo(
     *,
     on_row: Callable[[Row], None],
     say: Callable[[str], None],
-    private_seconds: float = PRIVATE_SECONDS,
+    seconds: float = PRIVATE_SECONDS,
 ) -> tuple[list[Row], PrivateResult]:
     rows = []
     for source in SOURCES:
@@ -282,7 +295,11 @@ def run_demo(
                 row = run_row(network, capture, source, destination, version)
                 rows.append(row)
                 on_row(row)
-    return rows, run_private(network, capture, private_seconds, say)
+    say("\nwhy, in full, for one of them (oepy explain):")
+    for line in story(network.hosts["alpha"], network.hosts["impostor"].plan.v4):
+        say("  " + line)
+    say(f"\nleak test, {seconds:.0f} s:")
+    return rows, run_private(network, capture, seconds, say)
 
 
 def report(rows: list[Row], private: PrivateResult, seconds: float) -> dict[str, Any]:

@@ -251,7 +251,8 @@ def _serve_page(host: LabHost) -> None:
     (pages / "index.html").write_text(f"This is {host.plan.name}.\n")
     log = (host.directory / "www.log").open("ab")
     host.namespace.popen(
-        *[sys.executable, "-m", "http.server", str(PAGE_PORT), "--directory", str(pages)],
+        # "::" serves IPv4 as well: http.server clears IPV6_V6ONLY
+        *[sys.executable, "-m", "http.server", str(PAGE_PORT), "--bind", "::", "--directory", str(pages)],
         stdout=log,
         stderr=log,
     )
