@@ -132,10 +132,10 @@ class Chain:
         task = self._replies.get(question)
         if task is None:
             self.budget.spend_question()
-            self.asked += 1
             pending = self.shared.questions
             task = pending.get(question)
             if task is None:
+                self.asked += 1
                 task = asyncio.ensure_future(self.shared.transport.ask(question))
                 pending[question] = task
                 task.add_done_callback(lambda _: pending.pop(question, None))
@@ -156,6 +156,10 @@ class Chain:
                 unreachable=True,
             )
         return reply
+
+    def adopt(self, question: Question, task: asyncio.Task[Reply | NoReply]) -> None:
+        """Take over a question that was sent earlier."""
+        self._replies[question] = task
 
     def foresee(self, name: Name) -> None:
         """Ask now for what the chain to `name` will most likely need, where little of it is known."""
