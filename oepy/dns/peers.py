@@ -150,8 +150,10 @@ class _Search:
         return outcome
 
     async def run(self) -> KeyAnswer:
-        early_text = self._validator.ask_early(self._owner, _TXT)
-        self.questions += early_text is not None
+        early_text = None
+        if not any(self._validator.is_known(self._owner, rdtype) for rdtype in (_IPSECKEY, _TXT)):
+            early_text = self._validator.ask_early(self._owner, _TXT)
+            self.questions += 1
         outcome = await self._lookup(self._owner, _IPSECKEY)
         self._gather(outcome)
         if outcome.is_usable and not outcome.rdatas and outcome.rcode == "NOERROR":

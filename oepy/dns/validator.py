@@ -88,13 +88,13 @@ class Validator:
         self._shared.zones.clear()
         self._shared.cuts.clear()
 
-    def ask_early(self, name: Name, rdtype: int) -> Early | None:
-        """Send a question that may be needed soon; give the result to `lookup`. None where the answer is
-        known already."""
-        question = Question(name, rdtype)
-        if self._answers.get(question, self._shared.monotonic()) is not None:
-            return None
-        return asyncio.ensure_future(self._shared.transport.ask(question))
+    def is_known(self, name: Name, rdtype: int) -> bool:
+        """Whether the cache has the answer."""
+        return self._answers.get(Question(name, rdtype), self._shared.monotonic()) is not None
+
+    def ask_early(self, name: Name, rdtype: int) -> Early:
+        """Send a question that may be needed soon; give the result to `lookup`."""
+        return self._shared.ask(Question(name, rdtype))
 
     async def lookup(self, name: Name, rdtype: int, early: Early | None = None) -> Outcome:
         """One validated lookup. Never raises for what the DNS does; ends within `LOOKUP_SECONDS`."""
