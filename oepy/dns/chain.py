@@ -112,6 +112,14 @@ class Shared:
     questions: dict[Question, asyncio.Task[Reply | NoReply]] = field(default_factory=dict)
     zones_pending: dict[Name, asyncio.Task[ZoneState | Verdict]] = field(default_factory=dict)
 
+    def ask(self, question: Question) -> asyncio.Task[Reply | NoReply]:
+        """Send the question, or join the one that is on its way."""
+        task = self.questions.get(question)
+        if task is None:
+            task = self.questions[question] = asyncio.ensure_future(self.transport.ask(question))
+            task.add_done_callback(lambda _: self.questions.pop(question, None))
+        return task
+
 
 class Chain:
     """The chain-building part of one lookup, with the lookup's budget."""
@@ -132,14 +140,8 @@ class Chain:
         task = self._replies.get(question)
         if task is None:
             self.budget.spend_question()
-            self.asked += 1
-            pending = self.shared.questions
-            task = pending.get(question)
-            if task is None:
-                task = asyncio.ensure_future(self.shared.transport.ask(question))
-                pending[question] = task
-                task.add_done_callback(lambda _: pending.pop(question, None))
-            self._replies[question] = task
+            self.asked += question not in self.shared.questions
+            task = self._replies[question] = self.shared.ask(question)
         return task
 
     async def reply(self, name: Name, rdtype: int) -> Reply:
@@ -156,6 +158,10 @@ class Chain:
                 unreachable=True,
             )
         return reply
+
+    def adopt(self, question: Question, task: asyncio.Task[Reply | NoReply]) -> None:
+        """Take over a question that was sent earlier."""
+        self._replies[question] = task
 
     def foresee(self, name: Name) -> None:
         """Ask now for what the chain to `name` will most likely need, where little of it is known."""

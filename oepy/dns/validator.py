@@ -25,7 +25,7 @@ from oepy.dns.chain import Chain, ChainEntry, Shared, Verdict, ZoneState, deepes
 from oepy.dns.denial import Proof
 from oepy.dns.limits import MAX_ALIASES, Budget, LimitExceeded
 from oepy.dns.message import Question, Reply, RRset, rcode_text
-from oepy.dns.transport import Transport
+from oepy.dns.transport import NoReply, Transport
 from oepy.model import Security
 
 MAX_ANSWERS = 20000
@@ -37,6 +37,7 @@ _DS = int(dns.rdatatype.DS)
 _SOA = int(dns.rdatatype.SOA)
 
 Name = dns.name.Name
+Early = asyncio.Task[Reply | NoReply]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,15 @@ class Validator:
         self._shared.zones.clear()
         self._shared.cuts.clear()
 
-    async def lookup(self, name: Name, rdtype: int) -> Outcome:
+    def is_known(self, name: Name, rdtype: int) -> bool:
+        """Whether the cache has the answer."""
+        return self._answers.get(Question(name, rdtype), self._shared.monotonic()) is not None
+
+    def ask_early(self, name: Name, rdtype: int) -> Early:
+        """Send a question that may be needed soon; give the result to `lookup`."""
+        return self._shared.ask(Question(name, rdtype))
+
+    async def lookup(self, name: Name, rdtype: int, early: Early | None = None) -> Outcome:
         """One validated lookup. Never raises for what the DNS does; ends within `LOOKUP_SECONDS`."""
         question = Question(name, rdtype)
         now = self._shared.monotonic()
@@ -100,13 +109,15 @@ class Validator:
                 return _failed(
                     question, Verdict(Security.INDETERMINATE, "too many lookups at once", unreachable=True)
                 )
-            task = asyncio.ensure_future(self._run(question))
+            task = asyncio.ensure_future(self._run(question, early))
             self._pending[question] = task
             task.add_done_callback(lambda _: self._pending.pop(question, None))
         return await asyncio.shield(task)
 
-    async def _run(self, question: Question) -> Outcome:
+    async def _run(self, question: Question, early: Early | None) -> Outcome:
         chain = Chain(self._shared, Budget())
+        if early is not None:
+            chain.adopt(question, early)
         lookup = _Lookup(question, chain)
         try:
             async with asyncio.timeout(LOOKUP_SECONDS):
