@@ -1,5 +1,5 @@
-"""Names and numbers of transforms (RFC 7296 §3.3.2 and the IANA registry), proposals in strongSwan's spelling,
-and the choice between two proposals.
+"""Names and numbers of transforms (RFC 7296 §3.3.2, IANA registry), proposals in strongSwan's spelling, and
+the choice between two proposals.
 """
 
 from __future__ import annotations

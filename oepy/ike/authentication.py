@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 
-from oepy.errors import KeyFormatError, MisuseError
+from oepy.errors import KeyFormatError
 from oepy.ike.crypto import prf
 from oepy.keys import from_public_key
 from oepy.model import PublicKey, Secret
@@ -129,9 +129,7 @@ def sign_auth(private_key: PrivateKey, data: bytes, peer_hashes: Collection[int]
         return AuthMethod.SIGNATURE, _pack(identifier, private_key.sign(data))
     if isinstance(private_key, ec.EllipticCurvePrivateKey):
         return _sign_ecdsa(private_key, data, peer_hashes)
-    if isinstance(private_key, rsa.RSAPrivateKey):
-        return _sign_rsa(private_key, data, peer_hashes)
-    raise MisuseError(f"no signature scheme for {type(private_key).__name__}")
+    return _sign_rsa(private_key, data, peer_hashes)
 
 
 def _pack(identifier: bytes, signature: bytes) -> bytes:
@@ -182,10 +180,8 @@ def verify_auth(
             good = _verify_rsa(loaded, method, auth, octets, allow_sha1)
         elif isinstance(loaded, ec.EllipticCurvePublicKey):
             good = _verify_ecdsa(loaded, method, auth, octets)
-        elif isinstance(loaded, (ed25519.Ed25519PublicKey, ed448.Ed448PublicKey)):
-            good = _verify_eddsa(loaded, method, auth, octets)
         else:
-            good = False
+            good = _verify_eddsa(loaded, method, auth, octets)
         if good:
             return key
     return None

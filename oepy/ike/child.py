@@ -50,11 +50,11 @@ class ChildSa:
         spi_in: int,
         spi_out: int,
         suite: EspSuite,
+        *,
         local_ts: tuple[TrafficSelector, ...],
         remote_ts: tuple[TrafficSelector, ...],
         offers: tuple[Offer, ...] | None,
         connection: str,
-        *,
         initiator: bool,
     ) -> None:
         self.spi_in = spi_in
@@ -73,7 +73,7 @@ class ChildSa:
         self.replaced = False  # a successor is up
         self.usable = True  # we may send on it
         self.peer_rekey: tuple[int, bytes] | None = None
-        """The successor (its spi_in) that the peer's simultaneous rekey made, and that exchange's lower nonce."""
+        """The successor (its spi_in) that the peer's simultaneous rekey made, and the lower nonce of that."""
 
     def same_selectors(self, other: ChildSa) -> bool:
         return set(self.local_ts) == set(other.local_ts) and set(self.remote_ts) == set(other.remote_ts)
@@ -116,7 +116,7 @@ def install(
     assert session.authenticated is not None
     context = session.context
     lifetimes = context.settings.lifetimes
-    first, second = derive_child_keys(session.suite.prf, session.sk_d, child.suite, shared, *nonces)
+    first, second = derive_child_keys(session.suite.prf, session.sk_d, child.suite, shared, nonces)
     keys_out, keys_in = (first, second) if child.initiator else (second, first)
     child.installed_at = context.now
     child.rekey_at = context.now + context.jitter(lifetimes.child_rekey)

@@ -85,7 +85,7 @@ class Context:
 
     def add(self, session: Session) -> None:
         self.by_spi[session.spi_own] = session
-        self.by_number[session.number] = session
+        self.by_number.setdefault(session.number, session)  # a rekeyed SA keeps its place for now
 
     def add_half_open(self, session: Session, key: HalfOpenKey) -> None:
         self.half_open[key] = session

@@ -1,4 +1,4 @@
-"""PRF, prf+, key derivation, and the protection of SK payloads (RFC 7296 §2.13–2.14, 3.14; RFC 5282; RFC 7634)."""
+"""PRF, prf+, key derivation, and the protection of SK payloads (RFC 7296 §2.13–2.14, 3.14; 5282; 7634)."""
 
 from __future__ import annotations
 
@@ -73,12 +73,13 @@ class IkeKeyMaterial:
 
 
 def derive_ike_keys(
-    suite: IkeSuite, skeyseed: bytes, nonce_i: bytes, nonce_r: bytes, spi_i: bytes, spi_r: bytes
+    suite: IkeSuite, skeyseed: bytes, nonces: tuple[bytes, bytes], spi_i: bytes, spi_r: bytes
 ) -> IkeKeyMaterial:
+    """`nonces` of the exchange's initiator and responder; the SPIs of the IKE SA that comes of it."""
     prf_length = prf_size(suite.prf)
     integrity, encryption = integrity_key_size(suite.integrity), encryption_key_size(suite.encryption)
     sizes = (prf_length, integrity, integrity, encryption, encryption, prf_length, prf_length)
-    material = prf_plus(suite.prf, skeyseed, nonce_i + nonce_r + spi_i + spi_r, sum(sizes))
+    material = prf_plus(suite.prf, skeyseed, b"".join(nonces) + spi_i + spi_r, sum(sizes))
     parts, position = [], 0
     for size in sizes:
         parts.append(Secret(material[position : position + size]))
@@ -96,12 +97,12 @@ def skeyseed_rekey(old: IkeSuite, sk_d: Secret, shared: bytes, nonce_i: bytes, n
 
 
 def derive_child_keys(
-    prf_name: str, sk_d: Secret, suite: EspSuite, shared: bytes, nonce_i: bytes, nonce_r: bytes
+    prf_name: str, sk_d: Secret, suite: EspSuite, shared: bytes, nonces: tuple[bytes, bytes]
 ) -> tuple[SaKeys, SaKeys]:
     """Keys of the SA from the exchange's initiator, and of the SA from its responder (RFC 7296 §2.17)."""
     encryption, integrity = encryption_key_size(suite.encryption), integrity_key_size(suite.integrity)
     one = encryption + integrity
-    material = prf_plus(prf_name, sk_d.reveal(), shared + nonce_i + nonce_r, 2 * one)
+    material = prf_plus(prf_name, sk_d.reveal(), shared + b"".join(nonces), 2 * one)
     halves = []
     for start in (0, one):
         middle = start + encryption

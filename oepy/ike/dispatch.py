@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from oepy.ike.child_exchange import serve_create_child
-from oepy.ike.header import Exchange
+from oepy.ike.header import Exchange, PayloadType
+from oepy.ike.ike_rekey import resolve_candidate
 from oepy.ike.informational import serve_informational
 from oepy.ike.responder import serve_auth
 from oepy.ike.states import State
@@ -30,6 +31,9 @@ def serve_request(session: Session, message: Message, first_datagram: bytes) -> 
     if session.state not in SERVED_IN.get(exchange, ()):
         session.context.counters["request_out_of_place"] += 1
         return
+    deletes = message.chain.counts.get(PayloadType.DELETE)
+    if session.candidate_for is not None and not deletes:
+        resolve_candidate(session.candidate_for)  # the peer already lives in this one
     if exchange == Exchange.IKE_AUTH:
         session.serve(serve_auth(session, message), message, "auth", first_datagram)
     elif exchange == Exchange.CREATE_CHILD_SA:

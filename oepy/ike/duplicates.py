@@ -51,7 +51,7 @@ def after_establishment(session: Session) -> None:
 
 
 def confirm_and_drop(winner: Session, loser: Session) -> None:
-    def steps() -> OwnSteps:
+    def steps(_: Session) -> OwnSteps:
         yield Send(Exchange.INFORMATIONAL, [])
         from oepy.ike.lifetimes import terminate
 

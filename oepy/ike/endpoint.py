@@ -195,7 +195,7 @@ class IkeEndpoint:
         session.label = request.label
         session.connection = request.connection
         session.retransmission = request.retransmission
-        session.start("initiate", lambda: initiate(session, request))
+        session.start("initiate", lambda it: initiate(it, request))
         session.reschedule()
         return session.number
 

@@ -73,7 +73,7 @@ class NeedSignature(Question):
 
 @dataclass(frozen=True, slots=True)
 class NeedSpi(Question):
-    """Answer: an inbound ESP SPI (256..2^32-1) that nothing else of ours has, or None (then the child fails)."""
+    """Answer: an inbound ESP SPI (256..2^32-1) that nothing else of ours has; None: the child fails."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +178,7 @@ class FailureKind(enum.Enum):
     PROOF_FAILED = "proof-failed"  # the peer answered and could not prove the expected key
     PROTOCOL = "protocol"  # the peer, authenticated or not, does not speak IKEv2 as it should
     REFUSED = "refused"  # we said no to the peer
+    LOCAL = "local"  # ended by command
     SUPERSEDED = "superseded"  # another session with the same peer does the job: nothing is lost
 
 

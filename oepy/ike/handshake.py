@@ -96,7 +96,7 @@ def read_common_notifies(session: Session, handshake: Handshake, message: Messag
 def derive(session: Session, handshake: Handshake, suite: IkeSuite, shared: bytes) -> None:
     skeyseed = skeyseed_initial(suite, shared, handshake.nonce_i, handshake.nonce_r)
     keys: IkeKeyMaterial = derive_ike_keys(
-        suite, skeyseed, handshake.nonce_i, handshake.nonce_r, session.spi_i, session.spi_r
+        suite, skeyseed, (handshake.nonce_i, handshake.nonce_r), session.spi_i, session.spi_r
     )
     session.set_keys(suite, keys)
     handshake.sk_pi, handshake.sk_pr = keys.pi, keys.pr

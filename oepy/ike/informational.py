@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 def serve_informational(session: Session, message: Message) -> PeerSteps:
+    yield from ()  # a generator like the others, which asks nothing
     answer: list[Payload] = []
     deleted: list[bytes] = []
     for item in message.chain.parsed.get(PayloadType.DELETE, ()):
@@ -36,11 +37,13 @@ def serve_informational(session: Session, message: Message) -> PeerSteps:
     if deleted:
         answer.append((PayloadType.DELETE, build_delete(Delete(PROTOCOL_ESP, tuple(deleted)))))
     return answer
-    yield  # a generator like the others, which asks nothing
 
 
 def _peer_ends(session: Session) -> None:
     """The whole IKE SA goes, its children with it; the empty answer is still sent."""
+    from oepy.ike.ike_rekey import resolve_candidate
+
+    resolve_candidate(session)
     reason = DownReason.REKEYED if session.moved_to is not None else DownReason.PEER_DELETE
     for spi_in in list(session.children):
         session.child_down(spi_in, reason)
@@ -82,6 +85,12 @@ def delete_ike(session: Session, reason: DownReason) -> OwnSteps:
         session.child_down(spi_in, reason)
     yield Send(Exchange.INFORMATIONAL, [(PayloadType.DELETE, build_delete(Delete(PROTOCOL_IKE)))])
     session.end(reason)
+
+
+def goodbye(session: Session) -> OwnSteps:
+    """To a peer that answered IKE_AUTH when we had given up already."""
+    yield Send(Exchange.INFORMATIONAL, [(PayloadType.DELETE, build_delete(Delete(PROTOCOL_IKE)))])
+    session.end()
 
 
 def delete_child(session: Session, spi_in: int, reason: DownReason) -> OwnSteps:

@@ -268,9 +268,9 @@ def _agreed_child(request: Initiate, offers: tuple[Offer, ...], spi_in: int, ans
         spi_in,
         spi_of(chosen),
         esp_suite(chosen),
-        tsi,
-        tsr,
-        request.esp_offers,
-        request.connection,
+        local_ts=tsi,
+        remote_ts=tsr,
+        offers=request.esp_offers,
+        connection=request.connection,
         initiator=True,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from oepy.ike.child_exchange import rekey_child
-from oepy.ike.events import DownReason
+from oepy.ike.events import DownReason, FailureKind
 from oepy.ike.ike_rekey import rekey_ike
 from oepy.ike.informational import delete_child, delete_ike, liveness
 from oepy.ike.states import State
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 def live_timers(session: Session) -> None:
     now, settings = session.context.now, session.context.settings
+    if session.state is State.REPLACED and now >= session.childless_since + 2 * settings.childless_lifetime:
+        session.end(DownReason.REKEYED)  # the peer forgot to delete it
+        return
     if session.state is State.ESTABLISHED:
         if now >= session.established_at + settings.lifetimes.ike_rekey + settings.lifetimes.ike_grace:
             session.last_error = "the IKE SA was not rekeyed in time"
@@ -37,31 +40,33 @@ def live_timers(session: Session) -> None:
             start_rekey_ike(session)
     idle = settings.liveness_interval and now >= session.heard_at + settings.liveness_interval
     if idle and session.window.outstanding is None and session.own is None:
-        session.start("liveness", lambda: liveness(session))
+        session.start("liveness", liveness)
 
 
 def start_rekey_child(session: Session, spi_in: int) -> None:
-    session.start(f"rekey {spi_in:08x}", lambda: rekey_child(session, spi_in))
+    session.start(f"rekey {spi_in:08x}", lambda it: rekey_child(it, spi_in))
 
 
 def start_delete_child(session: Session, spi_in: int, reason: DownReason) -> None:
-    session.start(f"delete {spi_in:08x}", lambda: delete_child(session, spi_in, reason))
+    session.start(f"delete {spi_in:08x}", lambda it: delete_child(it, spi_in, reason))
 
 
 def start_rekey_ike(session: Session) -> None:
     if session.state is State.ESTABLISHED and not session.busy_with("rekey-ike"):
-        session.start("rekey-ike", lambda: rekey_ike(session))
+        session.start("rekey-ike", rekey_ike)
 
 
 def start_liveness(session: Session) -> None:
     if not session.busy_with("liveness"):
-        session.start("liveness", lambda: liveness(session))
+        session.start("liveness", liveness)
 
 
 def terminate(session: Session, reason: DownReason) -> None:
     """Delete the IKE SA; what was queued is dropped, what is under way comes to its end first."""
     if session.state in (State.ESTABLISHED, State.REPLACED):
         session.queue = None
-        session.start("delete-ike", lambda: delete_ike(session, reason))
+        session.start("delete-ike", lambda it: delete_ike(it, reason))
+    elif session.state is State.AUTH_SENT:
+        session.give_up(FailureKind.LOCAL, "ended by command")
     elif session.state is not State.DELETING:
         session.end(reason)

@@ -73,25 +73,25 @@ def build_sealed(
     first, plain = build_chain(payloads)
     whole = HEADER_SIZE + _GENERIC + len(plain) + protection.overhead(len(plain))
     if not fragment_size or whole <= fragment_size:
-        return [_seal(header, PayloadType.SK, first, b"", plain, protection)]
+        return [_seal(header, protection, kind=PayloadType.SK, first=first, fields=b"", plain=plain)]
     room = fragment_size - HEADER_SIZE - _GENERIC - _FRAGMENT_FIELDS - protection.overhead(0) - 16
     pieces = [plain[start : start + room] for start in range(0, len(plain), room)]
     total = len(pieces)
     return [
         _seal(
             header,
-            PayloadType.SKF,
-            first if number == 1 else 0,  # RFC 7383 §2.5
-            number.to_bytes(2, "big") + total.to_bytes(2, "big"),
-            piece,
             protection,
+            kind=PayloadType.SKF,
+            first=first if number == 1 else 0,  # RFC 7383 §2.5
+            fields=number.to_bytes(2, "big") + total.to_bytes(2, "big"),
+            plain=piece,
         )
         for number, piece in enumerate(pieces, 1)
     ]
 
 
 def _seal(
-    header: Header, kind: int, first: int, fields: bytes, plain: bytes, protection: Protection
+    header: Header, protection: Protection, *, kind: int, first: int, fields: bytes, plain: bytes
 ) -> bytes:
     inner = _GENERIC + len(fields) + len(plain) + protection.overhead(len(plain))
     associated = (

@@ -310,10 +310,10 @@ def make_child(session: Session, narrowed: Narrowed, chosen: Chosen) -> Question
         spi_in,
         spi_out,
         esp_suite(chosen),
-        narrowed.local_ts,
-        narrowed.remote_ts,
-        narrowed.offers,
-        narrowed.connection,
+        local_ts=narrowed.local_ts,
+        remote_ts=narrowed.remote_ts,
+        offers=narrowed.offers,
+        connection=narrowed.connection,
         initiator=False,
     )
 

@@ -55,12 +55,14 @@ MAX_QUEUED = 16
 MAX_CHILDREN = 32
 NEVER = float("inf")
 
-Starter = Callable[[], OwnSteps]
+Starter = Callable[["Session"], OwnSteps]
 
 
 class Session:
     __slots__ = (
         "authenticated",
+        "candidate",
+        "candidate_for",
         "childless_since",
         "children",
         "closing",
@@ -88,7 +90,6 @@ class Session:
         "queue",
         "reassembly",
         "rekey_at",
-        "rekey_nonces",
         "remote",
         "retransmission",
         "serving",
@@ -104,14 +105,21 @@ class Session:
     )
 
     def __init__(
-        self, context: Context, number: int, local: Endpoint, remote: Endpoint, *, initiator: bool
+        self,
+        context: Context,
+        number: int,
+        local: Endpoint,
+        remote: Endpoint,
+        *,
+        initiator: bool,
+        spi: bytes = b"",
     ) -> None:
         self.context = context
         self.number = number
         self.initiator = initiator  # the original initiator of this IKE SA
         self.local = local
         self.remote = remote
-        self.spi_own = context.new_spi()
+        self.spi_own = spi or context.new_spi()
         self.spi_peer = NO_SPI
         self.state = State.NEW
         self.window = Window()
@@ -140,7 +148,9 @@ class Session:
         self.heard_at = context.now
         self.childless_since = NEVER
         self.rekey_at = NEVER
-        self.rekey_nonces: bytes | None = None  # the lowest nonce of the rekey that made this SA
+        self.candidate: tuple[Session, bytes] | None = None
+        """The SA that the peer's simultaneous rekey made, and the lower nonce of that exchange."""
+        self.candidate_for: Session | None = None  # the same, seen from the new SA
         self.moved_to: Session | None = None  # the SA that replaced this one
         self.half_open_key: HalfOpenKey | None = None
         self.retransmission: Retransmission | None = None
@@ -238,8 +248,9 @@ class Session:
                 return False
             self.queue.append((what, starter))
             return True
-        self.own = Flow(self, starter(), what)
+        self.own = Flow(self, starter(self), what)
         self._drive(self.own, None)
+        self.reschedule()
         return True
 
     def busy_with(self, what: str) -> bool:
@@ -288,7 +299,7 @@ class Session:
         if flow.request_id is None:
             if self.own is flow:
                 self.own = None
-            self._next_queued()
+            self.next_queued()
             return
         self.serving = None
         if self.state is State.CLOSED:
@@ -316,10 +327,10 @@ class Session:
             self.send(self.build(Exchange.INFORMATIONAL, self.window.next_own, payloads, response=False))
         self.fail(failure.kind, failure.text, failure.notify)
 
-    def _next_queued(self) -> None:
+    def next_queued(self) -> None:
         while self.own is None and self.queue and self.state in LIVE:
             what, starter = self.queue.popleft()
-            self.own = Flow(self, starter(), what)
+            self.own = Flow(self, starter(self), what)
             self._drive(self.own, None)
         if not self.queue:
             self.queue = None
@@ -401,7 +412,18 @@ class Session:
             return
         if flow is not None:
             self._drive(flow, message)
+        elif header.exchange == Exchange.IKE_AUTH:
+            self._late_answer(message)
         self.reschedule()
+
+    def _late_answer(self, message: Message) -> None:
+        from oepy.ike.informational import goodbye
+
+        self.context.counters["late_auth"] += 1
+        if message.chain.counts.get(PayloadType.AUTH):
+            self.start("goodbye", goodbye)
+        else:
+            self.end()
 
     def _request(self, header: Header, first: int, plain: bytes, data: bytes) -> None:
         flow_digest = digest(data)
@@ -461,6 +483,8 @@ class Session:
         if self.state in LIVE:
             if settings.liveness_interval and self.window.outstanding is None:
                 deadline = min(deadline, self.heard_at + settings.liveness_interval)
+            if self.state is State.REPLACED:
+                deadline = min(deadline, self.childless_since + 2 * settings.childless_lifetime)
             if self.state is State.ESTABLISHED:
                 deadline = min(
                     deadline, self.rekey_at, self.established_at + lifetimes.ike_rekey + lifetimes.ike_grace
@@ -520,9 +544,33 @@ class Session:
         else:
             assert self.window.outstanding is not None
             name = Exchange(self.window.outstanding.exchange).name
-            self.fail(FailureKind.SILENT, f"no answer to {name}", "")
+            self.give_up(FailureKind.SILENT, f"no answer to {name}")
 
     # ---- ending ----
+
+    def give_up(self, kind: FailureKind, text: str) -> None:
+        """End a handshake of ours. Where IKE_AUTH is out, the peer may be established already or be about to
+        be: the session lingers without a sound, and a late answer is met with a Delete, lest the peer keeps
+        a tunnel whose other end is gone."""
+        if self.state is not State.AUTH_SENT or self.window.outstanding is None:
+            self.fail(kind, text)
+            return
+        self.context.counters[f"failed_{kind.value}"] += 1
+        self._emit_failed(kind, text, "")
+        self.move(Happening.DELETE_SENT)
+        self.own = None
+        outstanding = self.window.outstanding
+        outstanding.next_at = NEVER
+        outstanding.give_up_at = self.context.now + self.context.settings.question_timeout
+        self.reschedule()
+
+    def _emit_failed(self, kind: FailureKind, text: str, notify_text: str) -> None:
+        self.last_error = text
+        self.context.emit(
+            SessionFailed(
+                self.number, kind, self.initiator, notify_text, text, self.remote, self.identity, self.label
+            )
+        )
 
     def fail(self, kind: FailureKind, text: str, notify_text: str = "") -> None:
         """The end of a session, with its reason. After establishment it is a SessionDown."""
@@ -535,18 +583,7 @@ class Session:
 
             if kind is FailureKind.REJECTED and has_replacement(self):
                 kind = FailureKind.SUPERSEDED
-            self.context.emit(
-                SessionFailed(
-                    self.number,
-                    kind,
-                    self.initiator,
-                    notify_text,
-                    text,
-                    self.remote,
-                    self.identity,
-                    self.label,
-                )
-            )
+            self._emit_failed(kind, text, notify_text)
             self.end()
         else:
             self.end(DownReason.IKE_DOWN)

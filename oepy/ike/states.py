@@ -14,10 +14,10 @@ Both:        ESTABLISHED ─replaced→ REPLACED ─delete-sent→ DELETING ─e
              ESTABLISHED ─delete-sent→ DELETING; any state ─ended→ CLOSED
 Rekeyed:     NEW ─born-of-rekey→ ESTABLISHED             (its evidence is inherited from the SA it replaces)
 
-Inside ESTABLISHED run *exchanges*, one of ours and one of the peer's at a time (window 1). Each is a Python
+Inside ESTABLISHED run *exchanges*, one of ours and one of the peer's at a time (window 1). Each is a
 generator (`initiator.py`, `responder.py`, `child_exchange.py`, `ike_rekey.py`, `informational.py`) that
-yields what it wants, a `Send` or one of the Need… events, and is resumed with the response or the daemon's answer. So the
-order of an exchange is the order of its lines, nothing of a handshake outlives its generator, and no
+yields what it wants, a `Send` or one of the Need… events, and is resumed with the response or the daemon's
+answer. So the order of an exchange is the order of its lines, nothing of a handshake outlives its generator, and no
 exchange can block another session.
 
 What keeps the rest simple:
