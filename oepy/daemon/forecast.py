@@ -10,7 +10,7 @@ from oepy.config import Config
 from oepy.daemon import views
 from oepy.engine.forecast import STATIC, forecast
 from oepy.interfaces import KeySource
-from oepy.model import IpAddress
+from oepy.model import MARK_OWN, IpAddress
 from oepy.policy import PolicyTable
 
 
@@ -40,7 +40,8 @@ def explain_without_daemon(config_path: str | None, destination: IpAddress) -> d
 
 
 def key_source(config: Config) -> KeySource:
-    """The DNS room as this configuration wants it."""
-    from oepy.dns.source import DnsKeySource
+    """The DNS room as this configuration wants it; its questions carry the daemon's mark."""
+    from oepy.dns.build import make_key_source, make_validator
 
-    return DnsKeySource.from_settings(resolvers=config.resolvers, trust_anchors=config.trust_anchors)
+    validator = make_validator(config.resolvers, trust_anchors=config.trust_anchors, mark=MARK_OWN)
+    return make_key_source(validator)

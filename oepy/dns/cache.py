@@ -46,5 +46,9 @@ class TtlCache(Generic[K, V]):
         while len(self._entries) > self._limit:
             self._entries.popitem(last=False)
 
+    def remove(self, key: K) -> None:
+        """Whether it is there or not."""
+        self._entries.pop(key, None)
+
     def clear(self) -> None:
         self._entries.clear()

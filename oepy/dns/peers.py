@@ -97,6 +97,15 @@ class DnsKeySource:
         self._validator = validator
         self._shuffle = shuffle
 
+    def forget(self, subject: IpAddress | str | None) -> None:
+        """Of one peer its key records, for None everything that was learned."""
+        if subject is None:
+            self._validator.flush()
+            return
+        address = _as_address(subject)
+        owner = reverse_name(address) if address else dns.name.from_text(str(subject), dns.name.root)
+        self._validator.forget(owner, (_IPSECKEY, _TXT))
+
     async def peer_keys(self, subject: IpAddress | str) -> KeyAnswer:
         """By address (its reverse name) or FQDN. Never raises for what DNS does; ends within PEER_SECONDS."""
         begun = self._validator.monotonic()

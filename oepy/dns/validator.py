@@ -7,7 +7,7 @@ recursive resolver with DO and CD; what it says of security (AD) is never looked
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import dns.exception
@@ -87,6 +87,11 @@ class Validator:
         self._answers.clear()
         self._shared.zones.clear()
         self._shared.cuts.clear()
+
+    def forget(self, name: Name, rdtypes: Iterable[int]) -> None:
+        """Forget these answers of one name; what is known of its zones stays."""
+        for rdtype in rdtypes:
+            self._answers.remove(Question(name, rdtype))
 
     def is_known(self, name: Name, rdtype: int) -> bool:
         """Whether the cache has the answer."""
