@@ -23,6 +23,8 @@ from oepy.policy import PROTOCOL_NUMBERS
 if TYPE_CHECKING:
     from oepy.daemon.runtime import Daemon
 
+TERMINATE_SECONDS = 3.0
+
 
 class ControlApi:
     """Implements `control.server.Controllable` for one daemon."""
@@ -142,10 +144,20 @@ class ControlApi:
         return await self.explain(destination)
 
     async def terminate(self, destination: IpAddress) -> dict[str, Any]:
-        before = len(self._daemon.engine.pairs)
+        """Returns when the peer has confirmed, or after a few seconds without it."""
+        engine = self._daemon.engine
+        spis = {
+            tunnel.spi_in
+            for entry in engine.entries.values()
+            if entry.destination == destination
+            for tunnel in entry.tunnels
+        }
         self._daemon.feed(engine_messages.Terminate(destination))
+        deadline = time.monotonic() + TERMINATE_SECONDS
+        while spis & engine.pairs.keys() and time.monotonic() < deadline:  # noqa: ASYNC110 - a command waits
+            await asyncio.sleep(0.005)
         await self._daemon.steps.idle()
-        return {"destination": str(destination), "closed": before - len(self._daemon.engine.pairs)}
+        return {"destination": str(destination), "closed": len(spis)}
 
     async def flush(self, destination: IpAddress | None, dns: IpAddress | str | None) -> dict[str, Any]:
         """`dns`: forget cached answers too, of one address or ("all") of everything."""

@@ -215,7 +215,8 @@ class Capture:
 class Packet:
     """An IP packet on the wire. `kind` is one of `esp` (protocol 50, or in UDP 4500), `ike` (UDP 500, or
     with the non-ESP marker on 4500, or an ICMP error that quotes such a packet), `keepalive` (RFC 3948
-    §2.3), `nd` (ICMPv6 133–137), `multicast` and `clear` (everything else). Ports are 0 where there are none, as in a later fragment."""
+    §2.3), `nd` (ICMPv6 133–137), `multicast` and `clear` (everything else). Ports are 0 where there are
+    none, as in a later fragment."""
 
     time: float  # seconds since the epoch
     source: IpAddress
