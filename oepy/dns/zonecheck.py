@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,9 +33,8 @@ def check_file(path: Path) -> Checked:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), [f"cannot be read: {error}"]) from None
     try:
-        zone = dns.zone.from_text(
-            text, _origin(path), relativize=False, check_origin=False, filename=path.name
-        )
+        origin = _origin(path, text)
+        zone = dns.zone.from_text(text, origin, relativize=False, check_origin=False, filename=path.name)
     except (dns.exception.DNSException, ValueError) as error:
         raise ConfigError(str(path), [f"no zone file: {error}"]) from None
     good, problems = 0, []
@@ -47,9 +47,10 @@ def check_file(path: Path) -> Checked:
     return Checked(good, tuple(problems))
 
 
-def _origin(path: Path) -> dns.name.Name:
-    """`db.ZONE` names its zone; an `$ORIGIN` line in the file comes before it."""
-    name = path.name.removeprefix("db.")
+def _origin(path: Path, text: str) -> dns.name.Name:
+    """`db.ZONE` names its zone, unless the file says so itself."""
+    match = re.search(r"^\$ORIGIN\s+(\S+)", text, re.MULTILINE | re.IGNORECASE)
+    name = match[1] if match else path.name.removeprefix("db.")
     try:
         return dns.name.from_text(name, dns.name.root)
     except (dns.exception.DNSException, ValueError):
