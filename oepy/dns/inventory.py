@@ -7,8 +7,9 @@ mistakes are collected in `Inventory.problems`; nobody writes anything while the
 from __future__ import annotations
 
 import csv
+import io
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
@@ -60,7 +61,13 @@ class Inventory:
     zones: list[dns.name.Name] = field(default_factory=list)
     name_servers: list[NameServer] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    position: int = 0  # bytes read of a CSV so far, for a progress bar
     _keys: dict[str, PublicKey] = field(default_factory=dict)
+
+    def preset(self, zones: Iterable[str], name_servers: Iterable[str], ttl: int | None) -> None:
+        """What the command line adds; the file's own TTL comes before `ttl`."""
+        head: dict[str, Any] = {"zones": list(zones), "name_servers": list(name_servers)}
+        self._head(0, head if ttl is None else head | {"ttl": ttl})
 
     def complain(self, line: int, text: str) -> None:
         if len(self.problems) < MAX_PROBLEMS:
@@ -108,7 +115,8 @@ class Inventory:
                 self.complain(document[_LINE], f"host {row!r} is no mapping")
 
     def _csv_rows(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        with self.source.open(newline="", encoding="utf-8-sig") as stream:
+        with self.source.open("rb") as raw:
+            stream = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
             reader = csv.DictReader(stream, skipinitialspace=True, strict=True)
             columns = set(reader.fieldnames or ())
             for name in sorted(columns - _HOST_FIELDS - _HEAD_FIELDS):
@@ -125,6 +133,7 @@ class Inventory:
                 if head and head != seen:
                     self._head(reader.line_num, head)
                     seen = head
+                self.position = raw.tell()
                 yield reader.line_num, {key: value for key, value in row.items() if value}
 
     # ---- fields ------------------------------------------------------------------------------------------

@@ -172,16 +172,16 @@ def _rdata(parser: dns.wire.Parser, rdtype: int, start: int, raw: bytes) -> dns.
 
 
 def _group(records: Iterable[tuple[dns.name.Name, int, dns.rdata.Rdata]]) -> tuple[RRset, ...]:
-    """RRsets in order of appearance. The TTL of a set is its smallest (RFC 2181 §5.2)."""
-    data: dict[Key, list[dns.rdata.Rdata]] = {}
+    """RRsets in order of appearance, without duplicates; the TTL of a set is its smallest (RFC 2181 §5)."""
+    data: dict[Key, dict[dns.rdata.Rdata, None]] = {}
     ttls: dict[Key, int] = {}
-    signatures: dict[Key, list[dns.rdtypes.ANY.RRSIG.RRSIG]] = {}
+    signatures: dict[Key, dict[dns.rdtypes.ANY.RRSIG.RRSIG, None]] = {}
     for name, ttl, rdata in records:
         if isinstance(rdata, dns.rdtypes.ANY.RRSIG.RRSIG):
-            signatures.setdefault((name, int(rdata.type_covered)), []).append(rdata)
+            signatures.setdefault((name, int(rdata.type_covered)), {})[rdata] = None
             continue
         key = (name, int(rdata.rdtype))
-        data.setdefault(key, []).append(rdata)
+        data.setdefault(key, {})[rdata] = None
         ttls[key] = min(ttl, ttls.get(key, ttl))
     return tuple(
         RRset(name, rdtype, ttls[name, rdtype], tuple(rdatas), tuple(signatures.get((name, rdtype), ())))

@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -204,8 +204,14 @@ class _Output:
                 self.temporary(zone).unlink()
 
 
-def generate(inventory: Inventory, directory: Path, serial: int) -> Generated:
-    """Write `db.ZONE` for every zone of the inventory, all of them or none.
+def generate(
+    inventory: Inventory,
+    directory: Path,
+    serial: int,
+    progress: Callable[[int], None] = lambda position: None,
+) -> Generated:
+    """Write `db.ZONE` for every zone of the inventory, all of them or none. `progress` hears of the bytes
+    read so far.
 
     Raises ConfigError with every mistake and its line, UsageError where the directory cannot be written.
     """
@@ -217,7 +223,7 @@ def generate(inventory: Inventory, directory: Path, serial: int) -> Generated:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         try:
-            result = _write(inventory, zones, output, _chain(first, hosts))
+            result = _write(inventory, zones, output, _chain(first, hosts), progress)
             inventory.raise_problems()
             for zone in zones.zones:
                 os.replace(output.temporary(zone), directory / file_name(zone))
@@ -249,7 +255,13 @@ def _check_head(inventory: Inventory) -> None:
         inventory.raise_problems()
 
 
-def _write(inventory: Inventory, zones: ZoneMap, output: _Output, hosts: Iterator[Host]) -> Generated:
+def _write(
+    inventory: Inventory,
+    zones: ZoneMap,
+    output: _Output,
+    hosts: Iterator[Host],
+    progress: Callable[[int], None],
+) -> Generated:
     warnings: list[str] = []
     for zone in zones.zones:
         output.begin(zone)
@@ -261,6 +273,8 @@ def _write(inventory: Inventory, zones: ZoneMap, output: _Output, hosts: Iterato
     count = 0
     for host in hosts:
         count += 1
+        if count % 1000 == 0:
+            progress(inventory.position)
         if host.name in servers and host.addresses:
             missing.discard(host.name)
             glue[host.name] = host.addresses
