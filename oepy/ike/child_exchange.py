@@ -165,7 +165,7 @@ def _create(session: Session, old: ChildSa) -> Steps[tuple[ChildSa, bytes, tuple
     groups = [t for offer in offers for t in offer.get(TransformType.KE, ())]
     share = generate(GROUP_NAMES[groups[0].id], context.random) if groups else None
     error: Notify | None = None
-    for _ in range(2):  # a second time in the group that the peer wants
+    for _ in range(3):  # again in the group that the peer wants, or in none: the peer is proven already
         nonce_i = context.random(NONCE_SIZE)
         answer = yield Send(Exchange.CREATE_CHILD_SA, _request(old, offers, spi_in, nonce_i, share))
         error = first_error(answer.chain)
@@ -175,9 +175,13 @@ def _create(session: Session, old: ChildSa) -> Steps[tuple[ChildSa, bytes, tuple
             shared = _finish(answer, offers, share, peer_share)
             return child, shared, (nonce_i, answer.must(PayloadType.NONCE, bytes))
         wanted = next((t.id for t in groups if error.data == t.id.to_bytes(2, "big")), 0)
-        if error.type != NotifyType.INVALID_KE_PAYLOAD or not wanted:
+        if error.type == NotifyType.INVALID_KE_PAYLOAD and wanted:
+            share = generate(GROUP_NAMES[wanted], context.random)
+        elif error.type == NotifyType.NO_PROPOSAL_CHOSEN and share is not None:
+            # strongSwan's defaults have no key exchange for child SAs, and refuse one that is proposed
+            offers, share, groups = tuple(without_groups(offer) for offer in offers), None, []
+        else:
             break
-        share = generate(GROUP_NAMES[wanted], context.random)
     assert error is not None
     try:
         kind = NotifyType(error.type)
