@@ -32,6 +32,7 @@ from tests.net.harness import (
     A6,
     B4,
     B6,
+    GROUP,
     TrapIn,
     Wired,
     listen_udp,
@@ -248,6 +249,24 @@ async def test_a_rekeyed_pair_takes_over_without_a_loss(hosts: tuple[Host, Host]
     assert await pinged(a.namespace, B4, count=2) == 2
     (counters,) = await a.datapath.counters([new.spi_in, 0x9999])
     assert (counters.packets_out, counters.packets_in) == (4, 2)  # the first replies came by the old pair
+
+
+async def test_a_stream_survives_being_asked_for_again(
+    net: Wired, hosts: tuple[Host, Host], tmp_path: Path
+) -> None:
+    """The trap forgets the destination again and again amid a transfer (super-packets are held, too): all
+    bytes arrive, and none in the clear."""
+    a, b = hosts
+    await _join(a, b, pairs(A4, B4)[0])
+    with Capture(net.wire.namespace, net.wire.ports, tmp_path / "wire.pcap", incoming_only=True) as capture:
+        moving = asyncio.create_task(_transfer(a, b, B4, 3_000_000))
+        while not moving.done():
+            await asyncio.sleep(0.01)
+            for host, peer in ((a, B4), (b, A4)):
+                host.trap.trap.forget([(GROUP.PRIVATE_OR_CLEAR, ip_address(peer))])
+        assert await moving == 3_000_000
+        assert _clear(capture) == []
+    assert len(a.trap.asked) > 3
 
 
 async def test_ike_on_4500_reaches_the_daemon(hosts: tuple[Host, Host]) -> None:
