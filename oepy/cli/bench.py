@@ -66,3 +66,21 @@ def first_packet(destinations: int, ipv6: bool, as_json: bool) -> None:
         click.echo(f"{title:26}{milliseconds(row['p50']):>10}{milliseconds(row['p99']):>10}")
     if any(rows[kind]["lost"] for kind in _TITLES):
         raise OepyError("first packets were lost", "see `oepy lab run`, and the daemon's events")
+
+
+@bench.command()
+@click.option("--seconds", default=4.0, show_default=True, help="Measured time for each of the two sizes.")
+@click.option("--entries", default=100_000, show_default=True, help="Decided destinations of the large run.")
+@json_option
+@click.pass_context
+def trap(ctx: click.Context, seconds: float, entries: int, as_json: bool) -> None:
+    """First packets trapped, decided and released a second, with few and with many entries already there.
+
+    Exit status 1 where the rate with many is more than 20 % below the rate with few.
+    """
+    need_root()
+    from oepy.bench.trap import render, run
+
+    result = run(seconds=seconds, entries=entries)
+    click.echo(render(result, as_json=as_json))
+    ctx.exit(0 if result.flat else 1)

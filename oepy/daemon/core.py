@@ -9,7 +9,7 @@ import asyncio
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from oepy.daemon.addresses import own_addresses, source_towards
 from oepy.daemon.admission import Admissions
@@ -25,19 +25,12 @@ from oepy.ike.endpoint import IkeEndpoint
 from oepy.ike.events import Datagram, IkeKeys
 from oepy.ike.settings import IkeSettings
 from oepy.interfaces import Datapath, DatapathEvent, KeySource, Trap
+from oepy.keylog import KeyLog, ike_line
 from oepy.keys import HostKey
 from oepy.model import Endpoint, Flow, IpAddress, PolicyGroup, SaPair, Unreachable
 from oepy.policy import PolicyTable
 
 LOOKUP_SECONDS = 12.0  # the DNS room bounds itself; this is the belt to its braces
-
-
-class KeyLogger(Protocol):
-    """Where secrets go when somebody has asked for it (debug.key_log)."""
-
-    def child(self, pair: SaPair) -> None: ...
-
-    def ike(self, event: IkeKeys) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +45,7 @@ class Surroundings:
     host_key: HostKey
     identity: str | None
     ike_settings: IkeSettings
-    key_log: KeyLogger | None = None
+    key_log: KeyLog | None = None
     random: Callable[[int], bytes] = os.urandom
     own_addresses: Callable[[], frozenset[IpAddress]] = own_addresses
     source_towards: Callable[[IpAddress], IpAddress | None] = source_towards
@@ -170,7 +163,7 @@ class Core:
 
     async def _install(self, pair: SaPair, outbound: bool) -> None:
         if self.given.key_log is not None:
-            self.given.key_log.child(pair)
+            self.given.key_log.write_esp(pair)
         try:
             await self.datapath.install(pair, outbound=outbound)
         except OepyError as error:
@@ -210,7 +203,15 @@ class Core:
 
     def _log_ike_keys(self, event: IkeKeys) -> None:
         if self.given.key_log is not None:
-            self.given.key_log.ike(event)
+            self.given.key_log.write_ike(
+                ike_line(
+                    (event.spi_i, event.spi_r),
+                    event.encryption,
+                    (event.sk_ei, event.sk_er),
+                    event.integrity,
+                    (event.sk_ai, event.sk_ar),
+                )
+            )
 
     def on_datapath_event(self, event: DatapathEvent) -> None:
         match event.kind:

@@ -74,7 +74,7 @@ class Daemon(Core):
         """Raises OepyError with the mend when something is missing; what was made is removed by `stop`."""
         self._take_lock()
         self.host_key = _load_or_make_key(self.config.key, self.journal)
-        self.key_log = KeyLog.open(self.config.key_log) if self.config.key_log else None
+        self.key_log = KeyLog(self.config.key_log) if self.config.key_log else None
         if self.key_log is not None:
             self.journal.add(
                 "key-log-on",

@@ -179,7 +179,7 @@ class QueueSocket:
 
     def _bind(self, number: int, max_length: int) -> None:
         try:
-            exchange(self._socket, queue.bind(number) + queue.configure(number, max_length))
+            answers = exchange(self._socket, queue.bind(number) + queue.configure(number, max_length))
         except NetlinkRefused as refused:
             # EPERM: a queue of another socket; that we may use queues at all, _force has shown
             if refused.errno in (errno.EBUSY, errno.EPERM):
@@ -187,6 +187,9 @@ class QueueSocket:
                     f"packet queue {number} is taken", "stop the oepy that runs already (`oepy status`)"
                 ) from refused
             raise _not_usable(refused) from refused
+        # Rules of a run that was killed still queue: what comes in between the answers must not stay for ever
+        early = [queue.parse_packet(answer) for answer in answers if answer.kind == queue.MSG_PACKET]
+        self.send([queue.verdict(packet.queue, packet.id, queue.DROP) for packet in early])
 
     def fileno(self) -> int:
         return self._socket.fileno()

@@ -74,11 +74,12 @@ def verdict(queue: int, packet_id: int, decision: int, mark: int | None = None) 
 
 
 def parse_packet(message: nl.Message) -> QueuedPacket:
-    """Raises ParseError where the packet header or payload is missing."""
+    """Raises ParseError where the packet header is missing. The payload is empty for packets that were queued
+    before the queue was configured."""
     found = nl.parse_attributes(message.body)
-    header, payload = found.get(_PACKET_HDR, b""), found.get(_PAYLOAD)
-    if len(header) != _HEADER.size or payload is None:
-        raise ParseError("queued packet without header or payload")
+    header, payload = found.get(_PACKET_HDR, b""), found.get(_PAYLOAD, b"")
+    if len(header) != _HEADER.size:
+        raise ParseError("queued packet without its header")
     packet_id, _, hook = _HEADER.unpack(header)
     length = int.from_bytes(found[_CAP_LEN], "big") if _CAP_LEN in found else len(payload)
     mark = int.from_bytes(found.get(_MARK, b""), "big")

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -425,3 +426,44 @@ async def test_foreign_tables_are_left_alone(net: Wired) -> None:
         TrapIn(net.a).start(policy())
     net.a.run("nft", "delete", "table", "inet", "oepy")
     net.a.run("nft", "delete", "table", "inet", "foreign")
+
+
+async def test_without_rights_or_nft_the_start_says_so(net: Wired, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unprivileged root and a machine without nft get one line with the mend, and no table."""
+    code = (
+        "import asyncio\nfrom oepy.trap import NfqueueTrap\nfrom tests.net.harness import policy\n"
+        "async def main(): NfqueueTrap().start(policy(), print)\nasyncio.run(main())"
+    )
+    done = net.a.run("setpriv", "--bounding-set=-net_admin", sys.executable, "-c", code, check=False)
+    assert "run as root (CAP_NET_ADMIN)" in done.stderr.splitlines()[-1]
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(OepyError, match="install the package nftables"):
+        TrapIn(net.a).start(policy())
+    monkeypatch.undo()
+    assert net.a.run("nft", "list", "tables").stdout == ""
+
+
+async def test_thousands_of_prefixes_load_quickly(net: Wired) -> None:
+    """5,000 prefixes, nested ones too: start and reload take seconds at most, and the right one decides."""
+    many = [
+        rule(GROUP.PRIVATE if number % 2 else GROUP.CLEAR, f"10.{number // 256}.{number % 256}.0/24")
+        for number in range(5000)
+    ]
+    chosen = policy(*many, rule(GROUP.BLOCK, "10.0.0.0/8"), rule(GROUP.BLOCK, f"{B4}/32"))
+    begun = time.monotonic()
+    with trapping(net.a, chosen) as trap:
+        trap.reload(chosen)
+        assert time.monotonic() - begun < 8
+        assert await pinged(net.a, B4, within=0.2) == 0
+        assert not trap.asked
+
+
+async def test_an_endless_wait_is_cut_off(net: Wired, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packets that nobody decides are dropped after a while and asked for anew."""
+    monkeypatch.setattr(hold, "HOLD_SECONDS", 0.5)
+    with trapping(net.a, policy()) as trap:
+        assert await pinged(net.a, B4, within=0.1) == 0
+        await until(lambda: not trap.trap.held())
+        assert trap.trap.statistics()["dropped_overdue"] == 1
+        assert await pinged(net.a, B4, within=0.1) == 0
+        assert len(trap.asked) == 2

@@ -58,6 +58,7 @@ class TunDatapath:
         self._spis: set[int] = set()
         self._watcher: asyncio.Task[None] | None = None
         self._reason = ""
+        self._sending = asyncio.Lock()  # one waits for the channel at a time
 
     # -- interfaces.Datapath -------------------------------------------------------------------------
 
@@ -84,6 +85,9 @@ class TunDatapath:
                 stderr=asyncio.subprocess.PIPE,
                 env=_environment(),
             )
+        except OSError as error:
+            self._forget()
+            raise OepyError("cannot start the datapath process", str(error)) from error
         finally:
             for sock in children:
                 sock.close()
@@ -97,7 +101,7 @@ class TunDatapath:
         except TimeoutError as error:
             await self._end(kill=True)
             raise OepyError(
-                "the datapath process did not get ready", "see its messages in the log"
+                "the datapath process did not get ready", f"it had {START_SECONDS:.0f} s"
             ) from error
         except OepyError:
             await self._end(kill=True)
@@ -164,7 +168,9 @@ class TunDatapath:
         self._answers[number] = answer
         message = control.encode({"id": number, "op": operation, **arguments})
         try:
-            await loop.sock_sendall(self._control, message)
+            async with self._sending:
+                if self._control is not None:
+                    await loop.sock_sendall(self._control, message)
             return await asyncio.wait_for(answer, ANSWER_SECONDS)
         except TimeoutError as error:
             raise OepyError("the datapath process does not answer") from error
