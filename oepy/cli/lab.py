@@ -95,7 +95,7 @@ def run(
             if capture_path is not None:
                 shutil.copyfile(pcap, capture_path)
             if key_log is not None:
-                _copy_key_logs(network.hosts, key_log)
+                copy_key_logs(network.hosts, key_log)
             if report_path is not None:
                 demo.save_report(report_path, result)
     _finish(rows, private.as_expected, result["as_expected"], time.monotonic() - started)
@@ -139,7 +139,7 @@ def _copy_logs(directory: Path, target: Path) -> None:
         shutil.copyfile(log, target / f"{log.parent.name}-{log.name}")
 
 
-def _copy_key_logs(hosts: dict[str, LabHost], target: Path) -> None:
+def copy_key_logs(hosts: dict[str, LabHost], target: Path) -> None:
     """All hosts' key logs in one directory that tshark can take as its own (0600)."""
     target.mkdir(mode=0o700, parents=True, exist_ok=True)
     for host in hosts.values():
