@@ -1,8 +1,8 @@
 """Key logs that Wireshark and tshark read: `ikev2_decryption_table` and `esp_sa`.
 
 Put the two files into a Wireshark profile's directory (or point tshark's WIRESHARK_CONFIG_DIR at theirs) and
-switch on "Attempt to detect/decode encrypted ESP payloads". Whoever has these files reads the traffic, so they are
-made with mode 0600 and only where the configuration asks for them.
+switch on "Attempt to detect/decode encrypted ESP payloads". Whoever has these files reads the traffic, so
+they are made with mode 0600 and only where the configuration asks for them.
 
 Wireshark has no name for ChaCha20-Poly1305 in either table (as of 4.0): such SAs give no line.
 """

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from oepy.errors import MisuseError, ParseError
 from oepy.ike.context import Context
-from oepy.ike.events import Datagram, DownReason, IkeEvent
+from oepy.ike.events import ChildUsable, Datagram, DownReason, IkeEvent
 from oepy.ike.header import (
     FLAG_RESPONSE,
     FLAG_VERSION,
@@ -234,6 +234,15 @@ class IkeEndpoint:
         for found in self._with_number(session, now):
             if found.state is State.ESTABLISHED:
                 start_liveness(found)
+
+    def traffic_seen(self, spi_in: int, now: float) -> None:
+        """Good ESP packets came in on this SA: the peer lives, and has the SA (RFC 7296 §2.4, 2.8)."""
+        for session in self._with_child(spi_in, now):
+            session.heard_at = now
+            child = session.children[spi_in]
+            if not child.usable:
+                child.usable = True
+                self._context.emit(ChildUsable(session.number, spi_in))
 
     # ---- looking in ----
 

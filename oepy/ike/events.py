@@ -128,6 +128,15 @@ class IkeEstablished(IkeEvent):
 
 
 @dataclass(frozen=True, slots=True)
+class PeerMoved(IkeEvent):
+    """An authenticated message came from another address or port (a NAT between us changed its mind,
+    RFC 7296 §2.23): ESP should follow."""
+
+    local: Endpoint
+    remote: Endpoint
+
+
+@dataclass(frozen=True, slots=True)
 class IkeRekeyed(IkeEvent):
     """The IKE SA has new keys and SPIs; session number and children stay."""
 
@@ -235,6 +244,7 @@ __all__ = [
     "NeedPsk",
     "NeedSignature",
     "NeedSpi",
+    "PeerMoved",
     "Question",
     "Refused",
     "SessionDown",

@@ -113,6 +113,8 @@ def establish(session: Session) -> None:
     session.established_at = context.now
     session.childless_since = context.now
     session.rekey_at = context.now + context.jitter(context.settings.lifetimes.ike_rekey)
+    if session.nat_local:
+        session.keepalive_at = context.now + context.settings.keepalive_interval
     context.established(session)
     context.counters["established"] += 1
     assert session.identity is not None

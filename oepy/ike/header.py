@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import enum
+import struct
 from dataclasses import dataclass
 
 from oepy.errors import ParseError
-from oepy.wire import Reader, Writer
+from oepy.wire import Reader
 
-HEADER_SIZE = 28
+_HEADER = struct.Struct("!8s8sBBBBII")
+HEADER_SIZE = _HEADER.size
 MAX_MESSAGE = 65535
 NO_SPI = bytes(8)
 
@@ -73,17 +75,7 @@ def parse_header(data: bytes) -> Header:
     """Raises ParseError; `length` must be the datagram's (RFC 7296 §3.1). The version is not judged."""
     if len(data) > MAX_MESSAGE:
         raise ParseError(f"IKE header: {len(data)} bytes are more than a datagram")
-    reader = Reader(data, what="IKE header")
-    header = Header(
-        reader.pull_bytes(8),
-        reader.pull_bytes(8),
-        reader.pull_u8(),
-        reader.pull_u8(),
-        reader.pull_u8(),
-        reader.pull_u8(),
-        reader.pull_u32(),
-        reader.pull_u32(),
-    )
+    header = Header(*_HEADER.unpack(Reader(data, what="IKE header").pull_bytes(HEADER_SIZE)))
     if header.length != len(data):
         raise ParseError(f"IKE header: length {header.length} in a datagram of {len(data)}")
     if header.spi_i == NO_SPI:
@@ -92,13 +84,13 @@ def parse_header(data: bytes) -> Header:
 
 
 def build_header(header: Header, length: int) -> bytes:
-    writer = Writer()
-    writer.push_bytes(header.spi_i)
-    writer.push_bytes(header.spi_r)
-    writer.push_u8(header.next_payload)
-    writer.push_u8(header.version)
-    writer.push_u8(header.exchange)
-    writer.push_u8(header.flags)
-    writer.push_u32(header.message_id)
-    writer.push_u32(length)
-    return writer.finish()
+    return _HEADER.pack(
+        header.spi_i,
+        header.spi_r,
+        header.next_payload,
+        header.version,
+        header.exchange,
+        header.flags,
+        header.message_id,
+        length,
+    )

@@ -100,6 +100,7 @@ def take_over(old: Session, new: Session) -> None:
     new.established_at = context.now
     new.childless_since = old.childless_since
     new.rekey_at = context.now + context.jitter(context.settings.lifetimes.ike_rekey)
+    new.keepalive_at = old.keepalive_at
     new.candidate_for = None
     old.candidate = None
     old.childless_since = context.now

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from oepy.ike.child_exchange import rekey_child
-from oepy.ike.events import DownReason, FailureKind
+from oepy.ike.events import Datagram, DownReason, FailureKind
 from oepy.ike.ike_rekey import rekey_ike
 from oepy.ike.informational import delete_child, delete_ike, liveness
 from oepy.ike.states import State
@@ -28,6 +28,9 @@ def live_timers(session: Session) -> None:
             session.childless_since = float("inf")
             terminate(session, DownReason.LOCAL)
             return
+        if now >= session.keepalive_at:  # RFC 3948 §4: we are behind a NAT that must not forget us
+            session.keepalive_at = now + settings.keepalive_interval
+            session.context.datagrams.append(Datagram(session.local, session.remote, b"\xff", keepalive=True))
         for child in list(session.children.values()):
             if now >= child.expires_at:
                 child.expires_at = float("inf")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import enum
+import functools
+import struct
 from dataclasses import dataclass
 
 from oepy.errors import ParseError
@@ -17,6 +19,8 @@ PROTOCOL_AH = 2
 PROTOCOL_ESP = 3
 
 _KEY_LENGTH = 14
+_PROPOSAL = struct.Struct("!BBHBBBB")
+_TRANSFORM = struct.Struct("!BBHBBH")
 _FORMAT_TV = 0x8000
 
 
@@ -68,13 +72,10 @@ def parse_sa(reader: Reader) -> SaPayload:
 
 
 def _pull_proposal(reader: Reader) -> tuple[Proposal, bool]:
-    last = reader.pull_u8()
+    last, _, length, number, protocol, spi_size, count = _PROPOSAL.unpack(reader.pull_bytes(_PROPOSAL.size))
     if last not in (0, 2):
         raise ParseError(f"proposal: last-substructure field {last}")
-    reader.pull_u8()
-    length = reader.pull_u16()
-    inner = reader.pull_reader(length - 4, "proposal")
-    number, protocol, spi_size, count = inner.pull_u8(), inner.pull_u8(), inner.pull_u8(), inner.pull_u8()
+    inner = reader.pull_reader(length - _PROPOSAL.size, "proposal")
     spi = inner.pull_bytes(spi_size)
     if not 0 < count <= MAX_TRANSFORMS:
         raise ParseError(f"proposal: {count} transforms")
@@ -89,15 +90,12 @@ def _pull_proposal(reader: Reader) -> tuple[Proposal, bool]:
 
 
 def _pull_transform(reader: Reader) -> tuple[Transform, bool]:
-    last = reader.pull_u8()
+    last, _, length, kind, _, number = _TRANSFORM.unpack(reader.pull_bytes(_TRANSFORM.size))
     if last not in (0, 3):
         raise ParseError(f"transform: last-substructure field {last}")
-    reader.pull_u8()
-    length = reader.pull_u16()
-    inner = reader.pull_reader(length - 4, "transform")
-    kind = inner.pull_u8()
-    inner.pull_u8()
-    number = inner.pull_u16()
+    if length == _TRANSFORM.size:
+        return _plain_transform(kind, number, 0), last == 3
+    inner = reader.pull_reader(length - _TRANSFORM.size, "transform")
     key_length, usable, attributes = 0, True, 0
     while inner.remaining:
         attributes += 1
@@ -111,7 +109,29 @@ def _pull_transform(reader: Reader) -> tuple[Transform, bool]:
         value = inner.pull_u16()
         if not attribute & _FORMAT_TV:
             inner.pull_bytes(value)
+    if usable:
+        return _plain_transform(kind, number, key_length), last == 3
     return Transform(kind, number, key_length, usable), last == 3
+
+
+@functools.lru_cache(maxsize=256)
+def _plain_transform(kind: int, number: int, key_length: int) -> Transform:
+    """The same few transforms are in every proposal of every peer."""
+    return Transform(kind, number, key_length)
+
+
+@functools.lru_cache(maxsize=64)
+def _transforms(transforms: tuple[Transform, ...]) -> bytes:
+    """The same few lists are sent over and over."""
+    writer = Writer()
+    for position, transform in enumerate(transforms):
+        last = 3 if position < len(transforms) - 1 else 0
+        length = 12 if transform.key_length else 8
+        writer.push_bytes(_TRANSFORM.pack(last, 0, length, transform.type, 0, transform.id))
+        if transform.key_length:
+            writer.push_u16(_FORMAT_TV | _KEY_LENGTH)
+            writer.push_u16(transform.key_length)
+    return writer.finish()
 
 
 def build_sa(payload: SaPayload) -> bytes:
@@ -126,15 +146,6 @@ def build_sa(payload: SaPayload) -> bytes:
         writer.push_u8(len(proposal.spi))
         writer.push_u8(len(proposal.transforms))
         writer.push_bytes(proposal.spi)
-        for position, transform in enumerate(proposal.transforms):
-            writer.push_u8(3 if position < len(proposal.transforms) - 1 else 0)
-            writer.push_u8(0)
-            writer.push_u16(12 if transform.key_length else 8)
-            writer.push_u8(transform.type)
-            writer.push_u8(0)
-            writer.push_u16(transform.id)
-            if transform.key_length:
-                writer.push_u16(_FORMAT_TV | _KEY_LENGTH)
-                writer.push_u16(transform.key_length)
+        writer.push_bytes(_transforms(proposal.transforms))
         writer.patch_u16(start + 2, len(writer) - start)
     return writer.finish()

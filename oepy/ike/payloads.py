@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ MAX_DELETED_SPIS = 256
 MAX_ID = 1024
 
 _CRITICAL = 0x80
+_GENERIC = struct.Struct("!BBH")
 
 Payload = tuple[PayloadType, bytes]
 """A payload to send: its type and its body without the generic header."""
@@ -208,7 +210,7 @@ def parse_chain(data: bytes, first: int, start: int = 0, *, sealed: bool = True)
         number += 1
         if number > MAX_PAYLOADS:
             raise ParseError(f"more than {MAX_PAYLOADS} payloads")
-        next_kind, flags, length = reader.pull_u8(), reader.pull_u8(), reader.pull_u16()
+        next_kind, flags, length = _GENERIC.unpack(reader.pull_bytes(4))
         body = reader.pull_reader(length - 4)
         chain.counts[kind] = chain.counts.get(kind, 0) + 1
         if kind in _ENCRYPTED:
@@ -233,8 +235,7 @@ def build_chain(payloads: Iterable[Payload]) -> tuple[int, bytes]:
     items = list(payloads)
     writer = Writer()
     for index, (_, body) in enumerate(items):
-        writer.push_u8(items[index + 1][0] if index + 1 < len(items) else PayloadType.NONE)
-        writer.push_u8(0)
-        writer.push_u16(len(body) + 4)
+        following = items[index + 1][0] if index + 1 < len(items) else PayloadType.NONE
+        writer.push_bytes(_GENERIC.pack(following, 0, len(body) + 4))
         writer.push_bytes(body)
     return (items[0][0] if items else PayloadType.NONE), writer.finish()

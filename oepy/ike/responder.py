@@ -106,14 +106,16 @@ def _admitted(context: Context, message: Message, nonce: bytes, local: Endpoint,
     from oepy.ike.context import prefix_of
 
     settings, header = context.settings, message.header
-    if len(context.half_open) >= settings.cookie_threshold:
+    near = context.half_open_of[prefix_of(remote.address)]
+    many = len(context.half_open) >= settings.cookie_threshold
+    if many or near >= settings.max_half_open_per_prefix // 4:
         cookie = message.notify(NotifyType.COOKIE)
         if cookie is None or not context.cookies.check(cookie.data, nonce, remote, header.spi_i, context.now):
             context.counters["cookies_sent"] += 1
             fresh = context.cookies.make(nonce, remote, header.spi_i, context.now)
             _refuse(context, header, local, remote, [notify(NotifyType.COOKIE, fresh)])
             return False
-    crowded = context.half_open_of[prefix_of(remote.address)] >= settings.max_half_open_per_prefix
+    crowded = near >= settings.max_half_open_per_prefix
     if (
         crowded
         or len(context.half_open) >= settings.max_half_open

@@ -14,6 +14,7 @@ from oepy.ike.events import (
     DownReason,
     FailureKind,
     IkeKeys,
+    PeerMoved,
     Question,
     SessionDown,
     SessionFailed,
@@ -76,6 +77,7 @@ class Session:
         "heard_at",
         "identity",
         "initiator",
+        "keepalive_at",
         "key",
         "label",
         "last_error",
@@ -148,6 +150,7 @@ class Session:
         self.heard_at = context.now
         self.childless_since = NEVER
         self.rekey_at = NEVER
+        self.keepalive_at = NEVER
         self.candidate: tuple[Session, bytes] | None = None
         """The SA that the peer's simultaneous rekey made, and the lower nonce of that exchange."""
         self.candidate_for: Session | None = None  # the same, seen from the new SA
@@ -386,8 +389,10 @@ class Session:
         if remote == self.remote and local == self.local:
             return
         if self.state in (State.HALF_OPEN, State.AUTHENTICATING) or self.nat_remote:
-            if remote.address != self.remote.address and self.established_at != NEVER:
-                self.context.moved(self, remote.address)
+            if self.established_at != NEVER:
+                if remote.address != self.remote.address:
+                    self.context.moved(self, remote.address)
+                self.context.emit(PeerMoved(self.number, local, remote))
             self.local, self.remote = local, remote
 
     def _reassemble(self, header: Header, chain: Chain, opened: bytes | Fragment) -> tuple[int, bytes] | None:
@@ -489,7 +494,9 @@ class Session:
                 deadline = min(
                     deadline, self.rekey_at, self.established_at + lifetimes.ike_rekey + lifetimes.ike_grace
                 )
-                deadline = min(deadline, self.childless_since + settings.childless_lifetime)
+                deadline = min(
+                    deadline, self.childless_since + settings.childless_lifetime, self.keepalive_at
+                )
                 for child in self.children.values():
                     deadline = min(deadline, child.rekey_at, child.expires_at)
         return deadline

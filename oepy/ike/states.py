@@ -17,8 +17,8 @@ Rekeyed:     NEW ─born-of-rekey→ ESTABLISHED             (its evidence is in
 Inside ESTABLISHED run *exchanges*, one of ours and one of the peer's at a time (window 1). Each is a
 generator (`initiator.py`, `responder.py`, `child_exchange.py`, `ike_rekey.py`, `informational.py`) that
 yields what it wants, a `Send` or one of the Need… events, and is resumed with the response or the daemon's
-answer. So the order of an exchange is the order of its lines, nothing of a handshake outlives its generator, and no
-exchange can block another session.
+answer. So the order of an exchange is the order of its lines, nothing of a handshake outlives its generator,
+and no exchange can block another session.
 
 What keeps the rest simple:
 - A message that fails its integrity check has no effect but a counter.
