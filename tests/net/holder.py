@@ -1,4 +1,5 @@
-"""A trap as a process: `python -m tests.net.holder JSON`, with `default`, `rules`, `answer`, `lifetime`.
+"""A trap as a process: `python -m tests.net.holder JSON`, with `default`, `rules`, `answer`, `lifetime`,
+and with `pair` a datapath with that SA.
 
 Says `ready` when it stands, `asked GROUP DESTINATION` for each question, `done` for each command on stdin:
 `stop`, `guard` (stop and leave the guard), `restart`.
@@ -11,9 +12,12 @@ import json
 import sys
 from ipaddress import ip_network
 
+from oepy.datapath import TunDatapath
+from oepy.datapath.tun.control import decode_pair
 from oepy.interfaces import PolicyRule, TrapPolicy
 from oepy.model import Flow, PolicyGroup, Verdict
 from oepy.trap import NfqueueTrap
+from oepy.udp import open_ike_sockets
 
 
 async def main() -> None:
@@ -28,6 +32,10 @@ async def main() -> None:
         if answer is not None:
             trap.decide(group, flow.destination, answer, chosen.get("lifetime", 60))
 
+    if "pair" in chosen:
+        datapath = TunDatapath(open_ike_sockets().nat_t, lambda *_: None)
+        await datapath.start(lambda _: None)
+        await datapath.install(decode_pair(chosen["pair"]))
     trap.start(policy, on_trapped)
     print("ready", flush=True)
     loop = asyncio.get_running_loop()

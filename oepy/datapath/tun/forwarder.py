@@ -120,7 +120,8 @@ class Forwarder:
             return
         pair = self.database.outbound(packet)
         if pair is None:
-            self.counters["no_sa"] += 1
+            # Multicast is the kernel's own listener reports (MLD) on the device
+            self.counters["multicast" if _is_multicast(packet) else "no_sa"] += 1
             return
         try:
             datagram = pair.seal(clamp(packet, self._mtu), now)
@@ -199,6 +200,10 @@ _REFUSALS: dict[type[Exception], str] = {
     ParseError: "malformed_in",
     SaEnded: "sa_ended",
 }
+
+
+def _is_multicast(packet: bytes) -> bool:
+    return packet[16] >> 4 == 0xE if packet[0] >> 4 == 4 else packet[24] == 0xFF
 
 
 def _address(received: Received) -> IpAddress:
