@@ -84,12 +84,14 @@ class KeySource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DatapathEvent:
-    """`kind`: soft-expire, hard-expire, unknown-spi, selector-mismatch, failed. `spi` is our inbound SPI."""
+    """`kind`: soft-expire, hard-expire, unknown-spi, selector-mismatch, no-sa, failed. `spi` is our inbound SPI.
+    no-sa: a marked packet from `source` to `peer` that no SA covers was dropped."""
 
     kind: str
     spi: int = 0
     peer: IpAddress | None = None
     detail: str = ""
+    source: IpAddress | None = None
 
 
 class Datapath(Protocol):
@@ -107,6 +109,9 @@ class Datapath(Protocol):
     async def remove(self, spi_in: int) -> None: ...
 
     async def counters(self, spis: Collection[int] | None = None) -> Sequence[SaCounters]: ...
+
+    async def statistics(self) -> Mapping[str, int]:
+        """Counters that belong to no SA: unknown SPIs, malformed packets …"""
 
     async def stop(self) -> None: ...
 

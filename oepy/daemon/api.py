@@ -70,6 +70,7 @@ class ControlApi:
                 "events": dict(self._daemon.journal.counts),
                 "trap": dict(self._daemon.trap.statistics()),
                 "ike": dict(self._daemon.negotiator.endpoint.counters),
+                "datapath": dict(await self._daemon.datapath.statistics()),
             },
             "alerts": list(self._daemon.journal.last_alerts),
         }

@@ -19,7 +19,7 @@ from oepy.daemon.own import OwnRecord, OwnRecords
 from oepy.daemon.steps import Steps
 from oepy.engine import Engine, EngineSettings
 from oepy.engine import messages as engine_messages
-from oepy.engine.messages import Action, Input, LookupDone, Tick, Trapped, TunnelDown, UnknownSpi
+from oepy.engine.messages import Action, Input, LookupDone, NoSa, Tick, Trapped, TunnelDown, UnknownSpi
 from oepy.errors import OepyError
 from oepy.ike.endpoint import IkeEndpoint
 from oepy.ike.events import Datagram, IkeKeys
@@ -217,6 +217,8 @@ class Core:
         match event.kind:
             case "unknown-spi" if event.peer is not None:
                 self.feed(UnknownSpi(event.peer))
+            case "no-sa" if event.peer is not None and event.source is not None:
+                self.feed(NoSa(event.source, event.peer))
             case "soft-expire":
                 self.negotiator.rekey(event.spi)
             case "hard-expire":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from oepy.config import Config
 from oepy.interfaces import Datapath, DatapathEvent
@@ -37,6 +37,9 @@ class NoDatapath:
     async def counters(self, spis: Collection[int] | None = None) -> Sequence[SaCounters]:
         wanted = self._spis if spis is None else self._spis & set(spis)
         return [SaCounters(spi) for spi in wanted]
+
+    async def statistics(self) -> Mapping[str, int]:
+        return {}
 
     async def stop(self) -> None:
         self._spis.clear()

@@ -24,6 +24,7 @@ from oepy.engine.messages import (
     Install,
     LookupDone,
     NegotiationFailed,
+    NoSa,
     OutboundReady,
     ReadCounters,
     Reloaded,
@@ -45,6 +46,7 @@ from oepy.model import (
     Direction,
     Insecure,
     IpAddress,
+    KeyAnswer,
     PeerKey,
     PolicyGroup,
     SaPair,
@@ -91,6 +93,7 @@ class Engine:
             OutboundReady: self._outbound_ready,
             TunnelDown: self._tunnel_down,
             UnknownSpi: self._unknown_spi,
+            NoSa: self._no_sa,
             Counters: self._counters,
             Initiate: self._initiate,
             Terminate: self._terminate,
@@ -111,9 +114,7 @@ class Engine:
         if group is None:
             group, _ = self.settings.group_of(destination)
         entry = self.entries.get((group, destination))
-        if entry is None:
-            entry = next((e for (_, address), e in self.entries.items() if address == destination), None)
-        return entry
+        return entry or next((other for _, other in self._at(destination)), None)
 
     def refuses_responder(self, peer: IpAddress, authenticated: Authenticated) -> str:
         """Why we do not answer an offer of `peer` (for its own traffic); empty where we do."""
@@ -198,6 +199,8 @@ class Engine:
         answer = message.answer
         for key in sorted(self._lookups.pop(message.destination, ()), key=lambda k: k[0].strictness):
             entry = self.entries.get(key)
+            if entry is not None and entry.uncovered is not None:
+                yield from self._cover(entry, answer, now)
             if entry is None or entry.state is not State.LOOKUP:
                 continue
             entry.answer, entry.answered_at = answer, now
@@ -213,7 +216,7 @@ class Engine:
                     "questions": answer.questions,
                 },
             )
-            usable = self._usable_keys(entry)
+            usable = self._usable_keys(answer)
             if usable:
                 entry.candidates = candidates_of(usable, entry.source)
             if entry.candidates:
@@ -221,8 +224,7 @@ class Engine:
             else:
                 yield from self._settle(entry, cause_of(answer), answer.reason, now)
 
-    def _usable_keys(self, entry: Entry) -> tuple[PeerKey, ...]:
-        answer = entry.answer
+    def _usable_keys(self, answer: KeyAnswer) -> tuple[PeerKey, ...]:
         if isinstance(answer, Secure):
             return answer.keys
         if isinstance(answer, Insecure) and self.settings.use_insecure_keys:
@@ -428,6 +430,37 @@ class Engine:
         yield Report("unknown-spi", {"peer": str(message.peer), "group": group.value})
         yield from self._start((group, message.peer), prefix, now, forced=False)
 
+    def _no_sa(self, message: NoSa, _now: float) -> Iterator[Action]:
+        """A host with several addresses: each pair of addresses has a tunnel of its own."""
+        for (_, destination), entry in self._at(message.destination):
+            if entry.state is not State.PRIVATE:
+                continue
+            entry.uncovered = message.source
+            waiting = self._lookups.setdefault(destination, set())
+            waiting.add(entry.key)
+            if len(waiting) == 1:
+                yield StartLookup(destination)
+
+    def _at(self, destination: IpAddress) -> Iterator[tuple[Key, Entry]]:
+        for group in PolicyGroup:
+            entry = self.entries.get((group, destination))
+            if entry is not None:
+                yield entry.key, entry
+
+    def _cover(self, entry: Entry, answer: KeyAnswer, _now: float) -> Iterator[Action]:
+        """Negotiate for the further source, with the first gateway only: the destination is reachable."""
+        source, entry.uncovered = entry.uncovered, None
+        candidates = candidates_of(self._usable_keys(answer), source)
+        if entry.state is not State.PRIVATE or not candidates:
+            return
+        attempt = self._next_attempt
+        self._next_attempt += 1
+        self._by_attempt[attempt] = entry.key
+        yield Report(
+            "negotiate", {"peer": str(entry.destination), "reason": f"no tunnel for source {source}"}
+        )
+        yield StartIke(attempt, entry.destination, candidates[0].gateway, candidates[0].keys, source)
+
     # ------------------------------------------------------------ aging
 
     def _counters(self, message: Counters, now: float) -> Iterator[Action]:
@@ -503,7 +536,7 @@ class Engine:
         yield from self._look_up(entry, now)
 
     def _terminate(self, message: Terminate, now: float) -> Iterator[Action]:
-        for entry in [e for e in self.entries.values() if e.destination == message.destination]:
+        for _, entry in list(self._at(message.destination)):
             spis = [t.spi_in for t in entry.tunnels]
             if entry.state is State.PRIVATE:
                 entry.tunnels = []

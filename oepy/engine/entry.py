@@ -56,6 +56,7 @@ class Entry:
     reason: str = ""
     expires: float | None = None
     source: IpAddress | None = None
+    uncovered: IpAddress | None = None  # a further source address that wants a tunnel of its own
     answer: KeyAnswer | None = None
     answered_at: float = 0.0
     candidates: list[Candidate] = field(default_factory=list)

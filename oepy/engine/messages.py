@@ -82,6 +82,14 @@ class UnknownSpi:
 
 
 @dataclass(frozen=True, slots=True)
+class NoSa:
+    """A packet to a private destination came from an own address that none of its tunnels covers."""
+
+    source: IpAddress
+    destination: IpAddress
+
+
+@dataclass(frozen=True, slots=True)
 class Counters:
     counters: Sequence[SaCounters]
 
@@ -123,6 +131,7 @@ Input = (
     | OutboundReady
     | TunnelDown
     | UnknownSpi
+    | NoSa
     | Counters
     | Initiate
     | Terminate

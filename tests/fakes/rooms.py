@@ -71,6 +71,9 @@ class FakeDatapath:
     async def counters(self, spis: Collection[int] | None = None) -> Sequence[SaCounters]:
         return [SaCounters(spi) for spi in self.pairs]
 
+    async def statistics(self) -> Mapping[str, int]:
+        return {}
+
     async def stop(self) -> None:
         self.pairs.clear()
 

@@ -171,6 +171,22 @@ def test_the_first_packets_of_a_burst_are_all_delivered(network: LabNetwork) -> 
         assert sorted(receiver.recv(100)[0] for _ in range(20)) == list(range(20))
 
 
+def test_a_host_with_two_addresses_is_private_from_both(network: LabNetwork, capture: Capture) -> None:
+    """The tunnel of one source address does not swallow the other's packets: it gets a tunnel of its own."""
+    alpha, beta = network.hosts["alpha"], network.hosts["beta"]
+    assert ping(alpha, beta.plan.v4) == 1
+    alpha.namespace.address("eth0", "198.18.0.11/15")
+    since = time.time()
+    with alpha.namespace.entered(), Pinger(beta.plan.v4, source="198.18.0.11") as pinger:
+        pinger.send(1)
+        pinger.receive(1.0)
+        pinger.send(2)
+        assert pinger.receive(3.0) == 2
+    packets = [packet for packet in capture.packets() if packet.time >= since]
+    assert demo.clear_between(packets, "198.18.0.11", beta.plan.v4) == []
+    alpha.namespace.ip("address", "del", "198.18.0.11/15", "dev", "eth0")
+
+
 def test_large_transfers_go_through(network: LabNetwork) -> None:
     """A megabyte over TCP, both families: MTU and MSS of the tunnel fit."""
     alpha, beta = network.hosts["alpha"], network.hosts["beta"]

@@ -19,6 +19,7 @@ from oepy.engine.messages import (
     Install,
     LookupDone,
     NegotiationFailed,
+    NoSa,
     ReadCounters,
     Remove,
     Report,
@@ -392,6 +393,21 @@ def test_an_unknown_spi_starts_at_most_one_negotiation_in_ten_seconds() -> None:
     assert machine.handle(UnknownSpi(PEER), 5.0) == []
     clear = engine(PolicyGroup.CLEAR)
     assert clear.handle(UnknownSpi(PEER), 0.0) == []
+
+
+def test_a_further_own_address_gets_a_tunnel_of_its_own() -> None:
+    """A packet that no SA covers starts one more negotiation; the destination stays private all the time."""
+    machine, _ = private_engine(PRIVATE)
+    assert machine.handle(NoSa(GATEWAY, PEER), 5.0) == [StartLookup(PEER)]
+    (start,) = without_reports(machine.handle(LookupDone(PEER, secure()), 5.1))
+    assert isinstance(start, StartIke)
+    assert (start.source, start.gateway) == (GATEWAY, PEER)
+    assert machine.find(PEER).state is State.PRIVATE
+    up = without_reports(machine.handle(TunnelUp(pair(0x7000), True, start.attempt), 6.0))
+    assert up == [Install(pair(0x7000), True)]
+    assert len(machine.find(PEER).tunnels) == 2
+    assert without_reports(machine.handle(TunnelDown(0x7000, "peer-delete"), 9.0)) == [Remove(0x7000)]
+    assert engine().handle(NoSa(GATEWAY, PEER), 0.0) == []
 
 
 def test_commands() -> None:

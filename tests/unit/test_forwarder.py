@@ -130,7 +130,7 @@ def test_a_hard_limit_removes_the_pair_and_says_so() -> None:
     a = End(pairs(lifetime=Lifetime(soft_packets=1, hard_packets=2))[0])
     for _ in range(3):
         a.send(ipv4_packet(A, B))
-    assert [event.kind for event in a.events] == ["soft-expire", "hard-expire"]
+    assert [event.kind for event in a.events] == ["soft-expire", "hard-expire", "no-sa"]
     assert len(a.socket.sent) == 2
     assert a.forwarder.counters["no_sa"] == 1
     b = End(pairs(lifetime=Lifetime(hard_seconds=5))[0])

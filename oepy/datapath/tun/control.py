@@ -141,13 +141,20 @@ def decode_counters(value: list[Any]) -> SaCounters:
 
 
 def encode_event(event: DatapathEvent) -> Json:
-    peer = None if event.peer is None else str(event.peer)
-    return {"event": event.kind, "spi": event.spi, "peer": peer, "detail": event.detail}
+    return {
+        "event": event.kind,
+        "spi": event.spi,
+        "peer": None if event.peer is None else str(event.peer),
+        "source": None if event.source is None else str(event.source),
+        "detail": event.detail,
+    }
 
 
 def decode_event(value: Json) -> DatapathEvent:
-    peer = None if value["peer"] is None else ip_address(value["peer"])
-    return DatapathEvent(value["event"], value["spi"], peer, value["detail"])
+    peer, source = (
+        None if value[name] is None else ip_address(value[name]) for name in ("peer", "source")
+    )
+    return DatapathEvent(value["event"], value["spi"], peer, value["detail"], source)
 
 
 # -- IKE messages ----------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from ipaddress import IPv4Address, IPv6Address
 
 from oepy.datapath.esp.database import SaDatabase
+from oepy.datapath.esp.inner import addresses
 from oepy.datapath.esp.mss import clamp
 from oepy.datapath.esp.sa import EspPair, ReplayError, SaEnded, SelectorError
 from oepy.datapath.esp.suites import IntegrityError
@@ -120,8 +121,7 @@ class Forwarder:
             return
         pair = self.database.outbound(packet)
         if pair is None:
-            # Multicast is the kernel's own listener reports (MLD) on the device
-            self.counters["multicast" if _is_multicast(packet) else "no_sa"] += 1
+            self._no_sa(packet, now)
             return
         try:
             datagram = pair.seal(clamp(packet, self._mtu), now)
@@ -133,6 +133,16 @@ class Forwarder:
             self.counters["send_failed"] += 1
         if pair.alarmed:
             self._alarms(pair, now)
+
+    def _no_sa(self, packet: bytes, now: float) -> None:
+        """A host with several addresses: the tunnel to this destination was made for another of them."""
+        if _is_multicast(packet):  # the kernel's own listener reports (MLD) on the device
+            self.counters["multicast"] += 1
+            return
+        self.counters["no_sa"] += 1
+        source, destination = (_inner_address(part) for part in addresses(packet))
+        if self._limit.allows("no-sa", (source, destination), now):
+            self._on_event(DatapathEvent("no-sa", 0, destination, source=source))
 
     def pump_outer(self, outer: OuterSocket, limit: int, now: float) -> int:
         """Take up to `limit` datagrams off the network. Returns how many there were."""
@@ -211,3 +221,7 @@ def _address(received: Received) -> IpAddress:
     if not isinstance(text, str):
         raise MisuseError("a socket of another family")
     return IPv6Address(text.partition("%")[0]) if ":" in text else IPv4Address(text)
+
+
+def _inner_address(packed: bytes) -> IpAddress:
+    return IPv4Address(packed) if len(packed) == 4 else IPv6Address(packed)
