@@ -345,7 +345,9 @@ class Chain:
             raise Verdict(Security.INDETERMINATE, f"no trust anchor at or above {name}", name)
         state = self._deepest_known(name) or await self.zone(anchor.zone)
         self._touch(state)
-        path = [Name(name.labels[-n:]) for n in range(len(state.zone.labels) + 1, len(name.labels) + 1)]
+        if state.is_secure:
+            state = await self._leap(name, state)
+        path = _path(state.zone, name)
         for index, label_name in enumerate(path):
             if not state.is_secure:
                 break
@@ -361,6 +363,33 @@ class Chain:
                 Security.BOGUS, f"{state.zone} is signed, but {subject} came without signatures", state.zone
             )
         self._touch(state)
+        return state
+
+    async def _leap(self, name: Name, state: ZoneState) -> ZoneState:
+        """Far down at once, by DS answers that were asked already or lie where ip6.arpa is usually cut.
+
+        Sound, because the zone that signs such an answer has its own chain from the top; the labels that are
+        leapt over cannot matter any more.
+        """
+        for candidate in reversed(_path(state.zone, name)):
+            usual = candidate.is_subdomain(_IP6_ARPA) and len(candidate.labels) in _IP6_CUTS
+            if not usual and Question(candidate, _DS) not in self._replies:
+                continue
+            reply = await self.reply(candidate, _DS)
+            rrset = reply.find(candidate, _DS)
+            signer = deepest_signer([rrset] if rrset else _denials(reply), candidate, strict=True)
+            if signer is None or not signer.is_subdomain(state.zone):
+                continue
+            upper = await self.zone(signer)
+            if rrset is not None:
+                return await self.zone(candidate)
+            if not upper.is_secure:
+                return upper
+            cut, ttl = self._denied_cut(candidate, upper, reply)
+            below = self._unsigned(candidate, upper, cut, ttl)
+            if below is not None:
+                self._keep(candidate, below)
+            return below or upper
         return state
 
     async def _step(self, name: Name, state: ZoneState) -> ZoneState | None:
@@ -447,6 +476,11 @@ _CUT_WORDS = {
     Cut.ABSENT: "that this name does not exist",
     Cut.UNKNOWN: "nothing about it",
 }
+
+
+def _path(above: Name, name: Name) -> list[Name]:
+    """The names from one label below `above` down to `name`."""
+    return [Name(name.labels[-n:]) for n in range(len(above.labels) + 1, len(name.labels) + 1)]
 
 
 def _denials(reply: Reply) -> list[RRset]:
