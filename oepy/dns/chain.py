@@ -218,7 +218,13 @@ class Chain:
             if isinstance(outcome, ZoneState):
                 state = outcome
             elif is_mine or not outcome.over_limit:  # another lookup's empty budget is not our failure
-                raise Verdict(outcome.status, outcome.reason, outcome.zone, unreachable=outcome.unreachable)
+                raise Verdict(
+                    outcome.status,
+                    outcome.reason,
+                    outcome.zone,
+                    unreachable=outcome.unreachable,
+                    over_limit=outcome.over_limit,
+                )
         self._touch(state)
         return state
 
