@@ -15,6 +15,7 @@ import dns.rdatatype
 import dns.rrset
 import dns.tokenizer
 
+from oepy.dns.message import NameKey, name_key
 from oepy.dns.signatures import DIGESTS, Dnskey, Ds, ZoneKey, is_supported, matches_ds
 from oepy.errors import ConfigError
 
@@ -54,14 +55,14 @@ class Anchor:
 class TrustAnchors:
     """Anchors by zone. An empty store makes everything indeterminate."""
 
-    _by_zone: dict[dns.name.Name, Anchor] = field(default_factory=dict)
+    _by_zone: dict[NameKey, Anchor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, records: Mapping[dns.name.Name, Iterable[dns.rdata.Rdata]]) -> TrustAnchors:
         store = cls()
         for zone, rdatas in records.items():
             everything = tuple(rdatas)
-            store._by_zone[zone] = Anchor(
+            store._by_zone[name_key(zone)] = Anchor(
                 zone,
                 tuple(r for r in everything if isinstance(r, Ds)),
                 tuple(r for r in everything if isinstance(r, Dnskey)),
@@ -89,14 +90,15 @@ class TrustAnchors:
 
     def closest(self, name: dns.name.Name) -> Anchor | None:
         """The anchor at the name or nearest above it."""
-        for depth in range(len(name.labels)):
-            anchor = self._by_zone.get(dns.name.Name(name.labels[depth:]))
+        key = name_key(name)
+        for depth in range(len(key)):
+            anchor = self._by_zone.get(key[depth:])
             if anchor is not None:
                 return anchor
         return None
 
     def at(self, zone: dns.name.Name) -> Anchor | None:
-        return self._by_zone.get(zone)
+        return self._by_zone.get(name_key(zone))
 
 
 def parse_anchors(text: str, source: str) -> dict[dns.name.Name, list[dns.rdata.Rdata]]:

@@ -20,7 +20,7 @@ from oepy.dns.anchors import Anchor, TrustAnchors
 from oepy.dns.cache import TtlCache
 from oepy.dns.denial import Cut, Denial
 from oepy.dns.limits import MAX_DENIAL_RECORDS, Budget, LimitExceeded
-from oepy.dns.message import Question, Reply, RRset
+from oepy.dns.message import NameKey, Question, Reply, RRset, name_key
 from oepy.dns.signatures import (
     ALGORITHM_NAMES,
     Ds,
@@ -107,10 +107,10 @@ class Shared:
     anchors: TrustAnchors
     clock: Callable[[], float]
     monotonic: Callable[[], float]
-    zones: TtlCache[Name, ZoneState] = field(default_factory=lambda: TtlCache(MAX_ZONES))
-    cuts: TtlCache[Name, Cut] = field(default_factory=lambda: TtlCache(MAX_CUTS))
+    zones: TtlCache[NameKey, ZoneState] = field(default_factory=lambda: TtlCache(MAX_ZONES))
+    cuts: TtlCache[NameKey, Cut] = field(default_factory=lambda: TtlCache(MAX_CUTS))
     questions: dict[Question, asyncio.Task[Reply | NoReply]] = field(default_factory=dict)
-    zones_pending: dict[Name, asyncio.Task[ZoneState | Verdict]] = field(default_factory=dict)
+    zones_pending: dict[NameKey, asyncio.Task[ZoneState | Verdict]] = field(default_factory=dict)
 
     def ask(self, question: Question) -> asyncio.Task[Reply | NoReply]:
         """Send the question, or join the one that is on its way."""
@@ -129,7 +129,7 @@ class Chain:
         self.budget = budget
         self.now = int(shared.clock())
         self.asked = 0
-        self.touched: dict[Name, ZoneState] = {}
+        self.touched: dict[NameKey, ZoneState] = {}
         self._replies: dict[Question, asyncio.Task[Reply | NoReply]] = {}
 
     # ---- questions ---------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ class Chain:
                 return
         now = self.shared.monotonic()
         for zone in self._likely_zones(name, depth)[:MAX_FORESEEN]:
-            if self.shared.cuts.get(zone, now) is None:
+            if self.shared.cuts.get(name_key(zone), now) is None:
                 self.start(zone, _DS)
                 self.start(zone, _DNSKEY)
 
@@ -193,8 +193,9 @@ class Chain:
 
     def _deepest_known(self, name: Name) -> ZoneState | None:
         now = self.shared.monotonic()
-        for depth in range(len(name.labels)):
-            state = self.shared.zones.get(Name(name.labels[depth:]), now)
+        key = name_key(name)
+        for depth in range(len(key)):
+            state = self.shared.zones.get(key[depth:], now)
             if state is not None:
                 return state
         return None
@@ -203,26 +204,33 @@ class Chain:
 
     async def zone(self, name: Name) -> ZoneState:
         """The state of the zone `name`, which some signature or DS names. Raises Verdict, LimitExceeded."""
-        state = self.shared.zones.get(name, self.shared.monotonic())
+        key = name_key(name)
+        state = self.shared.zones.get(key, self.shared.monotonic())
         pending = self.shared.zones_pending
         while state is None:
-            task = pending.get(name)
+            task = pending.get(key)
             is_mine = task is None
             if task is None:
                 task = asyncio.ensure_future(self._build_zone_or_verdict(name))
-                pending[name] = task
-                task.add_done_callback(lambda _: pending.pop(name, None))
+                pending[key] = task
+                task.add_done_callback(lambda _: pending.pop(key, None))
             outcome = await asyncio.shield(task)
             if isinstance(outcome, ZoneState):
                 state = outcome
             elif is_mine or not outcome.over_limit:  # another lookup's empty budget is not our failure
-                raise Verdict(outcome.status, outcome.reason, outcome.zone, unreachable=outcome.unreachable)
+                raise Verdict(
+                    outcome.status,
+                    outcome.reason,
+                    outcome.zone,
+                    unreachable=outcome.unreachable,
+                    over_limit=outcome.over_limit,
+                )
         self._touch(state)
         return state
 
     def _touch(self, state: ZoneState | None) -> None:
-        while state is not None and state.zone not in self.touched:
-            self.touched[state.zone] = state
+        while state is not None and (key := name_key(state.zone)) not in self.touched:
+            self.touched[key] = state
             state = state.parent
 
     async def _build_zone_or_verdict(self, name: Name) -> ZoneState | Verdict:
@@ -238,7 +246,7 @@ class Chain:
 
     def _keep(self, name: Name, state: ZoneState) -> None:
         if state.zone == name:  # else it is the state of a zone above, kept there with its own end
-            self.shared.zones.put(name, state, state.ttl, self.shared.monotonic())
+            self.shared.zones.put(name_key(name), state, state.ttl, self.shared.monotonic())
 
     async def _build_zone(self, name: Name) -> ZoneState:
         anchor = self.shared.anchors.at(name)
@@ -345,12 +353,14 @@ class Chain:
             raise Verdict(Security.INDETERMINATE, f"no trust anchor at or above {name}", name)
         state = self._deepest_known(name) or await self.zone(anchor.zone)
         self._touch(state)
-        path = [Name(name.labels[-n:]) for n in range(len(state.zone.labels) + 1, len(name.labels) + 1)]
+        if state.is_secure:
+            state = await self._leap(name, state)
+        path = _path(state.zone, name)
         for index, label_name in enumerate(path):
             if not state.is_secure:
                 break
             for ahead in path[index : index + WALK_WINDOW]:
-                if self.shared.cuts.get(ahead, self.shared.monotonic()) is None:
+                if self.shared.cuts.get(name_key(ahead), self.shared.monotonic()) is None:
                     self.start(ahead, _DS)
             below = await self._step(label_name, state)
             if below is None:
@@ -363,10 +373,37 @@ class Chain:
         self._touch(state)
         return state
 
+    async def _leap(self, name: Name, state: ZoneState) -> ZoneState:
+        """Far down at once, by DS answers that were asked already or lie where ip6.arpa is usually cut.
+
+        Sound, because the zone that signs such an answer has its own chain from the top; the labels that are
+        leapt over cannot matter any more.
+        """
+        for candidate in reversed(_path(state.zone, name)):
+            usual = candidate.is_subdomain(_IP6_ARPA) and len(candidate.labels) in _IP6_CUTS
+            if not usual and Question(candidate, _DS) not in self._replies:
+                continue
+            reply = await self.reply(candidate, _DS)
+            rrset = reply.find(candidate, _DS)
+            signer = deepest_signer([rrset] if rrset else _denials(reply), candidate, strict=True)
+            if signer is None or not signer.is_subdomain(state.zone):
+                continue
+            upper = await self.zone(signer)
+            if rrset is not None:
+                return await self.zone(candidate)
+            if not upper.is_secure:
+                return upper
+            cut, ttl = self._denied_cut(candidate, upper, reply)
+            below = self._unsigned(candidate, upper, cut, ttl)
+            if below is not None:
+                self._keep(candidate, below)
+            return below or upper
+        return state
+
     async def _step(self, name: Name, state: ZoneState) -> ZoneState | None:
         """One label down from a secure zone: the same state where there is no cut, None where the name does
         not exist."""
-        cut = self.shared.cuts.get(name, self.shared.monotonic())
+        cut = self.shared.cuts.get(name_key(name), self.shared.monotonic())
         if cut is Cut.NO_CUT:
             return state
         reply = await self.reply(name, _DS)
@@ -393,7 +430,7 @@ class Chain:
             raise Verdict(
                 Security.BOGUS, f"{parent.zone} gives {what} that {name} has no DS record", parent.zone
             )
-        self.shared.cuts.put(name, cut, ttl, self.shared.monotonic())
+        self.shared.cuts.put(name_key(name), cut, ttl, self.shared.monotonic())
         return cut, ttl
 
     @staticmethod
@@ -437,7 +474,7 @@ class Chain:
             )
             for state in states
         ]
-        if failed is not None and failed not in self.touched:
+        if failed is not None and name_key(failed) not in self.touched:
             found.append(ChainEntry(str(failed), "", (), Security.BOGUS.value))
         return tuple(found)
 
@@ -447,6 +484,11 @@ _CUT_WORDS = {
     Cut.ABSENT: "that this name does not exist",
     Cut.UNKNOWN: "nothing about it",
 }
+
+
+def _path(above: Name, name: Name) -> list[Name]:
+    """The names from one label below `above` down to `name`."""
+    return [Name(name.labels[-n:]) for n in range(len(above.labels) + 1, len(name.labels) + 1)]
 
 
 def _denials(reply: Reply) -> list[RRset]:

@@ -8,7 +8,7 @@ the library cannot read, and every IPSECKEY, stays as generic rdata (RFC 3597), 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import dns.exception
 import dns.name
@@ -31,13 +31,26 @@ _FLAG_CD = 0x0010
 _EDNS_DO = 0x8000
 _IN = dns.rdataclass.IN
 
-Key = tuple[dns.name.Name, int]  # owner and type
+NameKey = tuple[bytes, ...]
+_RecordKey = tuple[NameKey, int]  # owner and type
+
+
+def name_key(name: dns.name.Name) -> NameKey:
+    """A key for dictionaries: the hash of the library's names costs a loop over every byte each time."""
+    return tuple(map(bytes.lower, name.labels))
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
     name: dns.name.Name
     type: int
+    _hash: int = field(default=0, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash((name_key(self.name), self.type)))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     def __str__(self) -> str:
         return f"{self.name} {dns.rdatatype.to_text(dns.rdatatype.RdataType.make(self.type))}"
@@ -115,7 +128,8 @@ def _parse(parser: dns.wire.Parser, question: Question, identifier: int) -> Repl
     truncated = bool(flags & _FLAG_TC)
     if questions != 1:
         raise ParseError(f"the reply to {question} repeats {questions} questions")
-    name = parser.get_name(decompress=True)
+    names: dict[int, dns.name.Name] = {}
+    name = _pull_name(parser, names)
     rdtype, rdclass = parser.get_struct("!HH")
     if name != question.name or rdtype != question.type or rdclass != _IN:
         raise ParseError(f"the reply to {question} answers another question")
@@ -124,8 +138,8 @@ def _parse(parser: dns.wire.Parser, question: Question, identifier: int) -> Repl
     if answers + authorities + additionals > MAX_RECORDS:
         raise ParseError(f"the reply to {question} has more than {MAX_RECORDS} records")
     notes: list[str] = []
-    answer = _group(_records(parser, answers, notes))
-    authority = _group(_records(parser, authorities, notes))
+    answer = _group(_records(parser, answers, names, notes))
+    authority = _group(_records(parser, authorities, names, notes))
     rcode = flags & 0xF
     for _ in range(additionals):
         rcode |= _extended_rcode(parser)
@@ -139,11 +153,23 @@ def _extended_rcode(parser: dns.wire.Parser) -> int:
     return int(extended) << 4 if rdtype == dns.rdatatype.OPT else 0
 
 
+def _pull_name(parser: dns.wire.Parser, names: dict[int, dns.name.Name]) -> dns.name.Name:
+    """An owner name. Most are pointers to one that was read already: `names` keeps those by their offset."""
+    start = parser.current
+    if parser.remaining() >= 2 and parser.wire[start] >= 0xC0:
+        start = int.from_bytes(parser.wire[start : start + 2], "big") & 0x3FFF
+        if start in names:
+            parser.get_bytes(2)
+            return names[start]
+    name = names[start] = parser.get_name(decompress=True)
+    return name
+
+
 def _records(
-    parser: dns.wire.Parser, count: int, notes: list[str]
+    parser: dns.wire.Parser, count: int, names: dict[int, dns.name.Name], notes: list[str]
 ) -> Iterator[tuple[dns.name.Name, int, dns.rdata.Rdata]]:
     for _ in range(count):
-        name = parser.get_name(decompress=True)
+        name = _pull_name(parser, names)
         rdtype, rdclass, ttl, length = parser.get_struct("!HHIH")
         start = parser.current
         raw = parser.get_bytes(length)
@@ -173,17 +199,20 @@ def _rdata(parser: dns.wire.Parser, rdtype: int, start: int, raw: bytes) -> dns.
 
 def _group(records: Iterable[tuple[dns.name.Name, int, dns.rdata.Rdata]]) -> tuple[RRset, ...]:
     """RRsets in order of appearance, without duplicates; the TTL of a set is its smallest (RFC 2181 §5)."""
-    data: dict[Key, dict[dns.rdata.Rdata, None]] = {}
-    ttls: dict[Key, int] = {}
-    signatures: dict[Key, dict[dns.rdtypes.ANY.RRSIG.RRSIG, None]] = {}
+    owners: dict[NameKey, dns.name.Name] = {}
+    data: dict[_RecordKey, dict[dns.rdata.Rdata, None]] = {}
+    ttls: dict[_RecordKey, int] = {}
+    signatures: dict[_RecordKey, dict[dns.rdtypes.ANY.RRSIG.RRSIG, None]] = {}
     for name, ttl, rdata in records:
+        owner = name_key(name)
+        owners.setdefault(owner, name)
         if isinstance(rdata, dns.rdtypes.ANY.RRSIG.RRSIG):
-            signatures.setdefault((name, int(rdata.type_covered)), {})[rdata] = None
+            signatures.setdefault((owner, int(rdata.type_covered)), {})[rdata] = None
             continue
-        key = (name, int(rdata.rdtype))
+        key = (owner, int(rdata.rdtype))
         data.setdefault(key, {})[rdata] = None
         ttls[key] = min(ttl, ttls.get(key, ttl))
     return tuple(
-        RRset(name, rdtype, ttls[name, rdtype], tuple(rdatas), tuple(signatures.get((name, rdtype), ())))
-        for (name, rdtype), rdatas in data.items()
+        RRset(owners[key[0]], key[1], ttls[key], tuple(rdatas), tuple(signatures.get(key, ())))
+        for key, rdatas in data.items()
     )

@@ -6,10 +6,15 @@ import asyncio
 
 import dns.rdatatype
 import pytest
+from oepy.dns import limits
+from oepy.dns.chain import Chain, Verdict, ZoneState
+from oepy.dns.limits import Budget, LimitExceeded
+from oepy.dns.message import RRset
+from oepy.dns.signatures import ZoneKey, usable_keys, verify
 from oepy.dns.validator import Outcome
 from oepy.model import Security
 
-from tests.fakes.signed_tree import SignedTree, name, standard_tree
+from tests.fakes.signed_tree import NOW, SignedTree, Zone, name, standard_tree
 
 A = int(dns.rdatatype.A)
 PARENTS = ["example.", "three."]
@@ -418,6 +423,54 @@ async def test_keytrap_fails_closed_within_the_budget():
     outcome = await look(tree, "www.example.")
     assert outcome.status is Security.BOGUS
     assert "more than" in outcome.reason or "does not fit" in outcome.reason
+
+
+def test_colliding_keys_and_signatures_are_tried_a_bounded_number_of_times():
+    """KeyTrap (CVE-2023-50387): 30 keys of one tag times 16 signatures stop after a few failures."""
+    zone = Zone(name("example."))
+    zone.add("www", "A", "192.0.2.1")
+    truth = zone.rrset(name("www.example."), A)
+    good = zone.sign(truth)[0]
+    tag = good.key_tag
+    keys = [
+        ZoneKey(k.dnskey, tag, k.public) for _ in range(30) for k in usable_keys([Zone(name("x.")).dnskey])
+    ]
+    signatures = tuple(good.replace(signature=bytes([n]) * 64) for n in range(16))
+    rrset = RRset(truth.name, A, 300, tuple(truth), signatures)
+    budget = Budget()
+    with pytest.raises(LimitExceeded):
+        verify(rrset, name("example."), keys, NOW, budget)
+    assert limits.MAX_SIGNATURE_CHECKS - budget.signatures <= limits.MAX_FAILED_CHECKS + 1
+
+
+@pytest.mark.parametrize(("flags", "protocol"), [(1, 3), (257 | 128, 3), (257, 2)])
+def test_keys_that_may_not_sign_data_are_not_used(flags, protocol):
+    """Without the ZONE flag, revoked, or of another protocol: no key of the zone."""
+    key = Zone(name("example.")).dnskey
+    assert usable_keys([key])
+    assert usable_keys([key.replace(flags=flags, protocol=protocol)]) == ()
+
+
+def test_a_dnskey_with_a_giant_exponent_is_not_used():
+    """Verifying with it would cost as much as signing."""
+    exponent = b"\x00\x01\x00" + b"\xff" * 256
+    key = Zone(name("example.")).dnskey.replace(algorithm=8, key=exponent + b"\xff" * 256)
+    assert usable_keys([key]) == ()
+
+
+async def test_an_empty_budget_of_another_lookup_is_not_contagious():
+    """Lookups that share a zone in the making do not inherit each other's exhaustion."""
+    tree = standard_tree()
+    tree.delay = 0.01
+    validator = tree.validator()
+    poor = Chain(validator._shared, Budget(signatures=0))
+    rich = Chain(validator._shared, Budget())
+    results = await asyncio.gather(
+        poor.zone(name("example.")), rich.zone(name("example.")), return_exceptions=True
+    )
+    assert isinstance(results[0], Verdict)
+    assert isinstance(results[1], ZoneState)
+    assert results[1].is_secure
 
 
 async def test_nsec3_iterations_over_the_cap_are_insecure():
