@@ -65,7 +65,8 @@ class NeedPsk(Question):
 
 @dataclass(frozen=True, slots=True)
 class NeedSignature(Question):
-    """Answer: `authentication.sign_auth(private_key, data, peer_hashes)`, or None where there is no key."""
+    """Answer: `authentication.sign_auth(private_key, data, peer_hashes)`; None where there is no key or
+    sign_auth raises KeyFormatError."""
 
     data: bytes
     peer_hashes: frozenset[int]

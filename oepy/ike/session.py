@@ -230,7 +230,8 @@ class Session:
 
     def _send_request(self, want: Send) -> None:
         if self.window.next_own > MAX_MESSAGE_ID - 16:
-            raise HandshakeFailed(FailureKind.PROTOCOL, "message IDs are used up")
+            self.fail(FailureKind.PROTOCOL, "message IDs are used up")
+            return
         datagrams = self.build(want.exchange, self.window.next_own, want.payloads, response=False)
         settings = self.context.settings
         if self.state in HANDSHAKE:
