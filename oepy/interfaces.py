@@ -54,6 +54,9 @@ class Trap(Protocol):
         """Enter the destination into the set of the verdict and release or drop its held packets.
         `lifetime` in seconds, None for unlimited. A later call replaces an earlier one."""
 
+    def commit(self) -> None:
+        """Decisions so far are in the kernel when this returns: a peer may hear of them now."""
+
     def forget(self, destinations: Iterable[tuple[PolicyGroup, IpAddress]]) -> None:
         """Back to "ask": the next packet is trapped again."""
 
@@ -74,6 +77,9 @@ class KeySource(Protocol):
 
     async def peer_keys(self, subject: IpAddress | str) -> KeyAnswer:
         """By address (reverse name) or FQDN. Bounded in time; never raises for what DNS does."""
+
+    def forget(self, subject: IpAddress | str | None) -> None:
+        """Drop what is cached of this peer's records, or (None) everything, validated zone keys included."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,24 +1,84 @@
-"""`oepy bench NAME`: the benchmarks. Each is imported only when it is called."""
+"""`oepy bench`: the benchmarks. Each makes its own namespaces and prints ratios of one and the same run."""
 
 from __future__ import annotations
 
+import os
+import sys
+
 import click
+
+from oepy.cli.output import json_option, milliseconds, print_json
+from oepy.errors import OepyError
 
 
 @click.group()
 def bench() -> None:
-    """The benchmarks, each in network namespaces of its own (root)."""
+    """Benchmarks, each beside a named peer or the physical floor in the same run. They need root."""
+
+
+def need_root() -> None:
+    if os.geteuid() != 0:
+        raise OepyError("benchmarks make network namespaces and need root", "run them as root")
+
+
+def progress(done: int, total: int) -> None:
+    """A line that moves, on a terminal only."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r{done} of {total}" + ("\n" if done == total else ""))
+        sys.stderr.flush()
+
+
+_TITLES = {
+    "cold": "cold DNS (from the root)",
+    "chain": "zone keys known",
+    "warm": "warm DNS",
+}
+
+
+@bench.command("first-packet")
+@click.option("--destinations", default=60, show_default=True, type=click.IntRange(1, 500))
+@click.option("--ipv6", is_flag=True, help="Over IPv6.")
+@json_option
+def first_packet(destinations: int, ipv6: bool, as_json: bool) -> None:
+    """First packet to first reply over cold destinations, with the shares of DNS and IKE.
+
+    Each destination is an address of its own with its own key record: lookup, IKE, SA pair. Beside it, in the
+    same run: a ping through a tunnel that is there, and one in the clear.
+    """
+    need_root()
+    from oepy.bench import first_packet as benchmark
+
+    result = benchmark.run(destinations, 6 if ipv6 else 4, lambda done: progress(done, destinations))
+    rows = benchmark.summary(result)
+    if as_json:
+        print_json(rows)
+        return
+    click.secho(
+        f"{'':26}{'p50':>10}{'p99':>10}{'dns':>10}{'ike':>10}{'rest':>10}{'questions':>11}  lost", bold=True
+    )
+    for kind, title in _TITLES.items():
+        row = rows[kind]
+        figures = [row["p50"], row["p99"], row["dns_p50"], row["ike_p50"], row["rest_p50"]]
+        cells = "".join(f"{milliseconds(value):>10}" for value in figures)
+        click.echo(f"{title:26}{cells}{row['questions']:>11.1f}  {row['lost']} of {row['destinations']}")
+    for kind, title in (("tunnel", "through the tunnel"), ("clear", "in the clear")):
+        row = rows[kind]
+        click.echo(f"{title:26}{milliseconds(row['p50']):>10}{milliseconds(row['p99']):>10}")
+    if any(rows[kind]["lost"] for kind in _TITLES):
+        raise OepyError("first packets were lost", "see `oepy lab run`, and the daemon's events")
 
 
 @bench.command()
 @click.option("--seconds", default=4.0, show_default=True, help="Measured time for each of the two sizes.")
 @click.option("--entries", default=100_000, show_default=True, help="Decided destinations of the large run.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 @click.pass_context
 def trap(ctx: click.Context, seconds: float, entries: int, as_json: bool) -> None:
     """First packets trapped, decided and released a second, with few and with many entries already there.
 
-    Exit status 1 where the rate with many is more than 20 % below the rate with few."""
+    Exit status 1 where the rate with many is more than 20 % below the rate with few.
+    """
+    need_root()
     from oepy.bench.trap import render, run
 
     result = run(seconds=seconds, entries=entries)

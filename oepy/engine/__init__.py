@@ -1,1 +1,5 @@
-"""Every opportunistic decision, as one pure table."""
+"""Every opportunistic decision, as one pure machine: `Engine.handle(input, now) -> actions`."""
+
+from oepy.engine.core import Engine, EngineSettings
+
+__all__ = ["Engine", "EngineSettings"]

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from oepy.errors import OepyError, ParseError
-from oepy.model import NAT_T_PORT, IpAddress
+from oepy.model import IKE_PORT, NAT_T_PORT, IpAddress
 from oepy.wire import Reader
 
 if TYPE_CHECKING:
@@ -214,8 +214,9 @@ class Capture:
 @dataclass(frozen=True, slots=True)
 class Packet:
     """An IP packet on the wire. `kind` is one of `esp` (protocol 50, or in UDP 4500), `ike` (UDP 500, or
-    with the non-ESP marker on 4500), `keepalive` (RFC 3948 §2.3), `nd` (ICMPv6 133–137), `multicast` and
-    `clear` (everything else). Ports are 0 where there are none, as in a later fragment."""
+    with the non-ESP marker on 4500, or an ICMP error that quotes such a packet), `keepalive` (RFC 3948
+    §2.3), `nd` (ICMPv6 133–137), `multicast` and `clear` (everything else). Ports are 0 where there are
+    none, as in a later fragment."""
 
     time: float  # seconds since the epoch
     source: IpAddress
@@ -302,11 +303,28 @@ def _kind(protocol: int, ports: tuple[int, int], payload: bytes, destination: Ip
         if payload == b"\xff":
             return "keepalive"
         return "ike" if payload[:4] == bytes(4) else "esp"
-    if protocol == 17 and 500 in ports:
+    if protocol == 17 and IKE_PORT in ports:
         return "ike"
     if protocol == 58 and payload and 133 <= payload[0] <= 137:
         return "nd"
+    if _is_error_about_ike(protocol, payload):
+        return "ike"
     return "multicast" if destination.is_multicast else "clear"
+
+
+def _is_error_about_ike(protocol: int, payload: bytes) -> bool:
+    """An ICMP error (a closed port 500, say) quotes the packet that caused it: RFC 792, RFC 4443 §2.4."""
+    if protocol == 1 and payload[:1] in (b"\x03", b"\x0b") and len(payload) >= 36:
+        quoted = payload[8:]
+        upper = (quoted[0] & 15) * 4
+        protocol_quoted = quoted[9]
+    elif protocol == 58 and payload[:1] in (b"\x01", b"\x02", b"\x03", b"\x04") and len(payload) >= 56:
+        quoted, upper = payload[8:], 40
+        protocol_quoted = quoted[6]
+    else:
+        return False
+    ports = struct.unpack_from("!HH", quoted, upper) if len(quoted) >= upper + 4 else (0, 0)
+    return protocol_quoted == 17 and not {IKE_PORT, NAT_T_PORT}.isdisjoint(ports)
 
 
 def read_pcap(path: str | Path) -> Iterator[Frame]:

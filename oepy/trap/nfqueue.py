@@ -170,6 +170,10 @@ class NfqueueTrap:
         self._releasing.append(((group, destination), verdict))
         self._schedule_flush()
 
+    def commit(self) -> None:
+        """All decisions so far are in the kernel, and held packets on their way, when this returns."""
+        self._flush()
+
     def forget(self, destinations: Iterable[tuple[PolicyGroup, IpAddress]]) -> None:
         """See `interfaces.Trap`. Packets that are held stay held."""
         self._require()

@@ -1,0 +1,53 @@
+# The two commands for users are `make demo` and `make test`; both install what they need.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help demo test test-long check dev fuzz clean
+
+help:
+	@echo "make demo       the main job, in a lab on this machine (root)"
+	@echo "make test       all tests that this machine can run (root)"
+	@echo "make test-long  the slow ones too"
+	@echo "make check      ruff, mypy, import contracts"
+	@echo "make dev        a virtual environment with everything, in $(VENV)"
+
+$(VENV)/.oepy: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "oepy: Python 3.11 or later is needed, $(PYTHON) is older: set PYTHON=…" >&2; exit 2; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.oepy
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+dev: $(VENV)/.dev
+
+demo:
+	@scripts/install-system demo
+	@$(MAKE) --no-print-directory $(VENV)/.oepy
+	@$(BIN)/oepy lab run $(DEMO)
+
+check: $(VENV)/.dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo > .import-contracts.log 2>&1 || { cat .import-contracts.log; exit 1; }
+	@rm -f .import-contracts.log
+
+test:
+	@scripts/install-system test
+	@$(MAKE) --no-print-directory check
+	@$(BIN)/python -m pytest -m "not long" $(PYTEST)
+
+test-long:
+	@scripts/install-system test
+	@$(MAKE) --no-print-directory check
+	@$(BIN)/python -m pytest $(PYTEST)
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,320 @@
+"""`oepy dns`: validated lookups and peers' keys."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Callable
+from ipaddress import ip_address
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from oepy.errors import ConfigError, UsageError
+
+if TYPE_CHECKING:
+    from dns.rdata import Rdata
+
+    from oepy.dns.validator import Outcome, Validator
+    from oepy.model import IpAddress, KeyAnswer
+
+DEFAULT_CONFIG = "/etc/oepy/oepy.yaml"
+
+
+def _resolver_options(command: Callable[..., None]) -> Callable[..., None]:
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
+        click.option("--at", metavar="YYYYMMDDHHMMSS", help="Check signatures as of this time (UTC)."),
+        click.option(
+            "--trust-anchor",
+            "trust_anchors",
+            multiple=True,
+            metavar="FILE",
+            help="DS or DNSKEY records to trust (default: the configuration's, else the IANA root).",
+        ),
+        click.option("--port", type=click.IntRange(1, 65535), default=53, show_default=True),
+        click.option(
+            "--resolver",
+            "resolvers",
+            multiple=True,
+            metavar="ADDR",
+            help="Recursive resolver to ask (default: the configuration's, else /etc/resolv.conf).",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group("dns")
+def dns() -> None:
+    """Validated lookups, and the keys that peers publish."""
+
+
+@dns.command()
+@click.argument("name")
+@click.argument("type", metavar="TYPE")
+@_resolver_options
+@click.pass_context
+def lookup(
+    ctx: click.Context,
+    *,
+    name: str,
+    type: str,
+    resolvers: tuple[str, ...],
+    port: int,
+    trust_anchors: tuple[str, ...],
+    at: str | None,
+    as_json: bool,
+) -> None:
+    """One DNSSEC-validated lookup. An address as NAME means its reverse name.
+
+    Exit status: 0 where the answer is secure, 1 where it is not, or where there is none.
+
+    \b
+    oepy dns lookup www.example.org AAAA
+    oepy dns lookup 192.0.2.10 IPSECKEY --resolver 127.0.0.1 --trust-anchor anchors.key
+    oepy dns lookup example.org DNSKEY --at 20260101000000 --json
+    """
+    owner, rdtype = _owner(name), _type(type)
+
+    async def run() -> Outcome:
+        validator = _validator(ctx.obj, resolvers, port, trust_anchors, at)
+        return await validator.lookup(owner, rdtype)
+
+    outcome = asyncio.run(run())
+    record = _outcome_record(outcome)
+    if as_json:
+        click.echo(json.dumps(record, indent=2))
+    else:
+        _print_outcome(record)
+    if outcome.status.value != "secure" or not outcome.rdatas:
+        sys.exit(1)
+
+
+@dns.command()
+@click.argument("subject", metavar="ADDRESS|NAME")
+@_resolver_options
+@click.pass_context
+def peer(
+    ctx: click.Context,
+    *,
+    subject: str,
+    resolvers: tuple[str, ...],
+    port: int,
+    trust_anchors: tuple[str, ...],
+    at: str | None,
+    as_json: bool,
+) -> None:
+    """The keys and gateways that oepy would use for a peer, in the order in which it would try them.
+
+    Exit status: 0 where there are secure keys, else 1.
+
+    \b
+    oepy dns peer 192.0.2.10
+    oepy dns peer beta.example.org --json
+    """
+    from oepy.dns.build import make_key_source
+
+    async def run() -> KeyAnswer:
+        validator = _validator(ctx.obj, resolvers, port, trust_anchors, at)
+        return await make_key_source(validator).peer_keys(subject)
+
+    _owner(subject)  # a name that is none is wrong usage, not an absent peer
+    answer = asyncio.run(run())
+    record = _peer_record(answer)
+    if as_json:
+        click.echo(json.dumps(record, indent=2))
+    else:
+        _print_peer(record)
+    if record["status"] != "secure":
+        sys.exit(1)
+
+
+# ---- options ---------------------------------------------------------------------------------------------
+
+
+def _validator(
+    config_path: str | None,
+    resolvers: tuple[str, ...],
+    port: int,
+    trust_anchors: tuple[str, ...],
+    at: str | None,
+) -> Validator:
+    from oepy.dns.build import make_validator, parse_time
+    from oepy.model import MARK_OWN
+
+    configured = _configured(config_path)
+    return make_validator(
+        [_address(text) for text in resolvers or configured.get("resolvers", ())],
+        port=port,
+        trust_anchors=trust_anchors or configured.get("trust_anchors", ()),
+        mark=MARK_OWN,  # a running daemon must not trap the questions of its own administrator
+        at=parse_time(at) if at else None,
+    )
+
+
+def _configured(path: str | None) -> dict[str, list[str]]:
+    """The `dns` section's lists, where there is a configuration file."""
+    import yaml
+
+    chosen = path or DEFAULT_CONFIG
+    if path is None and not os.path.exists(chosen):
+        return {}
+    try:
+        with open(chosen, encoding="utf-8") as stream:
+            document = yaml.safe_load(stream) or {}
+    except OSError as error:
+        raise ConfigError(chosen, [f"cannot be read: {error.strerror}"]) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(chosen, [f"no valid YAML: {error}"]) from None
+    section = document.get("dns") if isinstance(document, dict) else None
+    if not isinstance(section, dict):
+        return {}
+    lists = {key: section.get(key) for key in ("resolvers", "trust_anchors")}
+    return {key: [str(item) for item in value] for key, value in lists.items() if isinstance(value, list)}
+
+
+def _address(text: str) -> IpAddress:
+    try:
+        return ip_address(text)
+    except ValueError:
+        raise UsageError(f"resolver {text!r} is no IP address") from None
+
+
+def _owner(text: str) -> Any:
+    import dns.exception
+    import dns.name
+
+    from oepy.dns.zonefile import reverse_name
+
+    try:
+        return reverse_name(ip_address(text))
+    except ValueError:
+        pass
+    try:
+        return dns.name.from_text(text, dns.name.root)
+    except (dns.exception.DNSException, ValueError):
+        raise UsageError(f"{text!r} is no domain name") from None
+
+
+def _type(text: str) -> int:
+    import dns.exception
+    import dns.rdatatype
+
+    try:
+        rdtype = dns.rdatatype.from_text(text)
+    except (dns.exception.DNSException, ValueError):
+        raise UsageError(f"{text!r} is no record type") from None
+    if dns.rdatatype.is_metatype(rdtype) or rdtype in (dns.rdatatype.RRSIG, dns.rdatatype.NSEC3):
+        raise UsageError(f"{text.upper()} is no type that can be looked up with validation")
+    return int(rdtype)
+
+
+# ---- output ----------------------------------------------------------------------------------------------
+
+
+def _outcome_record(outcome: Outcome) -> dict[str, Any]:
+    import dns.rdatatype
+
+    return {
+        "name": str(outcome.question.name),
+        "type": dns.rdatatype.to_text(dns.rdatatype.RdataType.make(outcome.question.type)),
+        "status": outcome.status.value,
+        "reason": outcome.reason,
+        "rcode": outcome.rcode,
+        "answers": [_presentation(rdata) for rdata in outcome.rdatas],
+        "canonical_name": str(outcome.canonical_name),
+        "ttl": outcome.ttl,
+        "chain": [
+            {
+                "zone": entry.zone,
+                "algorithm": entry.algorithm,
+                "key_tags": list(entry.key_tags),
+                "status": entry.status,
+            }
+            for entry in outcome.chain
+        ],
+        "questions": outcome.questions,
+    }
+
+
+def _presentation(rdata: Rdata) -> str:
+    """Presentation form; an unreadable record in RFC 3597's form."""
+    import dns.rdatatype
+
+    from oepy.dns.records import parse_ipseckey
+    from oepy.errors import ParseError
+
+    if rdata.rdtype == dns.rdatatype.IPSECKEY:
+        try:
+            return parse_ipseckey(rdata.to_wire() or b"").to_text()
+        except ParseError:
+            return rdata.to_text()
+    return rdata.to_text()
+
+
+def _print_outcome(record: dict[str, Any]) -> None:
+    for answer in record["answers"]:
+        click.echo(f"{record['canonical_name']}\t{record['ttl']}\tIN\t{record['type']}\t{answer}")
+    click.echo(f"; {record['name']} {record['type']}: {record['status']}, {record['rcode']}")
+    if record["reason"]:
+        click.echo(f"; because {record['reason']}")
+    for entry in record["chain"]:
+        tags = ", ".join(map(str, entry["key_tags"]))
+        keys = f" {entry['algorithm']}, key {tags}" if tags else ""
+        click.echo(f"; {entry['zone']}: {entry['status']}{keys}")
+
+
+def _peer_record(answer: KeyAnswer) -> dict[str, Any]:
+    from oepy.keys import describe, encode
+    from oepy.model import Insecure, Secure
+
+    keys = answer.keys if isinstance(answer, Secure | Insecure) else ()
+    return {
+        "subject": answer.subject,
+        "owner": answer.owner,
+        "status": type(answer).__name__.lower(),
+        "reason": answer.reason,
+        "ttl": answer.ttl,
+        "keys": [
+            {
+                "algorithm": int(key.key.algorithm),
+                "key_type": describe(key.key),
+                "public_key": encode(key.key),
+                "gateway": key.gateway_text,
+                "gateway_type": int(key.gateway_type),
+                "gateway_addresses": [str(address) for address in key.gateways],
+                "precedence": key.precedence,
+                "record": key.record,
+                "owner": key.owner,
+                "ttl": key.ttl,
+            }
+            for key in keys
+        ],
+        "notes": list(answer.notes),
+        "elapsed_ms": round(answer.elapsed * 1000, 3),
+        "questions": answer.questions,
+    }
+
+
+def _print_peer(record: dict[str, Any]) -> None:
+    columns = ("precedence", "gateway", "key_type", "record", "owner", "ttl", "public_key")
+    rows = [[str(key[column]) for column in columns] for key in record["keys"]]
+    if rows and sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(*columns)
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table)
+    else:
+        for row in rows:
+            click.echo("\t".join(row))
+    click.echo(
+        f"{record['subject']}: {record['status']}" + (f", {record['reason']}" * bool(record["reason"]))
+    )
+    for note in record["notes"]:
+        click.echo(f"note: {note}")

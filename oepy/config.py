@@ -1,0 +1,344 @@
+"""/etc/oepy/oepy.yaml: read, checked, and turned into plain frozen values.
+
+All mistakes are listed at once, each with its line, its path and the mend. pydantic stands at the edge only.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from ipaddress import IPv6Address, ip_address, ip_network
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from oepy.errors import ConfigError
+from oepy.interfaces import PolicyRule
+from oepy.model import IpAddress, PolicyGroup
+from oepy.policy import PROTOCOL_NUMBERS
+
+DEFAULT_PATH = Path("/etc/oepy/oepy.yaml")
+DEFAULT_KEY = Path("/var/lib/oepy/host.key")
+DEFAULT_SOCKET = Path("/run/oepy/oepy.sock")
+RESOLV_CONF = Path("/etc/resolv.conf")
+MAX_CONFIG_BYTES = 16 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """A configuration without mistakes."""
+
+    source: str
+    identity: str | None
+    key: Path
+    resolvers: tuple[IpAddress, ...]
+    trust_anchors: tuple[Path, ...]
+    insecure_keys: bool
+    rules: tuple[PolicyRule, ...]
+    default_group: PolicyGroup
+    after_failed_ike_blocks: bool
+    datapath: str
+    trap: str
+    device: str
+    socket: Path
+    key_log: Path | None
+
+
+def _address(value: object) -> IpAddress:
+    try:
+        return ip_address(str(value))
+    except ValueError:
+        raise ValueError(f"{value!r} is no IP address; write it like 192.0.2.53 or 2001:db8::53") from None
+
+
+def _rule_network(text: str) -> Iterator[tuple[int, int, str]]:
+    """(protocol, port, network text) of one group line: `NET`, `udp/123`, or `tcp/22 NET`."""
+    words = text.split()
+    if not words or len(words) > 2:
+        raise ValueError(f"{text!r}: write a prefix, `udp/123`, or `tcp/22 198.51.100.0/24`")
+    head = words[0]
+    protocol = port = 0
+    name, slash, rest = head.partition("/")
+    if name.lower() in PROTOCOL_NUMBERS:
+        protocol = PROTOCOL_NUMBERS[name.lower()]
+        if slash:
+            if not rest.isdigit() or not 0 < int(rest) < 65536:
+                raise ValueError(f"{head!r}: the port must be 1 to 65535")
+            port = int(rest)
+        if len(words) == 1:
+            yield protocol, port, "0.0.0.0/0"
+            yield protocol, port, "::/0"
+            return
+        yield protocol, port, words[1]
+        return
+    if len(words) == 2:
+        raise ValueError(f"{text!r}: {head!r} is no protocol; known are {', '.join(PROTOCOL_NUMBERS)}")
+    yield 0, 0, head
+
+
+def parse_rule(text: object, group: PolicyGroup) -> list[PolicyRule]:
+    """The rules of one line of a group. Raises ValueError with the mend."""
+    rules = []
+    for protocol, port, network in _rule_network(str(text)):
+        try:
+            net = ip_network(network)
+        except ValueError as error:
+            try:
+                mend = f"write {ip_network(network, strict=False)}"
+            except ValueError:
+                mend = "write it like 203.0.113.0/24 or 2001:db8::/32"
+            raise ValueError(f"{network!r} is no prefix ({error}); {mend}") from None
+        rules.append(PolicyRule(group, net, protocol, port))
+    return rules
+
+
+def _rule_text(value: object) -> str:
+    parse_rule(value, PolicyGroup.CLEAR)
+    return str(value)
+
+
+_Address = Annotated[str, BeforeValidator(lambda value: str(_address(value)))]
+_Rule = Annotated[str, BeforeValidator(_rule_text)]
+_GroupName = Literal["clear", "clear-or-private", "private-or-clear", "private", "block"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=False)
+
+
+class _Identity(_Section):
+    id: str | None = None
+    key: Path = DEFAULT_KEY
+
+
+class _Dns(_Section):
+    resolvers: list[_Address] | None = None
+    trust_anchors: list[Path] = []
+    insecure_keys: Literal["ignore", "use"] = "ignore"
+
+
+class _Policy(_Section):
+    default: _GroupName = "private-or-clear"
+    groups: dict[_GroupName, list[_Rule] | None] = {}
+    after_failed_ike: Literal["clear", "block"] = "clear"
+
+
+class _Control(_Section):
+    socket: Path = DEFAULT_SOCKET
+    dashboard: None = None
+
+
+class _Debug(_Section):
+    key_log: Path | None = None
+
+
+class _File(_Section):
+    identity: _Identity = Field(default_factory=_Identity)
+    dns: _Dns = Field(default_factory=_Dns)
+    policy: _Policy = Field(default_factory=_Policy)
+    datapath: Literal["auto", "tun", "none"] = "auto"
+    trap: Literal["auto", "nfqueue", "none"] = "auto"
+    device: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,15}$")] = "oe0"
+    control: _Control = Field(default_factory=_Control)
+    debug: _Debug = Field(default_factory=_Debug)
+    connections: dict[str, Any] = Field(default={}, max_length=0)
+    secrets: list[Any] = Field(default=[], max_length=0)
+
+
+_NOT_YET = "this version serves opportunistic encryption only; remove the section"
+_MENDS = {
+    ("connections",): _NOT_YET,
+    ("secrets",): _NOT_YET,
+    ("control", "dashboard"): "this version has no dashboard; set it to null or remove the line",
+    ("datapath",): "this version has auto, tun and none; the kernel's ESP (xfrm) is not in it yet",
+}
+
+
+def load(path: Path | str | None = None) -> Config:
+    """Read and check a file; the default path may be missing, which means all defaults. Raises ConfigError
+    with every mistake."""
+    explicit = path is not None
+    file = Path(path) if path is not None else DEFAULT_PATH
+    try:
+        if file.exists() and file.stat().st_size > MAX_CONFIG_BYTES:
+            raise ConfigError(str(file), [f"larger than {MAX_CONFIG_BYTES} bytes; this is no configuration"])
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        if explicit:
+            raise ConfigError(str(file), ["no such file; give an existing one with -c FILE"]) from None
+        text = ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(str(file), [f"cannot be read: {error}"]) from None
+    return parse(text, str(file))
+
+
+def parse(text: str, source: str = "oepy.yaml") -> Config:
+    """Check the text of a configuration. Raises ConfigError with every mistake."""
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}: " if mark else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise ConfigError(source, [f"{where}not YAML ({problem}); check indentation and quotes"]) from None
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise ConfigError(source, ["line 1: the file must be a mapping such as `policy: {…}`"])
+    lines: dict[tuple[str | int, ...], int] = {}
+    problems = list(_index_lines(node, (), lines)) if node is not None else []
+    # An empty section (`dns:` with nothing under it) means its defaults.
+    data = {key: value for key, value in data.items() if value is not None}
+    problems += _cross_checks(data, lines)
+    model = None
+    try:
+        model = _File.model_validate(data)
+    except ValidationError as error:
+        problems += [_explain(item, lines) for item in error.errors()]
+    if model is None or problems:
+        raise ConfigError(source, sorted(problems, key=_line_of))
+    resolvers = model.dns.resolvers
+    found = system_resolvers() if resolvers is None else tuple(ip_address(text) for text in resolvers)
+    if not found:
+        line = lines.get(("dns", "resolvers"), lines.get(("dns",), 1))
+        mend = f"none is named here nor in {RESOLV_CONF}; name at least one address"
+        raise ConfigError(source, [f"line {line}: dns.resolvers: {mend}"])
+    return _build(model, source, found)
+
+
+def _line_of(problem: str) -> int:
+    words = problem.split(":", 1)[0].split()
+    return int(words[1]) if len(words) == 2 and words[1].isdigit() else 0
+
+
+def _index_lines(
+    node: yaml.Node, path: tuple[str | int, ...], lines: dict[tuple[str | int, ...], int]
+) -> Iterator[str]:
+    """Fill `lines` with path → line number; yields a problem for each key that stands twice."""
+    lines[path] = node.start_mark.line + 1
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            name = str(key.value)
+            if name in seen:
+                yield f"line {key.start_mark.line + 1}: {_dotted((*path, name))}: stands twice; keep one"
+            seen.add(name)
+            yield from _index_lines(value, (*path, name), lines)
+            lines[(*path, name)] = key.start_mark.line + 1
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            yield from _index_lines(item, (*path, index), lines)
+
+
+def _dotted(path: tuple[str | int, ...]) -> str:
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else (f".{part}" if text else part)
+    return text or "file"
+
+
+def _explain(item: Any, lines: dict[tuple[str | int, ...], int]) -> str:
+    path = tuple(part for part in item["loc"] if part != "[key]")
+    known = path
+    while known and known not in lines:
+        known = known[:-1]
+    where = f"line {lines.get(known, 1)}: {_dotted(path)}: "
+    if known in _MENDS and item["type"] != "extra_forbidden":
+        return where + _MENDS[known]
+    if item["type"] == "extra_forbidden":
+        return where + "unknown key" + _suggest(path)
+    if item["loc"] and item["loc"][-1] == "[key]":
+        return where + f"unknown policy group; known are {', '.join(g.value for g in PolicyGroup)}"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    return where + message[:1].lower() + message[1:]
+
+
+def _suggest(path: tuple[str | int, ...]) -> str:
+    model: Any = _File
+    for part in path[:-1]:
+        field = model.model_fields.get(part) if isinstance(part, str) else None
+        model = getattr(field, "annotation", None)
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            return "; remove it"
+    names = list(model.model_fields)
+    close = difflib.get_close_matches(str(path[-1]), names, 1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known here are {', '.join(names)}"
+
+
+def _cross_checks(data: dict[str, Any], lines: dict[tuple[str | int, ...], int]) -> Iterator[str]:
+    """Mistakes between values that are each well-formed. Works on the raw data, so that they are listed
+    together with the others; what is malformed is reported elsewhere and passed over here."""
+    owners: dict[PolicyRule, str] = {}
+    for name, index, text in _group_lines(data):
+        try:
+            rules = parse_rule(text, PolicyGroup.CLEAR)  # one group for all: equal rules compare equal
+        except ValueError:
+            continue
+        for rule in rules:
+            if owners.setdefault(rule, name) != name:
+                yield (
+                    f"line {lines.get(('policy', 'groups', name, index), 1)}: policy.groups.{name}[{index}]: "
+                    f"{text} stands in {owners[rule]} too; keep it in one group"
+                )
+    anchors = data["dns"].get("trust_anchors") if isinstance(data.get("dns"), dict) else None
+    for index, anchor in enumerate(anchors if isinstance(anchors, list) else []):
+        if isinstance(anchor, str) and not Path(anchor).is_file():
+            yield (
+                f"line {lines.get(('dns', 'trust_anchors', index), 1)}: dns.trust_anchors[{index}]: "
+                f"no file {anchor}; give a file of DS or DNSKEY records"
+            )
+
+
+def _group_lines(data: dict[str, Any]) -> Iterator[tuple[str, int, object]]:
+    policy = data.get("policy")
+    groups = policy.get("groups") if isinstance(policy, dict) else None
+    for name, texts in groups.items() if isinstance(groups, dict) else ():
+        for index, text in enumerate(texts if isinstance(texts, list) else []):
+            yield str(name), index, text
+
+
+def _build(model: _File, source: str, resolvers: tuple[IpAddress, ...]) -> Config:
+    return Config(
+        source=source,
+        identity=model.identity.id,
+        key=model.identity.key,
+        resolvers=resolvers,
+        trust_anchors=tuple(model.dns.trust_anchors),
+        insecure_keys=model.dns.insecure_keys == "use",
+        rules=tuple(
+            rule
+            for name, texts in model.policy.groups.items()
+            for text in texts or []
+            for rule in parse_rule(text, PolicyGroup(name))
+        ),
+        default_group=PolicyGroup(model.policy.default),
+        after_failed_ike_blocks=model.policy.after_failed_ike == "block",
+        datapath=model.datapath,
+        trap=model.trap,
+        device=model.device,
+        socket=model.control.socket,
+        key_log=model.debug.key_log,
+    )
+
+
+def system_resolvers(path: Path = RESOLV_CONF) -> tuple[IpAddress, ...]:
+    """The `nameserver` lines of resolv.conf; lines that hold no address are passed over as the libc does."""
+    found: list[IpAddress] = []
+    try:
+        text = path.read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return ()
+    for line in text.splitlines():
+        words = line.split()
+        if len(words) >= 2 and words[0] == "nameserver":
+            try:
+                address = ip_address(words[1])
+            except ValueError:
+                continue
+            if not (isinstance(address, IPv6Address) and address.scope_id):
+                found.append(address)
+    return tuple(found[:3])

@@ -1,0 +1,150 @@
+"""Whom we answer, and for which traffic: the responder's side of opportunistic encryption.
+
+A peer gets a SA for addresses that the DNS gives it: its own outer address when the key it proved stands at
+that address's reverse name, or an address whose record names it as gateway (delegation, RFC 4322 §3.2).
+A NULL peer gets its own outer address and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from oepy.daemon.addresses import own_addresses
+from oepy.engine import Engine
+from oepy.interfaces import KeySource
+from oepy.model import (
+    Authenticated,
+    Insecure,
+    IpAddress,
+    KeyAnswer,
+    PeerIdentity,
+    PeerKey,
+    PublicKey,
+    Secure,
+    TrafficSelector,
+)
+
+MAX_SELECTORS = 16  # of an offer that are looked at
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a peer asks for, after it has proved `key` (None for AUTH NULL)."""
+
+    peer: IpAddress
+    local: IpAddress
+    authenticated: Authenticated
+    key: PublicKey | None
+    tsi: tuple[TrafficSelector, ...]  # the peer's side
+    tsr: tuple[TrafficSelector, ...]  # ours
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """`refusal` empty: the narrowed selectors may be used."""
+
+    local_ts: tuple[TrafficSelector, ...] = ()
+    remote_ts: tuple[TrafficSelector, ...] = ()
+    refusal: str = ""
+
+
+def usable_keys(answer: KeyAnswer, use_insecure: bool) -> tuple[PeerKey, ...]:
+    if isinstance(answer, Secure) or (use_insecure and isinstance(answer, Insecure)):
+        return answer.keys
+    return ()
+
+
+class Admissions:
+    """Decides offers; asks the DNS only where the answer can matter."""
+
+    def __init__(
+        self,
+        source: KeySource,
+        engine: Engine,
+        locals_of_host: Callable[[], frozenset[IpAddress]] = own_addresses,
+    ) -> None:
+        self._source = source
+        self._engine = engine
+        self._locals = locals_of_host
+
+    def own_addresses(self) -> frozenset[IpAddress]:
+        return self._locals()
+
+    async def keys_of(self, identity: PeerIdentity) -> tuple[tuple[PublicKey, ...], str]:
+        """The keys that this identity may prove, and why there are none. RFC 4322 §3.2: an FQDN is looked up
+        forward, an address at its reverse name."""
+        address = identity.as_address()
+        subject: IpAddress | str = address if address is not None else str(identity)
+        answer = await self._source.peer_keys(subject)
+        keys = usable_keys(answer, self._engine.settings.use_insecure_keys)
+        reason = "" if keys else f"{type(answer).__name__.lower()} {answer.owner} {answer.reason}".strip()
+        return tuple(record.key for record in keys), reason
+
+    async def decide(self, offer: Offer) -> Admission:
+        local_ts = await self._ours(offer)
+        if not local_ts:
+            return Admission(refusal=f"{_text(offer.tsr)} is not ours to protect")
+        remote_ts: list[TrafficSelector] = []
+        refusals: list[str] = []
+        for address in _hosts(offer.tsi, offer.peer):
+            refusal = await self._refuses(offer, address)
+            if refusal:
+                refusals.append(f"{address}: {refusal}")
+            else:
+                remote_ts.append(_narrow(offer.tsi, address))
+        if not remote_ts:
+            return Admission(refusal="; ".join(refusals) or f"{_text(offer.tsi)} names no host address")
+        return Admission(local_ts, tuple(remote_ts))
+
+    async def _refuses(self, offer: Offer, address: IpAddress) -> str:
+        policy = self._engine.refuses_responder(address, offer.authenticated)
+        if policy:
+            return policy
+        if offer.authenticated is Authenticated.NULL:
+            return "" if address == offer.peer else "a NULL peer speaks for its own outer address only"
+        answer = await self._source.peer_keys(address)
+        for record in usable_keys(answer, self._engine.settings.use_insecure_keys):
+            if offer.peer in record.gateways and record.key == offer.key:
+                return ""
+        return f"{answer.owner} does not name {offer.peer} with the proven key"
+
+    async def _ours(self, offer: Offer) -> tuple[TrafficSelector, ...]:
+        """Our side: own addresses, and hosts whose records name this host as their gateway."""
+        locals_of_host = self._locals()
+        found = []
+        for address in _hosts(offer.tsr, offer.local):
+            if address in locals_of_host:
+                found.append(_narrow(offer.tsr, address))
+                continue
+            answer = await self._source.peer_keys(address)
+            keys = usable_keys(answer, self._engine.settings.use_insecure_keys)
+            if any(gateway in locals_of_host for record in keys for gateway in record.gateways):
+                found.append(_narrow(offer.tsr, address))
+        return tuple(found)
+
+
+def _hosts(selectors: Iterable[TrafficSelector], preferred: IpAddress) -> list[IpAddress]:
+    """The host addresses that an offer is about: single ones, and the peer's own where a range holds it."""
+    found: list[IpAddress] = []
+    for selector in list(selectors)[:MAX_SELECTORS]:
+        if selector.start == selector.end:
+            address = selector.start
+        elif selector.contains_address(preferred):
+            address = preferred
+        else:
+            continue
+        if address not in found:
+            found.append(address)
+    return found
+
+
+def _narrow(selectors: Iterable[TrafficSelector], address: IpAddress) -> TrafficSelector:
+    """The widest of the offered selectors, narrowed to one address (RFC 7296 §2.9)."""
+    host = TrafficSelector.of(address)
+    common = [found for selector in selectors if (found := selector.intersect(host)) is not None]
+    return max(common, key=lambda ts: (ts.protocol == 0, ts.end_port - ts.start_port))
+
+
+def _text(selectors: Iterable[TrafficSelector]) -> str:
+    return ", ".join(str(selector) for selector in list(selectors)[:MAX_SELECTORS])

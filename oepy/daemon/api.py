@@ -1,0 +1,184 @@
+"""What the control socket can ask of a running daemon, and what `oepy` commands make it do."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any
+
+from oepy import __version__
+from oepy.daemon import views
+from oepy.daemon.addresses import own_addresses
+from oepy.daemon.forecast import foretell
+from oepy.engine import messages as engine_messages
+from oepy.engine.table import State
+from oepy.errors import OepyError
+from oepy.interfaces import PolicyRule
+from oepy.keys import describe, fingerprint
+from oepy.model import IpAddress, PolicyGroup
+from oepy.policy import PROTOCOL_NUMBERS
+
+if TYPE_CHECKING:
+    from oepy.daemon.runtime import Daemon
+
+TERMINATE_SECONDS = 3.0
+
+
+class ControlApi:
+    """Implements `control.server.Controllable` for one daemon."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+
+    async def status(self) -> dict[str, Any]:
+        counts: dict[str, int] = {}
+        for entry in self._daemon.engine.entries.values():
+            name = views.disposition(entry.state)
+            counts[name] = counts.get(name, 0) + 1
+        groups: dict[str, list[str]] = {group.value: [] for group in PolicyGroup}
+        for rule in self._daemon.config.rules:
+            groups[rule.group.value].append(str(rule.network))
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            "ready": self._daemon.ready,
+            "uptime": round(time.monotonic() - self._daemon.started, 3),
+            "config": self._daemon.config.source,
+            "reloads": self._daemon.reloads,
+            "datapath": self._daemon.datapath_name,
+            "trap": type(self._daemon.trap).__name__,
+            "device": self._daemon.config.device,
+            "default_group": self._daemon.config.default_group.value,
+            "groups": groups,
+            "resolvers": [str(address) for address in self._daemon.config.resolvers],
+            "key": {
+                "type": describe(self._daemon.host_key.public),
+                "fingerprint": fingerprint(self._daemon.host_key.public),
+                "file": str(self._daemon.config.key),
+            },
+            "key_log": str(self._daemon.config.key_log) if self._daemon.config.key_log else None,
+            "own_records": [
+                {"subject": r.subject, "state": r.state, "reason": r.reason} for r in self._daemon.own.known()
+            ],
+            "destinations": counts,
+            "sas": len(self._daemon.engine.pairs),
+            "held": sum(self._daemon.trap.held().values()),
+            "counts": {
+                "engine": dict(self._daemon.engine.counts),
+                "events": dict(self._daemon.journal.counts),
+                "trap": dict(self._daemon.trap.statistics()),
+                "ike": dict(self._daemon.negotiator.endpoint.counters),
+            },
+            "alerts": list(self._daemon.journal.last_alerts),
+        }
+
+    async def peers(self) -> list[dict[str, Any]]:
+        held, now = self._daemon.trap.held(), time.monotonic()
+        return [
+            views.entry_view(entry, held.get(entry.key, 0), now)
+            for entry in self._daemon.engine.entries.values()
+        ]
+
+    async def sas(self) -> list[dict[str, Any]]:
+        counters = {c.spi_in: c for c in await self._daemon.datapath.counters()}
+        now = time.monotonic()
+        return [
+            views.sa_view(pair, counters.get(spi), since, now)
+            for spi, (pair, since) in self._daemon.engine.pairs.items()
+        ]
+
+    async def policies(self) -> list[dict[str, Any]]:
+        default = self._daemon.config.default_group.value
+        rules = sorted(self._daemon.config.rules, key=_match_order)
+        listed = [
+            {
+                "prefix": str(rule.network),
+                "protocol": _PROTOCOL_NAMES.get(rule.protocol, str(rule.protocol)) if rule.protocol else None,
+                "port": rule.port or None,
+                "group": rule.group.value,
+            }
+            for rule in rules
+        ]
+        return [*listed, {"prefix": "default", "protocol": None, "port": None, "group": default}]
+
+    async def explain(self, destination: IpAddress) -> dict[str, Any]:
+        entry = self._daemon.engine.find(destination)
+        if entry is None:
+            data = await foretell(
+                destination, self._daemon.policy, self._daemon.keys, self._daemon.config.insecure_keys
+            )
+        else:
+            sa = None
+            if entry.tunnels and entry.tunnels[-1].spi_in in self._daemon.engine.pairs:
+                spi = entry.tunnels[-1].spi_in
+                pair, since = self._daemon.engine.pairs[spi]
+                counters = await self._daemon.datapath.counters([spi])
+                sa = views.sa_view(pair, next(iter(counters), None), since, time.monotonic())
+            held = self._daemon.trap.held().get(entry.key, 0)
+            session = self._daemon.negotiator.session_with(entry.tunnels[-1].spi_in) if sa else None
+            ike = None
+            if session is not None:
+                ike = {"state": session.state, "algorithms": session.suite, "peer_id": str(session.identity)}
+                ike["last_error"] = session.last_error or entry.last_error
+            data = views.explanation(entry, held, time.monotonic(), sa, ike)
+        where = "own traffic and forwarded" if destination not in own_addresses() else "own address: never"
+        data["trap"] = f"{type(self._daemon.trap).__name__}, {where}"
+        return data
+
+    async def initiate(self, destination: IpAddress, seconds: float) -> dict[str, Any]:
+        match = self._daemon.policy.match_address(destination)
+        if match.group in (PolicyGroup.CLEAR, PolicyGroup.BLOCK):
+            raise OepyError(
+                f"{destination} is in group {match.group.value} ({match.prefix}), which never negotiates",
+                "put it into another group first",
+            )
+        self._daemon.feed(engine_messages.Initiate(destination, match.group, match.prefix))
+        deadline = time.monotonic() + seconds
+        pending = (State.LOOKUP, State.NEGOTIATING)
+        while (entry := self._daemon.engine.find(destination)) and entry.state in pending:
+            if time.monotonic() > deadline:
+                break
+            await asyncio.sleep(0.005)
+        return await self.explain(destination)
+
+    async def terminate(self, destination: IpAddress) -> dict[str, Any]:
+        """Returns when the peer has confirmed, or after a few seconds without it."""
+        engine = self._daemon.engine
+        spis = {
+            tunnel.spi_in
+            for entry in engine.entries.values()
+            if entry.destination == destination
+            for tunnel in entry.tunnels
+        }
+        self._daemon.feed(engine_messages.Terminate(destination))
+        deadline = time.monotonic() + TERMINATE_SECONDS
+        while spis & engine.pairs.keys() and time.monotonic() < deadline:  # noqa: ASYNC110 - a command waits
+            await asyncio.sleep(0.005)
+        await self._daemon.steps.idle()
+        return {"destination": str(destination), "closed": len(spis)}
+
+    async def flush(self, destination: IpAddress | None, dns: IpAddress | str | None) -> dict[str, Any]:
+        """`dns`: forget cached answers too, of one address or ("all") of everything."""
+        if dns is not None:
+            self._daemon.keys.forget(None if dns == "all" else dns)
+        before = len(self._daemon.engine.entries)
+        self._daemon.feed(engine_messages.Flush(destination))
+        await self._daemon.steps.idle()
+        return {"forgotten": before - len(self._daemon.engine.entries)}
+
+    def recent_events(self, limit: int) -> list[dict[str, Any]]:
+        return self._daemon.journal.recent(limit)
+
+    def follow_events(self) -> AsyncIterator[dict[str, Any]]:
+        return self._daemon.journal.follow()
+
+
+_PROTOCOL_NAMES = {number: name for name, number in PROTOCOL_NUMBERS.items()}
+
+
+def _match_order(rule: PolicyRule) -> tuple[int, int, bool, bool, int]:
+    """Longest prefix first, then the rules with a port or protocol, then the stricter group."""
+    network = rule.network
+    return (network.version, -network.prefixlen, not rule.port, not rule.protocol, -rule.group.strictness)

@@ -1,0 +1,246 @@
+"""The wiring between engine, DNS, IKE, datapath and trap, without sockets, files or signals.
+
+`runtime.Daemon` gives it the real rooms; tests give it fakes, a network in memory and a clock of their own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from oepy.daemon.addresses import own_addresses, source_towards
+from oepy.daemon.admission import Admissions
+from oepy.daemon.journal import Journal
+from oepy.daemon.negotiator import Negotiator, Ports
+from oepy.daemon.own import OwnRecord, OwnRecords
+from oepy.daemon.steps import Steps
+from oepy.engine import Engine, EngineSettings
+from oepy.engine import messages as engine_messages
+from oepy.engine.messages import Action, Input, LookupDone, Tick, Trapped, TunnelDown, UnknownSpi
+from oepy.errors import OepyError
+from oepy.ike.endpoint import IkeEndpoint
+from oepy.ike.events import Datagram, IkeKeys
+from oepy.ike.settings import IkeSettings
+from oepy.interfaces import Datapath, DatapathEvent, KeySource, Trap
+from oepy.keylog import KeyLog, ike_line
+from oepy.keys import HostKey
+from oepy.model import Endpoint, Flow, IpAddress, PolicyGroup, SaPair, Unreachable
+from oepy.policy import PolicyTable
+
+LOOKUP_SECONDS = 12.0  # the DNS room bounds itself; this is the belt to its braces
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a core is given. `monotonic` in seconds; `random` gives bytes."""
+
+    keys: KeySource
+    trap: Trap
+    datapath: Datapath
+    send: Callable[[Datagram], None]
+    monotonic: Callable[[], float]
+    host_key: HostKey
+    identity: str | None
+    ike_settings: IkeSettings
+    key_log: KeyLog | None = None
+    random: Callable[[int], bytes] = os.urandom
+    own_addresses: Callable[[], frozenset[IpAddress]] = own_addresses
+    source_towards: Callable[[IpAddress], IpAddress | None] = source_towards
+
+
+class Core:
+    """One host's opportunistic encryption. `feed` goes in, actions go to the rooms in their order."""
+
+    def __init__(self, policy: PolicyTable, journal: Journal, *, insecure_keys: bool, block: bool) -> None:
+        self.journal = journal
+        self.policy = policy
+        self.engine = Engine(engine_settings(policy, insecure_keys, block))
+        self.steps = Steps(self._internal_error)
+        self._timer: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def wire(self, given: Surroundings) -> None:
+        """Connect the rooms; nothing is started."""
+        self.given = given
+        self.keys, self.trap, self.datapath = given.keys, given.trap, given.datapath
+        self.own = OwnRecords(given.keys, given.host_key.public, given.monotonic, self._own_changed)
+        self.negotiator = Negotiator(
+            IkeEndpoint(given.ike_settings, given.random),
+            given.host_key,
+            given.identity,
+            self.own,
+            Admissions(given.keys, self.engine, given.own_addresses),
+            Ports(
+                feed=self.feed,
+                send=self._send,
+                report=self.journal.add,
+                allocate_spi=given.datapath.allocate_spi,
+                monotonic=given.monotonic,
+                source_towards=given.source_towards,
+                log_ike_keys=self._log_ike_keys,
+            ),
+        )
+
+    async def unwire(self, seconds: float) -> None:
+        """Deletes to everyone, then nothing runs any more."""
+        if hasattr(self, "negotiator"):
+            count = await self.negotiator.shutdown(seconds)
+            await self.steps.idle()
+            self.journal.add("stopping", tunnels=count)
+        for task in list(self._tasks):
+            task.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _own_changed(self, record: OwnRecord) -> None:
+        self.journal.add(
+            "own-record",
+            alert=record.state == "mismatch",
+            subject=record.subject,
+            state=record.state,
+            reason=record.reason,
+        )
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and isinstance(error := task.exception(), Exception):
+            self._internal_error(error)
+
+    def _internal_error(self, error: Exception) -> None:
+        self.journal.add("internal-error", alert=True, reason=f"{type(error).__name__}: {error}")
+        asyncio.get_running_loop().call_exception_handler(
+            {"message": "a step of the daemon failed", "exception": error}
+        )
+
+    # ------------------------------------------------------------ engine in, actions out
+
+    def feed(self, message: Input) -> None:
+        for action in self.engine.handle(message, self.given.monotonic()):
+            self.steps.do(lambda action=action: self._act(action))  # type: ignore[misc]
+        self._arm()
+
+    def _arm(self) -> None:
+        when = self.engine.next_timer()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if when is not None:
+            delay = max(when - self.given.monotonic(), 0.0)
+            self._timer = asyncio.get_running_loop().call_later(delay, self.feed, Tick())
+
+    def _act(self, action: Action) -> Any:
+        """Carry out one action; what is returned is awaited before the next."""
+        match action:
+            case engine_messages.Decide(group, destination, verdict, lifetime):
+                self.trap.decide(group, destination, verdict, lifetime)
+            case engine_messages.Forget(group, destination):
+                self.trap.forget([(group, destination)])
+            case engine_messages.StartLookup(destination):
+                self._spawn(self._look_up(destination))
+            case engine_messages.StartIke():
+                self.negotiator.start(action)
+            case engine_messages.CancelIke(attempt):
+                self.negotiator.cancel(attempt)
+            case engine_messages.Install(pair, outbound):
+                return self._install(pair, outbound)
+            case engine_messages.Remove(spi_in):
+                return self.datapath.remove(spi_in)
+            case engine_messages.CloseTunnel(spi_in, _):
+                self.negotiator.close(spi_in)
+            case engine_messages.ReadCounters(spis):
+                self._spawn(self._read_counters(spis))
+            case engine_messages.Report(event, fields, alert):
+                self.journal.add(event, alert, **fields)
+        return None
+
+    async def _install(self, pair: SaPair, outbound: bool) -> None:
+        if self.given.key_log is not None:
+            self.given.key_log.write_esp(pair)
+        try:
+            await self.datapath.install(pair, outbound=outbound)
+        except OepyError as error:
+            # Marked packets find no SA and are dropped; the destination is asked for anew.
+            self.journal.add("install-failed", True, peer=str(pair.remote.address), reason=str(error))
+            self.negotiator.close(pair.spi_in)
+            self.feed(TunnelDown(pair.spi_in, "the datapath refused the SA"))
+
+    async def _look_up(self, destination: IpAddress) -> None:
+        try:
+            async with asyncio.timeout(LOOKUP_SECONDS):
+                answer = await self.keys.peer_keys(destination)
+        except TimeoutError:
+            answer = Unreachable(str(destination), "", 0, "the lookup took too long", LOOKUP_SECONDS)
+        self.feed(LookupDone(destination, answer))
+
+    async def _read_counters(self, spis: tuple[int, ...]) -> None:
+        self.feed(engine_messages.Counters(await self.datapath.counters(spis)))
+
+    # ------------------------------------------------------------ from the rooms
+
+    def on_trapped(self, group: PolicyGroup, flow: Flow) -> None:
+        self.feed(Trapped(group, flow, self.policy.match(flow).prefix))
+
+    def on_ike(self, data: bytes, local: Endpoint, remote: Endpoint) -> None:
+        self.negotiator.receive(data, local, remote)
+
+    def _send(self, datagrams: list[Datagram]) -> None:
+        """After everything that must be in place before the peer hears of it."""
+
+        def step() -> None:
+            self.trap.commit()
+            for datagram in datagrams:
+                self.given.send(datagram)
+
+        self.steps.do(step)
+
+    def _log_ike_keys(self, event: IkeKeys) -> None:
+        if self.given.key_log is not None:
+            self.given.key_log.write_ike(
+                ike_line(
+                    (event.spi_i, event.spi_r),
+                    event.encryption,
+                    (event.sk_ei, event.sk_er),
+                    event.integrity,
+                    (event.sk_ai, event.sk_ar),
+                )
+            )
+
+    def on_datapath_event(self, event: DatapathEvent) -> None:
+        match event.kind:
+            case "unknown-spi" if event.peer is not None:
+                self.feed(UnknownSpi(event.peer))
+            case "soft-expire":
+                self.negotiator.rekey(event.spi)
+            case "hard-expire":
+                self.negotiator.close(event.spi)
+            case "failed":
+                self._spawn(self._datapath_failed(event.detail))
+            case _:
+                self.journal.add(event.kind, spi_in=f"{event.spi:08x}", peer=event.peer and str(event.peer))
+
+    async def _datapath_failed(self, detail: str) -> None:
+        """Sequence numbers are gone with the process, and an AEAD must never see one twice: all tunnels end
+        and are negotiated anew."""
+        self.journal.add("datapath-failed", alert=True, reason=detail)
+        for spi_in in list(self.engine.pairs):
+            self.negotiator.close(spi_in)
+            self.feed(TunnelDown(spi_in, "the datapath process ended"))
+        await self.steps.idle()
+        await self.datapath.start(self.on_datapath_event)
+        self.journal.add("datapath-restarted", alert=True, reason="packets are trapped again")
+
+
+def engine_settings(policy: PolicyTable, insecure_keys: bool, block: bool) -> EngineSettings:
+    def group_of(address: IpAddress) -> tuple[PolicyGroup, str]:
+        match = policy.match_address(address)
+        return match.group, match.prefix
+
+    return EngineSettings(group_of, insecure_keys, block)

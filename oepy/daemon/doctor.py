@@ -1,0 +1,189 @@
+"""Checks of this host. Each tries the thing itself; none changes anything."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from oepy.config import Config
+from oepy.daemon.addresses import own_addresses
+from oepy.daemon.forecast import key_source
+from oepy.daemon.own import OwnRecords
+from oepy.errors import OepyError
+from oepy.interfaces import KeySource
+from oepy.keys import HostKey, describe, fingerprint
+from oepy.model import IKE_PORT, NAT_T_PORT, IpAddress, Unreachable
+
+_NETLINK_NETFILTER = 12
+_EARLIEST_PLAUSIBLE = 1_767_225_600  # 2026-01-01: a clock before it fails every DNSSEC signature
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """`verdict`: good, warning or bad."""
+
+    subject: str
+    verdict: str
+    text: str
+    mend: str = ""
+
+    def as_dict(self) -> dict[str, str]:
+        return asdict(self)
+
+
+def examine(config: Config) -> list[Finding]:
+    """All checks, in the order in which a packet would need them."""
+    return [
+        *_privilege(),
+        *_clock(),
+        *_tun(),
+        *_queue(),
+        *_ports(),
+        *_key(config),
+        *asyncio.run(_names(config)),
+        *_guard(),
+    ]
+
+
+def _privilege() -> Iterator[Finding]:
+    if os.geteuid() == 0:
+        yield Finding("root", "good", "running as root")
+    else:
+        yield Finding("root", "warning", "not root: some checks can't be made", "run `sudo oepy doctor`")
+
+
+def _clock() -> Iterator[Finding]:
+    if time.time() < _EARLIEST_PLAUSIBLE:
+        yield Finding("clock", "bad", f"it says {time.ctime()}", "set it: DNSSEC signatures have dates")
+    else:
+        yield Finding("clock", "good", time.strftime("%Y-%m-%d %H:%M:%S %Z"))
+
+
+def _tun() -> Iterator[Finding]:
+    try:
+        os.close(os.open("/dev/net/tun", os.O_RDWR))
+    except FileNotFoundError:
+        yield Finding(
+            "TUN", "bad", "no /dev/net/tun", "load the module `tun`, or give the container the device"
+        )
+    except OSError as error:
+        yield Finding("TUN", "bad", f"/dev/net/tun: {error.strerror}", "give this process CAP_NET_ADMIN")
+    else:
+        yield Finding("TUN", "good", "/dev/net/tun opens")
+
+
+def _queue() -> Iterator[Finding]:
+    if shutil.which("nft") is None:
+        yield Finding("nftables", "bad", "no `nft` command", "install the package nftables")
+    else:
+        yield Finding("nftables", "good", "`nft` is there")
+    try:
+        socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER).close()
+    except OSError as error:
+        yield Finding(
+            "packet queue", "bad", f"no netfilter netlink: {error.strerror}", "load nfnetlink_queue"
+        )
+    else:
+        yield Finding("packet queue", "good", "netfilter netlink answers")
+
+
+def _ports() -> Iterator[Finding]:
+    for port in (IKE_PORT, NAT_T_PORT):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            try:
+                sock.bind(("0.0.0.0", port))  # noqa: S104 - only to see whether it is free
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    text, mend = "in use", "oepy itself may run already; else stop the other IKE daemon"
+                    yield Finding(f"UDP {port}", "warning", text, mend)
+                else:
+                    yield Finding(f"UDP {port}", "warning", str(error.strerror), "run as root")
+            else:
+                yield Finding(f"UDP {port}", "good", "free")
+
+
+def _key(config: Config) -> Iterator[Finding]:
+    if not config.key.exists():
+        yield Finding("host key", "warning", f"no {config.key}", "`oepy run` makes one at its first start")
+        return
+    try:
+        key = HostKey.load(config.key)
+    except OepyError as error:
+        yield Finding("host key", "bad", error.what, error.mend)
+    except PermissionError:
+        yield Finding("host key", "warning", f"{config.key} is not readable for this user", "run as root")
+    else:
+        yield Finding("host key", "good", f"{describe(key.public)} {fingerprint(key.public)}")
+
+
+async def _names(config: Config) -> list[Finding]:
+    source = key_source(config)
+    findings = []
+    addresses = sorted(own_addresses(), key=str)
+    subjects: list[IpAddress | str] = [config.identity] if config.identity else list(addresses)
+    if not subjects:
+        return [Finding("addresses", "bad", "this host has no address", "bring the network up")]
+    answer = await source.peer_keys(subjects[0])
+    resolvers = ", ".join(str(address) for address in config.resolvers)
+    if isinstance(answer, Unreachable):
+        mend = "name another resolver in dns.resolvers"
+        findings.append(Finding("resolver", "bad", f"{resolvers}: {answer.reason}", mend))
+    else:
+        state = type(answer).__name__.lower()
+        text = f"{resolvers} answers; {answer.owner} is {state}"
+        bogus = state == "bogus"
+        mend = "the resolver strips DNSSEC, or the zone is broken: try `oepy dns lookup . DNSKEY`"
+        findings.append(
+            Finding(
+                "DNSSEC",
+                "bad" if bogus else "good",
+                text + (f" ({answer.reason})" if bogus else ""),
+                mend if bogus else "",
+            )
+        )
+    return findings + await _own_records(config, source, subjects)
+
+
+async def _own_records(config: Config, source: KeySource, subjects: list[IpAddress | str]) -> list[Finding]:
+    try:
+        key = HostKey.load(config.key)
+    except (OepyError, OSError):
+        return []
+    own = OwnRecords(source, key.public, time.monotonic, lambda _: None)
+    found = []
+    for subject in subjects:
+        record = await own.get(subject)
+        if record.state == "published":
+            found.append(Finding("own record", "good", f"{subject} publishes this host's key"))
+        elif record.state == "absent":
+            text = f"{subject}: {record.reason}"
+            mend = "publish the output of `oepy key show`, or stay anonymous (AUTH NULL)"
+            found.append(Finding("own record", "warning", text, mend))
+        elif record.state == "mismatch":
+            mend = "publish `oepy key show`; peers refuse this host until then"
+            found.append(Finding("own record", "bad", f"{subject}: {record.reason}", mend))
+        else:
+            found.append(Finding("own record", "bad", f"{subject}: {record.reason}", "mend the zone"))
+    return found
+
+
+def _guard() -> Iterator[Finding]:
+    from oepy.trap.guard import guard_status
+
+    if os.geteuid() != 0 or not Path("/proc/net/netfilter").exists():
+        return
+    try:
+        on = guard_status()
+    except OepyError as error:
+        yield Finding("guard", "warning", error.what, error.mend)
+        return
+    if on:
+        text = "private and block prefixes are blocked, for no daemon runs"
+        yield Finding("guard", "warning", text, "start `oepy run`, or lift it with `oepy guard remove`")

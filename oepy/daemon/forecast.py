@@ -1,0 +1,47 @@
+"""`oepy explain` without a daemon: what would happen to the first packet."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from oepy import config as configuration
+from oepy.config import Config
+from oepy.daemon import views
+from oepy.engine.forecast import STATIC, forecast
+from oepy.interfaces import KeySource
+from oepy.model import MARK_OWN, IpAddress
+from oepy.policy import PolicyTable
+
+
+async def foretell(
+    destination: IpAddress, policy: PolicyTable, source: KeySource, use_insecure_keys: bool
+) -> dict[str, Any]:
+    """The story of a destination without an entry; asks the DNS where the group would."""
+    match = policy.match_address(destination)
+    if match.group in STATIC:
+        return views.would_be(str(destination), match, None, STATIC[match.group])
+    answer = await source.peer_keys(destination)
+    outcome = forecast(match.group, answer, use_insecure_keys=use_insecure_keys)
+    return views.would_be(str(destination), match, answer, outcome)
+
+
+def explain_without_daemon(config_path: str | None, destination: IpAddress) -> dict[str, Any]:
+    config = configuration.load(config_path)
+    policy = PolicyTable(config.rules, config.default_group)
+
+    async def ask() -> dict[str, Any]:
+        source = key_source(config)
+        return await foretell(destination, policy, source, config.insecure_keys)
+
+    data = asyncio.run(ask())
+    data["trap"] = "no daemon runs here: this is what would happen"
+    return data
+
+
+def key_source(config: Config) -> KeySource:
+    """The DNS room as this configuration wants it; its questions carry the daemon's mark."""
+    from oepy.dns.build import make_key_source, make_validator
+
+    validator = make_validator(config.resolvers, trust_anchors=config.trust_anchors, mark=MARK_OWN)
+    return make_key_source(validator)

@@ -1,0 +1,309 @@
+"""Drives the IKE room: bytes in from the sockets, its questions answered, its events told to the engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+from oepy.daemon.admission import Admissions, Offer
+from oepy.daemon.own import OwnRecords
+from oepy.engine.messages import (
+    Failure,
+    Input,
+    NegotiationFailed,
+    OutboundReady,
+    StartIke,
+    TunnelDown,
+    TunnelUp,
+)
+from oepy.ike import events as ike
+from oepy.ike.authentication import sign_auth
+from oepy.ike.endpoint import IkeEndpoint, SessionInfo
+from oepy.ike.settings import Initiate
+from oepy.keys import HostKey
+from oepy.model import IKE_PORT, Endpoint, IpAddress, TrafficSelector
+
+_FAILURES = {
+    ike.FailureKind.SILENT: Failure.SILENT,
+    ike.FailureKind.PROOF_FAILED: Failure.PROOF_FAILED,
+}
+MAX_CONTACTED = 100_000
+MAX_QUESTIONS = 4096  # running DNS questions of responders
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """What the negotiator needs of the rest of the daemon."""
+
+    feed: Callable[[Input], None]
+    send: Callable[[list[ike.Datagram]], None]
+    report: Callable[..., None]
+    allocate_spi: Callable[[], int]
+    monotonic: Callable[[], float]
+    source_towards: Callable[[IpAddress], IpAddress | None]
+    log_ike_keys: Callable[[ike.IkeKeys], None]
+
+
+class Negotiator:
+    """One for the daemon. Engine attempts and IKE sessions are matched here."""
+
+    def __init__(
+        self,
+        endpoint: IkeEndpoint,
+        host_key: HostKey,
+        identity: str | None,
+        own: OwnRecords,
+        admissions: Admissions,
+        ports: Ports,
+    ) -> None:
+        self.endpoint = endpoint
+        self._key = host_key
+        self._identity = identity
+        self._own = own
+        self._admissions = admissions
+        self._ports = ports
+        self._attempt_of: dict[int, tuple[int, IpAddress]] = {}  # session → attempt, destination
+        self._session_of: dict[int, int] = {}  # attempt → session
+        self._cancelled: set[int] = set()  # attempts called off before their session began
+        self._contacted: set[IpAddress] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._pumping = False
+
+    # ------------------------------------------------------------ from the network and the engine
+
+    def receive(self, data: bytes, local: Endpoint, remote: Endpoint) -> None:
+        self.endpoint.receive(data, local, remote, self._ports.monotonic())
+        self.pump()
+
+    def start(self, action: StartIke) -> None:
+        self._spawn(self._start(action))
+
+    async def _start(self, action: StartIke) -> None:
+        gateway = action.gateway
+        local = action.source
+        if local is None or local.version != gateway.version or not self._is_ours(local):
+            local = self._ports.source_towards(gateway)
+        if local is None:
+            self._cancelled.discard(action.attempt)
+            self._ports.feed(
+                NegotiationFailed(
+                    action.destination, action.attempt, Failure.SILENT, f"no route to gateway {gateway}"
+                )
+            )
+            return
+        own = await self._own.get(self._identity or local)
+        if action.attempt in self._cancelled:
+            self._cancelled.discard(action.attempt)
+            return
+        inner = action.source if action.source is not None else local
+        now = self._ports.monotonic()
+        session = self.endpoint.initiate(
+            Initiate(
+                local=Endpoint(local, IKE_PORT),
+                remote=Endpoint(gateway, IKE_PORT),
+                local_ts=(TrafficSelector.of(inner),),
+                remote_ts=(TrafficSelector.of(action.destination),),
+                remote_keys=action.keys,
+                own_auth="null" if own.state == "absent" else "pubkey",
+                initial_contact=gateway not in self._contacted,
+            ),
+            now,
+        )
+        if len(self._contacted) < MAX_CONTACTED:
+            self._contacted.add(gateway)
+        self._attempt_of[session] = (action.attempt, action.destination)
+        self._session_of[action.attempt] = session
+        self.pump()
+
+    def _is_ours(self, address: IpAddress) -> bool:
+        return address in self._admissions.own_addresses()
+
+    def cancel(self, attempt: int) -> None:
+        session = self._session_of.pop(attempt, None)
+        if session is None:
+            self._cancelled.add(attempt)
+            if len(self._cancelled) > MAX_QUESTIONS:
+                self._cancelled.clear()
+            return
+        self._attempt_of.pop(session, None)
+        self.endpoint.terminate(session, self._ports.monotonic())
+        self.pump()
+
+    def close(self, spi_in: int) -> None:
+        """Delete one CHILD SA, and its IKE SA with the last of them."""
+        self.endpoint.delete_child(spi_in, self._ports.monotonic())
+        self.pump()
+
+    def rekey(self, spi_in: int) -> None:
+        self.endpoint.rekey_child(spi_in, self._ports.monotonic())
+        self.pump()
+
+    async def shutdown(self, seconds: float) -> int:
+        """Send Deletes to everyone, wait a little for the answers. Returns how many sessions there were."""
+        now = self._ports.monotonic()
+        sessions = self.endpoint.sessions()
+        for info in sessions:
+            self.endpoint.terminate(info.session, now)
+        self.pump()
+        deadline = now + seconds
+        # A bounded wait, once in the daemon's life: not worth an event.
+        while self.endpoint.sessions() and self._ports.monotonic() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        for task in list(self._tasks):
+            task.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
+        return len(sessions)
+
+    def session_with(self, spi_in: int) -> SessionInfo | None:
+        """The IKE SA that this CHILD SA belongs to."""
+        for info in self.endpoint.sessions():
+            if any(child.spi_in == spi_in for child in info.children):
+                return info
+        return None
+
+    # ------------------------------------------------------------ what the endpoint wants
+
+    def pump(self) -> None:
+        """Handle all events, then send, then set the timer. Events may feed the engine, which may come back
+        here: the outermost call does the work for all."""
+        if self._pumping:
+            return
+        self._pumping = True
+        try:
+            while events := self.endpoint.events():
+                for event in events:
+                    self._handle(event)
+        finally:
+            self._pumping = False
+        datagrams = self.endpoint.datagrams()
+        if datagrams:
+            self._ports.send(datagrams)
+        self._arm()
+
+    def _arm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        when = self.endpoint.next_timer()
+        if when is not None:
+            delay = max(0.0, when - self._ports.monotonic())
+            self._timer = asyncio.get_running_loop().call_later(delay, self._timer_fired)
+
+    def _timer_fired(self) -> None:
+        self._timer = None
+        self.endpoint.handle_timer(self._ports.monotonic())
+        self.pump()
+
+    def _handle(self, event: ike.IkeEvent) -> None:
+        match event:
+            case ike.NeedSpi():
+                self._answer(event.token, self._ports.allocate_spi())
+            case ike.NeedSignature():
+                self._answer(event.token, sign_auth(self._key.private, event.data, event.peer_hashes))
+            case ike.NeedPeerKey():
+                self._spawn(self._find_key(event))
+            case ike.NeedNarrowing():
+                self._spawn(self._narrow(event))
+            case ike.ChildUp():
+                self._child_up(event)
+            case ike.ChildUsable():
+                self._ports.feed(OutboundReady(event.spi_in))
+            case ike.ChildDown():
+                self._ports.feed(TunnelDown(event.spi_in, event.reason.value))
+            case ike.SessionFailed():
+                self._session_failed(event)
+            case ike.IkeKeys():
+                self._ports.log_ike_keys(event)
+            case ike.IkeEstablished():
+                self._ports.report(
+                    "ike-established",
+                    peer=str(event.remote.address),
+                    id=str(event.identity),
+                    authenticated=event.authenticated.value,
+                    initiator=event.initiator,
+                    suite=event.suite,
+                )
+            case ike.SessionDown():
+                self._session_down(event)
+            case ike.NeedPsk():
+                self._answer(event.token, None)  # opportunistic encryption shares no secrets
+
+    def _answer(self, token: int, value: object) -> None:
+        self.endpoint.answer(token, value, self._ports.monotonic())
+
+    def _child_up(self, event: ike.ChildUp) -> None:
+        attempt, _ = self._attempt_of.get(event.session, (0, None))
+        if event.replaces is None:
+            self._forget_attempt(event.session)
+        self._ports.feed(
+            TunnelUp(event.pair, event.initiator, attempt, replaces=event.replaces, outbound=event.outbound)
+        )
+
+    def _forget_attempt(self, session: int) -> tuple[int, IpAddress] | None:
+        known = self._attempt_of.pop(session, None)
+        if known is not None:
+            self._session_of.pop(known[0], None)
+        return known
+
+    def _session_failed(self, event: ike.SessionFailed) -> None:
+        known = self._forget_attempt(event.session)
+        text = event.text + (f" ({event.notify})" if event.notify else "")
+        if known is None:
+            self._ports.report(
+                "ike-refused", peer=str(event.remote.address), failure=event.kind.value, reason=text
+            )
+            return
+        attempt, destination = known
+        failure = _FAILURES.get(event.kind, Failure.REJECTED)
+        self._ports.feed(NegotiationFailed(destination, attempt, failure, text))
+
+    def _session_down(self, event: ike.SessionDown) -> None:
+        self._ports.report("ike-down", peer=str(event.remote.address), reason=event.reason.value)
+        known = self._forget_attempt(event.session)
+        if known is not None:
+            attempt, destination = known
+            self._ports.feed(NegotiationFailed(destination, attempt, Failure.REJECTED, event.reason.value))
+
+    # ------------------------------------------------------------ questions that take time
+
+    async def _find_key(self, event: ike.NeedPeerKey) -> None:
+        keys, reason = await self._admissions.keys_of(event.identity)
+        if not keys:
+            self._ports.report(
+                "no-key-for-peer", peer=str(event.remote.address), id=str(event.identity), reason=reason
+            )
+        self._answer(event.token, keys or None)
+        self.pump()
+
+    async def _narrow(self, event: ike.NeedNarrowing) -> None:
+        admission = await self._admissions.decide(
+            Offer(
+                event.remote.address,
+                event.local.address,
+                event.authenticated,
+                event.key,
+                event.remote_ts,
+                event.local_ts,
+            )
+        )
+        if admission.refusal:
+            self._ports.report("offer-refused", peer=str(event.remote.address), reason=admission.refusal)
+            self._answer(event.token, ike.Refused(admission.refusal))
+        else:
+            self._answer(event.token, ike.Narrowed(admission.local_ts, admission.remote_ts))
+        self.pump()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._ports.report("internal-error", alert=True, reason=f"{type(error).__name__}: {error}")
+            raise error

@@ -1,0 +1,265 @@
+"""The daemon: makes the rooms, wires them, and takes them down again."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+from oepy import config as configuration
+from oepy.config import Config
+from oepy.control.server import ControlServer
+from oepy.daemon.addresses import own_addresses
+from oepy.daemon.api import ControlApi
+from oepy.daemon.core import Core, Surroundings, engine_settings
+from oepy.daemon.datapaths import open_datapath
+from oepy.daemon.forecast import key_source
+from oepy.daemon.journal import Event, Journal
+from oepy.daemon.traps import open_trap
+from oepy.engine import messages as engine_messages
+from oepy.errors import ConfigError, OepyError
+from oepy.ike.events import Datagram
+from oepy.ike.settings import IkeSettings
+from oepy.interfaces import TrapPolicy
+from oepy.keylog import KeyLog
+from oepy.keys import HostKey, fingerprint
+from oepy.model import (
+    IpAddress,
+    PeerIdentity,
+)
+from oepy.policy import PolicyTable
+from oepy.udp import UdpSocket, open_ike_sockets
+
+STOP_SECONDS = 1.5
+OWN_RECORD_SECONDS = 3.0
+READS_PER_WAKEUP = 64
+KEEP_BLOCKED_HINT = "lift it with `oepy guard remove`"
+
+
+_FIXED = (
+    *("identity", "key", "resolvers", "trust_anchors"),
+    *("datapath", "trap", "device", "socket", "key_log"),
+)
+
+
+class Daemon(Core):
+    """`start`, then `run_until_stopped`, then `stop`."""
+
+    def __init__(self, config: Config, config_path: str | None, log: Callable[[Event], None]) -> None:
+        self.config = config
+        self._config_path = config_path
+        self.started = time.monotonic()
+        super().__init__(
+            PolicyTable(config.rules, config.default_group),
+            Journal(time.time, log),
+            insecure_keys=config.insecure_keys,
+            block=config.after_failed_ike_blocks,
+        )
+        self._stop = asyncio.Event()
+        self.reloads = 0
+        self.ready = False
+        self._lock: IO[str] | None = None
+        self._control: ControlServer | None = None
+
+    # ------------------------------------------------------------ life
+
+    async def start(self) -> None:
+        """Raises OepyError with the mend when something is missing; what was made is removed by `stop`."""
+        self._take_lock()
+        self.host_key = _load_or_make_key(self.config.key, self.journal)
+        self.key_log = KeyLog(self.config.key_log) if self.config.key_log else None
+        if self.key_log is not None:
+            self.journal.add(
+                "key-log-on",
+                alert=True,
+                reason=f"secrets of every tunnel are written to {self.config.key_log}; "
+                "remove debug.key_log from the configuration when done",
+            )
+        self.sockets = open_ike_sockets()
+        self.datapath_name, datapath = open_datapath(self.config, self.sockets, self.on_ike)
+        self.wire(
+            Surroundings(
+                keys=key_source(self.config),
+                trap=open_trap(self.config),
+                datapath=datapath,
+                send=self._send_datagram,
+                monotonic=time.monotonic,
+                host_key=self.host_key,
+                identity=self.config.identity,
+                ike_settings=self._ike_settings(),
+                key_log=self.key_log,
+            )
+        )
+        await self.datapath.start(self.on_datapath_event)
+        # Port 4500 is read by the datapath process, where there is one.
+        read_here = self.sockets.ike if self.datapath_name != "none" else self._all_sockets()
+        for sock in read_here:
+            asyncio.get_running_loop().add_reader(sock.fileno(), self._ike_readable, sock)
+        self._control = ControlServer(ControlApi(self), self.config.socket)
+        await self._control.start()
+        self.trap.start(self._trap_policy(), self.on_trapped)
+        self.journal.add("started", datapath=self.datapath_name, key=fingerprint(self.host_key.public))
+        self._spawn(self._learn_own_records())
+
+    def _take_lock(self) -> None:
+        path = self.config.socket.with_suffix(".lock")
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        lock = path.open("a")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise OepyError(
+                f"another oepy holds {path}", "stop it first, or give this one another control.socket"
+            ) from None
+        self._lock = lock
+
+    def _ike_settings(self) -> IkeSettings:
+        return IkeSettings(
+            identity=PeerIdentity.parse(self.config.identity) if self.config.identity else None,
+            force_encap=True,  # the userland datapath speaks ESP in UDP only
+            key_log=self.config.key_log is not None,
+        )
+
+    def _trap_policy(self) -> TrapPolicy:
+        return TrapPolicy(
+            rules=self.config.rules,
+            default=self.config.default_group,
+            resolvers=self.config.resolvers,
+            tunnel_device=self.config.device,
+        )
+
+    async def _learn_own_records(self) -> None:
+        subjects: list[IpAddress | str] = (
+            [self.config.identity] if self.config.identity else sorted(own_addresses(), key=str)
+        )
+        asked = [asyncio.ensure_future(self.own.get(subject)) for subject in subjects]
+        if asked:
+            await asyncio.wait(asked, timeout=OWN_RECORD_SECONDS)
+        self.ready = True
+        _notify_systemd("READY=1")
+
+    async def run_until_stopped(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        loop.add_signal_handler(signal.SIGHUP, self.reload)
+        await self._stop.wait()
+
+    async def stop(self) -> None:
+        """Deletes to everyone; then rules, routes and devices go. `private` stays blocked by the guard."""
+        _notify_systemd("STOPPING=1")
+        await self.unwire(STOP_SECONDS)
+        if hasattr(self, "trap"):
+            guard = any(rule.group.fails_closed for rule in self.config.rules)
+            guard = guard or self.config.default_group.fails_closed
+            self.trap.stop(guard=guard)
+            if guard:
+                self.journal.add(
+                    "guard", reason=f"private and block prefixes stay blocked; {KEEP_BLOCKED_HINT}"
+                )
+        if hasattr(self, "datapath"):
+            await self.datapath.stop()
+        if hasattr(self, "sockets"):
+            for sock in self._all_sockets():
+                asyncio.get_running_loop().remove_reader(sock.fileno())
+            self.sockets.close()
+        if self._control is not None:
+            await self._control.stop()
+        if self._lock is not None:
+            self._lock.close()
+            self.config.socket.with_suffix(".lock").unlink(missing_ok=True)
+
+    def reload(self) -> None:
+        """SIGHUP. A configuration with mistakes changes nothing."""
+        try:
+            config = configuration.load(self._config_path)
+            self._check_reload(config)
+        except ConfigError as error:
+            for problem in error.problems:
+                self.journal.add("reload-refused", alert=True, reason=f"{error.source}: {problem}")
+            return
+        self.config = config
+        self.policy = PolicyTable(config.rules, config.default_group)
+        self.engine.settings = engine_settings(
+            self.policy, config.insecure_keys, config.after_failed_ike_blocks
+        )
+        self.trap.reload(self._trap_policy())
+        self.feed(engine_messages.Reloaded())
+        self.reloads += 1
+        self.journal.add("reloaded", reason=config.source)
+
+    def _check_reload(self, config: Config) -> None:
+        """What a running daemon cannot change."""
+        changed = [name for name in _FIXED if getattr(config, name) != getattr(self.config, name)]
+        if changed:
+            problems = [f"{name} changed: restart the daemon for it" for name in changed]
+            raise ConfigError(config.source, problems)
+
+    def _all_sockets(self) -> tuple[UdpSocket, ...]:
+        return (*self.sockets.ike, *self.sockets.nat_t)
+
+    def _ike_readable(self, sock: UdpSocket) -> None:
+        for _ in range(READS_PER_WAKEUP):
+            datagram = self.sockets.receive(sock)
+            if datagram is None:
+                return
+            self.on_ike(datagram.data, datagram.local, datagram.remote)
+
+    def _send_datagram(self, datagram: Datagram) -> None:
+        if datagram.keepalive:
+            self.sockets.keepalive(datagram.local, datagram.remote)
+        else:
+            self.sockets.send(datagram.data, datagram.local, datagram.remote)
+
+
+def _load_or_make_key(path: Path, journal: Journal) -> HostKey:
+    if path.exists():
+        return HostKey.load(path)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    key = HostKey.generate("ed25519")
+    key.save(path)
+    journal.add("key-made", reason=f"a new host key in {path}; publish it with `oepy key show`")
+    return key
+
+
+def _notify_systemd(state: str) -> None:
+    """sd_notify(3): one datagram to the socket that systemd names, if it does."""
+    name = os.environ.get("NOTIFY_SOCKET", "")
+    if not name:
+        return
+    address = "\0" + name[1:] if name.startswith("@") else name
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.sendto(state.encode(), address)
+
+
+def _log_line(event: Event, verbose: bool) -> None:
+    if not (verbose or event.get("alert") or event["event"] in ("started", "stopping", "guard", "key-made")):
+        return
+    fields = " ".join(f"{k}={v}" for k, v in event.items() if k not in ("number", "time", "event", "alert"))
+    print(
+        f"oepy: {'ALERT ' if event.get('alert') else ''}{event['event']} {fields}",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def run_daemon(config: Config, config_path: str | None, verbose: bool) -> None:
+    """`oepy run` until a signal. Raises OepyError when it cannot start; everything made is removed then."""
+
+    async def main() -> None:
+        daemon = Daemon(config, config_path, lambda event: _log_line(event, verbose))
+        try:
+            await daemon.start()
+            await daemon.run_until_stopped()
+        finally:
+            await daemon.stop()
+
+    asyncio.run(main())

@@ -1,0 +1,153 @@
+"""What the daemon knows, as JSON-ready values for the control socket. Key names are those of the contract in
+docs/cli.md; nothing here changes anything."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+from oepy.engine.entry import Entry
+from oepy.engine.table import State
+from oepy.model import Insecure, KeyAnswer, PeerKey, SaCounters, SaPair, Secure
+from oepy.policy import Match
+
+_DISPOSITION = {
+    State.NEW: "held",
+    State.LOOKUP: "held",
+    State.NEGOTIATING: "held",
+    State.PRIVATE: "private",
+    State.CLEAR: "clear",
+    State.BLOCKED: "blocked",
+}
+STATIC_DISPOSITION = {"clear": "clear", "clear-or-private": "clear", "block": "blocked"}
+
+
+def disposition(state: State) -> str:
+    return _DISPOSITION[state]
+
+
+def key_view(record: PeerKey) -> dict[str, Any]:
+    return {
+        "algorithm": record.key.algorithm.name,
+        "public_key": base64.b64encode(record.key.data).decode(),
+        "gateway": record.gateway_text,
+        "gateway_type": int(record.gateway_type),
+        "precedence": record.precedence,
+        "record": record.record,
+        "owner": record.owner,
+        "ttl": record.ttl,
+    }
+
+
+def answer_view(answer: KeyAnswer | None) -> dict[str, Any] | None:
+    if answer is None:
+        return None
+    keys = answer.keys if isinstance(answer, (Secure, Insecure)) else ()
+    return {
+        "status": type(answer).__name__.lower(),
+        "owner": answer.owner,
+        "reason": answer.reason,
+        "ttl": answer.ttl,
+        "seconds": round(answer.elapsed, 6),
+        "questions": answer.questions,
+        "notes": list(answer.notes),
+        "keys": [key_view(record) for record in keys],
+    }
+
+
+def sa_view(pair: SaPair, counters: SaCounters | None, since: float, now: float) -> dict[str, Any]:
+    soft = pair.lifetime.soft_seconds
+    counted = counters or SaCounters(pair.spi_in)
+    return {
+        "spi_in": f"{pair.spi_in:08x}",
+        "spi_out": f"{pair.spi_out:08x}",
+        "peer": str(pair.remote.address),
+        "peer_id": str(pair.peer),
+        "local": str(pair.local),
+        "remote": str(pair.remote),
+        "mode": pair.mode,
+        "protocol": pair.protocol,
+        "encap": pair.encap,
+        "algorithm": str(pair.suite),
+        "local_ts": [str(ts) for ts in pair.local_ts],
+        "remote_ts": [str(ts) for ts in pair.remote_ts],
+        "authenticated": pair.authenticated.value,
+        "bytes_in": counted.bytes_in,
+        "bytes_out": counted.bytes_out,
+        "packets_in": counted.packets_in,
+        "packets_out": counted.packets_out,
+        "replayed": counted.replayed,
+        "integrity_failures": counted.integrity_failures,
+        "selector_mismatches": counted.selector_mismatches,
+        "established": round(now - since, 3),
+        "rekey_in": round(since + soft - now, 3) if soft else None,
+        "connection": pair.connection,
+    }
+
+
+def entry_view(entry: Entry, held: int, now: float) -> dict[str, Any]:
+    tunnel = entry.tunnels[-1] if entry.tunnels else None
+    return {
+        "destination": str(entry.destination),
+        "group": entry.group.value,
+        "prefix": entry.prefix,
+        "disposition": disposition(entry.state),
+        "state": entry.state.value,
+        "reason": entry.reason,
+        "authenticated": tunnel.authenticated.value if tunnel else None,
+        "spi_in": f"{tunnel.spi_in:08x}" if tunnel else None,
+        "held_packets": held,
+        "since": round(now - entry.since, 3),
+        "expires_in": round(entry.expires - now, 3) if entry.expires is not None else None,
+    }
+
+
+def explanation(
+    entry: Entry, held: int, now: float, sa: dict[str, Any] | None, ike: dict[str, Any] | None
+) -> dict[str, Any]:
+    """The whole story of one destination."""
+    view = entry_view(entry, held, now)
+    view["dns"] = answer_view(entry.answer)
+    view["waited"] = {"dns_seconds": entry.dns_seconds, "ike_seconds": entry.ike_seconds}
+    view["ike"] = {
+        "candidates": [str(candidate.gateway) for candidate in entry.candidates],
+        "tried": entry.tried,
+        "failures_in_a_row": entry.failures,
+        "last_error": entry.last_error,
+        **(ike or {}),
+    }
+    view["sa"] = sa
+    view["next"] = _next_step(entry, now)
+    return view
+
+
+def _next_step(entry: Entry, now: float) -> str:
+    left = f"{max(entry.expires - now, 0):.0f} s" if entry.expires is not None else ""
+    match entry.state:
+        case State.CLEAR | State.BLOCKED:
+            return f"the first packet after {left} asks the DNS again"
+        case State.PRIVATE:
+            return "the SA is rekeyed in time, and let go when it is idle"
+        case State.LOOKUP | State.NEGOTIATING:
+            return f"packets are held, {left} at most"
+        case _:
+            return "the next packet is held and the DNS is asked"
+
+
+def would_be(destination: str, match: Match, answer: KeyAnswer | None, outcome: str) -> dict[str, Any]:
+    """The story of a destination that nobody has talked to yet."""
+    group = match.group.value
+    return {
+        "destination": destination,
+        "group": group,
+        "prefix": match.prefix,
+        "disposition": STATIC_DISPOSITION.get(group, "held"),
+        "state": State.NEW.value,
+        "reason": outcome,
+        "dns": answer_view(answer),
+        "ike": None,
+        "sa": None,
+        "since": 0.0,
+        "expires_in": None,
+        "next": outcome,
+    }

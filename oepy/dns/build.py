@@ -1,0 +1,49 @@
+"""Puts the room together for the daemon and the commands: here, and only here, the real clocks come in."""
+
+from __future__ import annotations
+
+import calendar
+import os
+import random
+import time
+from collections.abc import Sequence
+
+from oepy.dns.anchors import TrustAnchors
+from oepy.dns.peers import DnsKeySource
+from oepy.dns.transport import DNS_PORT, UdpTransport, system_resolvers
+from oepy.dns.validator import Validator
+from oepy.errors import UsageError
+from oepy.model import IpAddress
+
+
+def make_validator(
+    resolvers: Sequence[IpAddress] = (),
+    *,
+    port: int = DNS_PORT,
+    trust_anchors: Sequence[str | os.PathLike[str]] = (),
+    mark: int = 0,
+    at: int | None = None,
+) -> Validator:
+    """A validator on real sockets. Call it inside the event loop that will use it.
+
+    `resolvers` empty means those of /etc/resolv.conf, `trust_anchors` empty the IANA root; `mark` is the
+    SO_MARK of its sockets; `at` fixes the time for signatures (seconds since 1970). Raises ConfigError.
+    """
+    transport = UdpTransport(resolvers or system_resolvers(), port, mark)
+    clock = time.time if at is None else lambda: float(at)
+    return Validator(transport, TrustAnchors.load(trust_anchors), clock, time.monotonic)
+
+
+def make_key_source(validator: Validator) -> DnsKeySource:
+    """The daemon's `KeySource`; records of equal precedence come in random order."""
+    return DnsKeySource(validator, random.SystemRandom().shuffle)
+
+
+def parse_time(text: str) -> int:
+    """`YYYYMMDDHHMMSS` in UTC, as in RRSIG records, to seconds since 1970. Raises UsageError."""
+    try:
+        if len(text) != 14 or not text.isdigit():
+            raise ValueError
+        return calendar.timegm(time.strptime(text, "%Y%m%d%H%M%S"))
+    except ValueError:
+        raise UsageError(f"{text!r} is no time", "write YYYYMMDDHHMMSS, in UTC") from None

@@ -1,0 +1,469 @@
+"""The chain of trust: which zones are signed with which keys, which are provably unsigned.
+
+Two ways lead to the state of a zone. Upward, for a zone named by a signature: its DS is signed by the zone
+above, whose DS is signed by the zone above that, down from what is known already; the questions of all levels
+can be on their way at once. Downward, for an answer that came without signatures: label by label from the
+nearest known zone, until a proof says that a delegation is unsigned; without such a proof it is bogus.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import dns.name
+import dns.rcode
+import dns.rdatatype
+
+from oepy.dns.anchors import Anchor, TrustAnchors
+from oepy.dns.cache import TtlCache
+from oepy.dns.denial import Cut, Denial
+from oepy.dns.limits import MAX_DENIAL_RECORDS, Budget, LimitExceeded
+from oepy.dns.message import Question, Reply, RRset
+from oepy.dns.signatures import (
+    ALGORITHM_NAMES,
+    Ds,
+    SignatureFailure,
+    Verified,
+    ZoneKey,
+    is_supported,
+    matches_ds,
+    usable_keys,
+    verify,
+)
+from oepy.dns.transport import NoReply, Transport
+from oepy.model import Security
+
+MAX_ZONES = 5000
+MAX_CUTS = 20000
+WALK_WINDOW = 6  # DS questions that are on their way at once on a walk down
+MAX_FORESEEN = 6  # zones whose DS and DNSKEY are asked along with the first question
+_DS = int(dns.rdatatype.DS)
+_DNSKEY = int(dns.rdatatype.DNSKEY)
+_CNAME = int(dns.rdatatype.CNAME)
+_NSEC = int(dns.rdatatype.NSEC)
+_NSEC3 = int(dns.rdatatype.NSEC3)
+_ARPA = dns.name.from_text("arpa.")
+_IP6_ARPA = dns.name.from_text("ip6.arpa.")
+# Where ip6.arpa is usually cut: allocations of a /32, a /48 and a /64, in labels with the root.
+_IP6_CUTS = frozenset({11, 15, 19})
+
+Name = dns.name.Name
+
+
+class Verdict(Exception):
+    """Ends a lookup: bogus, or indeterminate where nothing can be said. `unreachable`: nobody answered."""
+
+    def __init__(
+        self,
+        status: Security,
+        reason: str,
+        zone: Name | None = None,
+        *,
+        unreachable: bool = False,
+        over_limit: bool = False,
+    ) -> None:
+        super().__init__(reason)
+        self.over_limit = over_limit
+        self.status = status
+        self.reason = reason
+        self.zone = zone
+        self.unreachable = unreachable
+
+
+@dataclass(frozen=True, slots=True)
+class ZoneState:
+    """A zone with its validated keys, or the point below which nothing is signed."""
+
+    zone: Name
+    status: Security  # SECURE or INSECURE
+    keys: tuple[ZoneKey, ...] = ()
+    reason: str = ""
+    parent: ZoneState | None = None
+    ttl: float = 0.0
+
+    @property
+    def is_secure(self) -> bool:
+        return self.status is Security.SECURE
+
+
+@dataclass(frozen=True, slots=True)
+class ChainEntry:
+    """One zone of the chain as shown to people."""
+
+    zone: str
+    algorithm: str
+    key_tags: tuple[int, ...]
+    status: str
+
+
+@dataclass(slots=True)
+class Shared:
+    """What all lookups have in common. `clock` is seconds since 1970 (for signatures), `monotonic` is for
+    the caches."""
+
+    transport: Transport
+    anchors: TrustAnchors
+    clock: Callable[[], float]
+    monotonic: Callable[[], float]
+    zones: TtlCache[Name, ZoneState] = field(default_factory=lambda: TtlCache(MAX_ZONES))
+    cuts: TtlCache[Name, Cut] = field(default_factory=lambda: TtlCache(MAX_CUTS))
+    questions: dict[Question, asyncio.Task[Reply | NoReply]] = field(default_factory=dict)
+    zones_pending: dict[Name, asyncio.Task[ZoneState | Verdict]] = field(default_factory=dict)
+
+    def ask(self, question: Question) -> asyncio.Task[Reply | NoReply]:
+        """Send the question, or join the one that is on its way."""
+        task = self.questions.get(question)
+        if task is None:
+            task = self.questions[question] = asyncio.ensure_future(self.transport.ask(question))
+            task.add_done_callback(lambda _: self.questions.pop(question, None))
+        return task
+
+
+class Chain:
+    """The chain-building part of one lookup, with the lookup's budget."""
+
+    def __init__(self, shared: Shared, budget: Budget) -> None:
+        self.shared = shared
+        self.budget = budget
+        self.now = int(shared.clock())
+        self.asked = 0
+        self.touched: dict[Name, ZoneState] = {}
+        self._replies: dict[Question, asyncio.Task[Reply | NoReply]] = {}
+
+    # ---- questions ---------------------------------------------------------------------------------------
+
+    def start(self, name: Name, rdtype: int) -> asyncio.Task[Reply | NoReply]:
+        """Send the question unless it is on its way or answered. Raises LimitExceeded."""
+        question = Question(name, rdtype)
+        task = self._replies.get(question)
+        if task is None:
+            self.budget.spend_question()
+            self.asked += question not in self.shared.questions
+            task = self._replies[question] = self.shared.ask(question)
+        return task
+
+    async def reply(self, name: Name, rdtype: int) -> Reply:
+        """Raises Verdict (indeterminate) where no usable reply comes."""
+        reply = await asyncio.shield(self.start(name, rdtype))
+        if isinstance(reply, NoReply):
+            raise Verdict(
+                Security.INDETERMINATE, f"no reply for {reply.question}: {reply.reason}", unreachable=True
+            )
+        if reply.rcode not in (dns.rcode.NOERROR, dns.rcode.NXDOMAIN):
+            raise Verdict(
+                Security.INDETERMINATE,
+                f"the resolver answers {reply.question} with {reply.rcode_text}",
+                unreachable=True,
+            )
+        return reply
+
+    def adopt(self, question: Question, task: asyncio.Task[Reply | NoReply]) -> None:
+        """Take over a question that was sent earlier."""
+        self._replies[question] = task
+
+    def foresee(self, name: Name) -> None:
+        """Ask now for what the chain to `name` will most likely need, where little of it is known."""
+        known = self._deepest_known(name)
+        if known is None:
+            anchor = self.shared.anchors.closest(name)
+            if anchor is None:
+                return
+            self.start(anchor.zone, _DNSKEY)
+            depth = len(anchor.zone.labels)
+        else:
+            depth = len(known.zone.labels)
+            if not known.is_secure or depth >= (4 if name.is_subdomain(_ARPA) else 3):
+                return
+        now = self.shared.monotonic()
+        for zone in self._likely_zones(name, depth)[:MAX_FORESEEN]:
+            if self.shared.cuts.get(zone, now) is None:
+                self.start(zone, _DS)
+                self.start(zone, _DNSKEY)
+
+    @staticmethod
+    def _likely_zones(name: Name, depth: int) -> list[Name]:
+        lengths = range(depth + 1, len(name.labels))
+        if name.is_subdomain(_IP6_ARPA):
+            lengths_chosen = [n for n in lengths if n <= len(_IP6_ARPA.labels) or n in _IP6_CUTS]
+        else:
+            lengths_chosen = list(lengths)
+        return [Name(name.labels[-length:]) for length in lengths_chosen]
+
+    def _deepest_known(self, name: Name) -> ZoneState | None:
+        now = self.shared.monotonic()
+        for depth in range(len(name.labels)):
+            state = self.shared.zones.get(Name(name.labels[depth:]), now)
+            if state is not None:
+                return state
+        return None
+
+    # ---- zones -------------------------------------------------------------------------------------------
+
+    async def zone(self, name: Name) -> ZoneState:
+        """The state of the zone `name`, which some signature or DS names. Raises Verdict, LimitExceeded."""
+        state = self.shared.zones.get(name, self.shared.monotonic())
+        pending = self.shared.zones_pending
+        while state is None:
+            task = pending.get(name)
+            is_mine = task is None
+            if task is None:
+                task = asyncio.ensure_future(self._build_zone_or_verdict(name))
+                pending[name] = task
+                task.add_done_callback(lambda _: pending.pop(name, None))
+            outcome = await asyncio.shield(task)
+            if isinstance(outcome, ZoneState):
+                state = outcome
+            elif is_mine or not outcome.over_limit:  # another lookup's empty budget is not our failure
+                raise Verdict(outcome.status, outcome.reason, outcome.zone, unreachable=outcome.unreachable)
+        self._touch(state)
+        return state
+
+    def _touch(self, state: ZoneState | None) -> None:
+        while state is not None and state.zone not in self.touched:
+            self.touched[state.zone] = state
+            state = state.parent
+
+    async def _build_zone_or_verdict(self, name: Name) -> ZoneState | Verdict:
+        """A task of its own, since other lookups may wait for the same zone: so it never raises these."""
+        try:
+            state = await self._build_zone(name)
+        except Verdict as verdict:
+            return verdict
+        except LimitExceeded as error:
+            return Verdict(Security.BOGUS, str(error), name, over_limit=True)
+        self._keep(name, state)
+        return state
+
+    def _keep(self, name: Name, state: ZoneState) -> None:
+        if state.zone == name:  # else it is the state of a zone above, kept there with its own end
+            self.shared.zones.put(name, state, state.ttl, self.shared.monotonic())
+
+    async def _build_zone(self, name: Name) -> ZoneState:
+        anchor = self.shared.anchors.at(name)
+        self.start(name, _DNSKEY)
+        if anchor is not None:
+            return await self._anchored(anchor)
+        if self.shared.anchors.closest(name) is None:
+            raise Verdict(Security.INDETERMINATE, f"no trust anchor at or above {name}", name)
+        reply = await self.reply(name, _DS)
+        parent = await self._zone_above(name, reply)
+        if not parent.is_secure:
+            return parent
+        return await self._below(name, parent, reply)
+
+    async def _zone_above(self, name: Name, reply: Reply) -> ZoneState:
+        """The zone that answers for the DS of `name`, by its signatures; an insecure state without any."""
+        rrsets = [r for r in (reply.find(name, _DS), reply.find(name, _CNAME)) if r is not None]
+        rrsets = rrsets or _denials(reply)
+        signer = deepest_signer(rrsets, name, strict=True)
+        if signer is None:
+            return await self.walk(name.parent(), f"the DS answer for {name}")
+        return await self.zone(signer)
+
+    async def _below(self, name: Name, parent: ZoneState, reply: Reply) -> ZoneState:
+        """The zone `name`, whose DS `parent` answers for. Raises Verdict where it is no zone."""
+        rrset = reply.find(name, _DS)
+        if rrset is not None:
+            return await self._signed_below(name, parent, rrset)
+        cut, ttl = self._denied_cut(name, parent, reply)
+        state = self._unsigned(name, parent, cut, ttl)
+        if state is None:
+            raise Verdict(
+                Security.BOGUS,
+                f"records are signed by {name}, but {parent.zone} proves {_CUT_WORDS[cut]}",
+                name,
+            )
+        return state
+
+    async def _signed_below(self, name: Name, parent: ZoneState, rrset: RRset) -> ZoneState:
+        verified = self.verify(rrset, parent)
+        if verified.closest_encloser is not None:
+            raise Verdict(Security.BOGUS, f"{rrset} is made from a wildcard", name)
+        digests = [ds for ds in rrset.rdatas if isinstance(ds, Ds) and is_supported(ds)]
+        if not digests:
+            reason = f"the DS of {name} has only algorithms or digests that are not supported"
+            return ZoneState(name, Security.INSECURE, (), reason, parent, verified.ttl)
+        return await self._with_keys(
+            name,
+            parent,
+            lambda key: any(matches_ds(key, name, ds) for ds in digests),
+            f"no DNSKEY of {name} fits the DS in {parent.zone} "
+            f"(key {', '.join(str(ds.key_tag) for ds in digests)})",
+            verified.ttl,
+        )
+
+    async def _anchored(self, anchor: Anchor) -> ZoneState:
+        usable = any(is_supported(ds) for ds in anchor.digests) or usable_keys(anchor.keys)
+        if not usable:
+            raise Verdict(
+                Security.INDETERMINATE, f"the trust anchor of {anchor.zone} has no supported algorithm"
+            )
+        return await self._with_keys(
+            anchor.zone,
+            None,
+            anchor.accepts,
+            f"no DNSKEY of {anchor.zone} fits the trust anchor (key {anchor.text})",
+            float("inf"),
+        )
+
+    async def _with_keys(
+        self,
+        name: Name,
+        parent: ZoneState | None,
+        is_entry: Callable[[ZoneKey], bool],
+        mismatch: str,
+        ttl: float,
+    ) -> ZoneState:
+        """Fetch the DNSKEY set and verify it by a key that the DS or the anchor names (RFC 4035 §5.2)."""
+        rrset = (await self.reply(name, _DNSKEY)).find(name, _DNSKEY)
+        if rrset is None:
+            raise Verdict(Security.BOGUS, f"{name} should be signed, but has no DNSKEY", name)
+        if not rrset.signatures:
+            hint = " (does the resolver speak DNSSEC?)" if parent is None else ""
+            raise Verdict(Security.BOGUS, f"the DNSKEY set of {name} came without signatures{hint}", name)
+        keys = usable_keys(rrset.rdatas)
+        entries = [key for key in keys if is_entry(key)]
+        if not entries:
+            raise Verdict(Security.BOGUS, mismatch, name)
+        try:
+            verified = verify(rrset, name, entries, self.now, self.budget)
+        except SignatureFailure as failure:
+            raise Verdict(Security.BOGUS, str(failure), name) from None
+        return ZoneState(name, Security.SECURE, keys, "", parent, min(ttl, verified.ttl))
+
+    # ---- the walk down -----------------------------------------------------------------------------------
+
+    async def walk(self, name: Name, subject: str) -> ZoneState:
+        """The insecure state that excuses `subject`, at or above `name`, for having no signatures.
+
+        Raises Verdict (bogus) where every zone on the way is signed.
+        """
+        anchor = self.shared.anchors.closest(name)
+        if anchor is None:
+            raise Verdict(Security.INDETERMINATE, f"no trust anchor at or above {name}", name)
+        state = self._deepest_known(name) or await self.zone(anchor.zone)
+        self._touch(state)
+        path = [Name(name.labels[-n:]) for n in range(len(state.zone.labels) + 1, len(name.labels) + 1)]
+        for index, label_name in enumerate(path):
+            if not state.is_secure:
+                break
+            for ahead in path[index : index + WALK_WINDOW]:
+                if self.shared.cuts.get(ahead, self.shared.monotonic()) is None:
+                    self.start(ahead, _DS)
+            below = await self._step(label_name, state)
+            if below is None:
+                break
+            state = below
+        if state.is_secure:
+            raise Verdict(
+                Security.BOGUS, f"{state.zone} is signed, but {subject} came without signatures", state.zone
+            )
+        self._touch(state)
+        return state
+
+    async def _step(self, name: Name, state: ZoneState) -> ZoneState | None:
+        """One label down from a secure zone: the same state where there is no cut, None where the name does
+        not exist."""
+        cut = self.shared.cuts.get(name, self.shared.monotonic())
+        if cut is Cut.NO_CUT:
+            return state
+        reply = await self.reply(name, _DS)
+        if reply.find(name, _DS) is not None:
+            return await self.zone(name)
+        alias = reply.find(name, _CNAME)
+        if alias is not None:  # a name with an alias is no delegation (RFC 1034 §3.6.2)
+            self.verify(alias, state)
+            return state
+        cut, ttl = self._denied_cut(name, state, reply)
+        if cut is Cut.NO_CUT:
+            return state
+        below = self._unsigned(name, state, cut, ttl)
+        if below is not None:
+            self._keep(name, below)
+        return below
+
+    def _denied_cut(self, name: Name, parent: ZoneState, reply: Reply) -> tuple[Cut, float]:
+        """What `parent`'s denial of the DS proves. Raises Verdict where it proves nothing."""
+        denial, ttl = self.denial(reply, parent)
+        cut = denial.no_ds(name)
+        if cut is Cut.UNKNOWN:
+            what = "no proof" if denial else "no signed proof"
+            raise Verdict(
+                Security.BOGUS, f"{parent.zone} gives {what} that {name} has no DS record", parent.zone
+            )
+        self.shared.cuts.put(name, cut, ttl, self.shared.monotonic())
+        return cut, ttl
+
+    @staticmethod
+    def _unsigned(name: Name, parent: ZoneState, cut: Cut, ttl: float) -> ZoneState | None:
+        if cut in (Cut.NO_CUT, Cut.ABSENT, Cut.UNKNOWN):
+            return None
+        reason = f"{parent.zone} proves that {name} is not signed ({cut.value})"
+        return ZoneState(name, Security.INSECURE, (), reason, parent, ttl)
+
+    # ---- verification ------------------------------------------------------------------------------------
+
+    def verify(self, rrset: RRset, state: ZoneState) -> Verified:
+        """Raises Verdict (bogus) where no signature holds, LimitExceeded."""
+        try:
+            return verify(rrset, state.zone, state.keys, self.now, self.budget)
+        except SignatureFailure as failure:
+            raise Verdict(Security.BOGUS, str(failure), state.zone) from None
+
+    def denial(self, reply: Reply, state: ZoneState) -> tuple[Denial, float]:
+        """The denial records of the zone, verified, and their smallest TTL."""
+        records = []
+        ttl = float("inf")
+        for rrset in _denials(reply)[:MAX_DENIAL_RECORDS]:
+            if not any(signature.signer == state.zone for signature in rrset.signatures):
+                continue
+            verified = self.verify(rrset, state)
+            if verified.closest_encloser is None:  # an expanded wildcard says nothing about this owner
+                records += [(rrset.name, rdata) for rdata in rrset.rdatas]
+                ttl = min(ttl, verified.ttl)
+        return Denial(state.zone, records, self.budget), ttl
+
+    def entries(self, failed: Name | None = None) -> tuple[ChainEntry, ...]:
+        """The zones that this lookup relied on, from the top."""
+        states = sorted(self.touched.values(), key=lambda state: (len(state.zone.labels), state.zone))
+        found = [
+            ChainEntry(
+                str(state.zone),
+                ", ".join(dict.fromkeys(ALGORITHM_NAMES[int(key.dnskey.algorithm)] for key in state.keys)),
+                tuple(dict.fromkeys(key.tag for key in state.keys)),
+                state.status.value if state.zone != failed else Security.BOGUS.value,
+            )
+            for state in states
+        ]
+        if failed is not None and failed not in self.touched:
+            found.append(ChainEntry(str(failed), "", (), Security.BOGUS.value))
+        return tuple(found)
+
+
+_CUT_WORDS = {
+    Cut.NO_CUT: "that no zone begins there",
+    Cut.ABSENT: "that this name does not exist",
+    Cut.UNKNOWN: "nothing about it",
+}
+
+
+def _denials(reply: Reply) -> list[RRset]:
+    return [rrset for rrset in reply.authority if rrset.type in (_NSEC, _NSEC3)]
+
+
+def deepest_signer(rrsets: list[RRset], name: Name, *, strict: bool) -> Name | None:
+    """The deepest zone among the signers that can hold `name` (`strict`: as the zone above it)."""
+    signers = {
+        signature.signer
+        for rrset in rrsets
+        for signature in rrset.signatures
+        if name.is_subdomain(signature.signer) and not (strict and name == signature.signer)
+    }
+    return max(signers, key=lambda signer: len(signer.labels), default=None)
+
+
+def denial_signer(reply: Reply, name: Name, *, strict: bool) -> Name | None:
+    """The zone whose denial records in the reply can speak about `name`."""
+    return deepest_signer(_denials(reply), name, strict=strict)

@@ -1,0 +1,189 @@
+"""DNS questions and replies on the wire (RFC 1035, RFC 6891), as far as a validating stub needs them.
+
+The reply parser is ours and not that of `dns.message` for two reasons: one odd record must not cost the whole
+reply, and an RRset must keep every record byte for byte, or its signature no longer fits. So each record that
+the library cannot read, and every IPSECKEY, stays as generic rdata (RFC 3597), which verifies as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import dns.exception
+import dns.name
+import dns.rcode
+import dns.rdata
+import dns.rdataclass
+import dns.rdatatype
+import dns.rdtypes.ANY.RRSIG
+import dns.wire
+
+from oepy.errors import ParseError
+from oepy.wire import Writer
+
+MAX_RECORDS = 1000  # in one reply; a legitimate one has some dozens
+EDNS_PAYLOAD = 1232  # what passes everywhere without fragments (DNS flag day 2020)
+_FLAG_QR = 0x8000
+_FLAG_TC = 0x0200
+_FLAG_RD = 0x0100
+_FLAG_CD = 0x0010
+_EDNS_DO = 0x8000
+_IN = dns.rdataclass.IN
+
+Key = tuple[dns.name.Name, int]  # owner and type
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    name: dns.name.Name
+    type: int
+
+    def __str__(self) -> str:
+        return f"{self.name} {dns.rdatatype.to_text(dns.rdatatype.RdataType.make(self.type))}"
+
+
+@dataclass(frozen=True, slots=True)
+class RRset:
+    """All records of one owner and type in one section, with the signatures that cover them."""
+
+    name: dns.name.Name
+    type: int
+    ttl: int
+    rdatas: tuple[dns.rdata.Rdata, ...]
+    signatures: tuple[dns.rdtypes.ANY.RRSIG.RRSIG, ...] = ()
+
+    @property
+    def type_text(self) -> str:
+        return dns.rdatatype.to_text(dns.rdatatype.RdataType.make(self.type))
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.type_text}"
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a resolver said. `rcode` includes the extended bits (RFC 6891 §6.1.3)."""
+
+    question: Question
+    rcode: int
+    answer: tuple[RRset, ...]
+    authority: tuple[RRset, ...]
+    truncated: bool = False
+    notes: tuple[str, ...] = ()
+
+    def find(self, name: dns.name.Name, rdtype: int) -> RRset | None:
+        return next((r for r in self.answer if r.type == rdtype and r.name == name), None)
+
+    @property
+    def rcode_text(self) -> str:
+        return rcode_text(self.rcode)
+
+
+def rcode_text(rcode: int) -> str:
+    return dns.rcode.to_text(dns.rcode.Rcode.make(rcode))
+
+
+def build_query(question: Question, identifier: int) -> bytes:
+    """RD, CD and DO set; AD clear, since nobody's word but ours counts."""
+    writer = Writer()
+    for word in (identifier, _FLAG_RD | _FLAG_CD, 1, 0, 0, 1):
+        writer.push_u16(word)
+    writer.push_bytes(question.name.to_wire() or b"\0")
+    writer.push_u16(question.type)
+    writer.push_u16(_IN)
+    writer.push_u8(0)  # the OPT record's owner is the root
+    writer.push_u16(dns.rdatatype.OPT)
+    writer.push_u16(EDNS_PAYLOAD)
+    writer.push_u32(_EDNS_DO)  # extended rcode 0, version 0, flags
+    writer.push_u16(0)
+    return writer.finish()
+
+
+def parse_reply(wire: bytes, question: Question, identifier: int) -> Reply:
+    """Raises ParseError where the bytes are no reply to exactly this question."""
+    try:
+        return _parse(dns.wire.Parser(wire), question, identifier)
+    except dns.exception.DNSException as error:
+        raise ParseError(f"the reply to {question} is malformed: {type(error).__name__}") from None
+
+
+def _parse(parser: dns.wire.Parser, question: Question, identifier: int) -> Reply:
+    got, flags, questions, answers, authorities, additionals = parser.get_struct("!HHHHHH")
+    if got != identifier or not flags & _FLAG_QR or flags & 0x7800:
+        raise ParseError(f"no reply to {question}")
+    truncated = bool(flags & _FLAG_TC)
+    if questions != 1:
+        raise ParseError(f"the reply to {question} repeats {questions} questions")
+    name = parser.get_name(decompress=True)
+    rdtype, rdclass = parser.get_struct("!HH")
+    if name != question.name or rdtype != question.type or rdclass != _IN:
+        raise ParseError(f"the reply to {question} answers another question")
+    if truncated:  # what is left of it counts for nothing: the question is asked again over TCP
+        return Reply(question, flags & 0xF, (), (), truncated=True)
+    if answers + authorities + additionals > MAX_RECORDS:
+        raise ParseError(f"the reply to {question} has more than {MAX_RECORDS} records")
+    notes: list[str] = []
+    answer = _group(_records(parser, answers, notes))
+    authority = _group(_records(parser, authorities, notes))
+    rcode = flags & 0xF
+    for _ in range(additionals):
+        rcode |= _extended_rcode(parser)
+    return Reply(question, rcode, answer, authority, notes=tuple(notes))
+
+
+def _extended_rcode(parser: dns.wire.Parser) -> int:
+    parser.get_name(decompress=True)
+    rdtype, _payload, extended, _version, _flags, length = parser.get_struct("!HHBBHH")
+    parser.get_bytes(length)
+    return int(extended) << 4 if rdtype == dns.rdatatype.OPT else 0
+
+
+def _records(
+    parser: dns.wire.Parser, count: int, notes: list[str]
+) -> Iterator[tuple[dns.name.Name, int, dns.rdata.Rdata]]:
+    for _ in range(count):
+        name = parser.get_name(decompress=True)
+        rdtype, rdclass, ttl, length = parser.get_struct("!HHIH")
+        start = parser.current
+        raw = parser.get_bytes(length)
+        if rdclass != _IN or rdtype == dns.rdatatype.OPT:
+            continue
+        rdata = _rdata(parser, rdtype, start, raw)
+        if isinstance(rdata, dns.rdata.GenericRdata) and rdtype in _SIGNALS:
+            notes.append(f"{name}: a malformed {dns.rdatatype.to_text(rdtype)} record is ignored")
+            continue
+        # RFC 2181 §8: a TTL with the top bit set is 0.
+        yield name, ttl if ttl < 1 << 31 else 0, rdata
+
+
+# Signatures and denials are worth nothing when they cannot be read, and nothing signs over an RRSIG.
+_SIGNALS = frozenset({dns.rdatatype.RRSIG})
+
+
+def _rdata(parser: dns.wire.Parser, rdtype: int, start: int, raw: bytes) -> dns.rdata.Rdata:
+    kind = dns.rdatatype.RdataType.make(rdtype)
+    if kind != dns.rdatatype.IPSECKEY:
+        try:
+            return dns.rdata.from_wire(_IN, kind, parser.wire, start, len(raw))
+        except (dns.exception.DNSException, ValueError, OverflowError):
+            pass
+    return dns.rdata.GenericRdata(_IN, kind, raw)
+
+
+def _group(records: Iterable[tuple[dns.name.Name, int, dns.rdata.Rdata]]) -> tuple[RRset, ...]:
+    """RRsets in order of appearance, without duplicates; the TTL of a set is its smallest (RFC 2181 §5)."""
+    data: dict[Key, dict[dns.rdata.Rdata, None]] = {}
+    ttls: dict[Key, int] = {}
+    signatures: dict[Key, dict[dns.rdtypes.ANY.RRSIG.RRSIG, None]] = {}
+    for name, ttl, rdata in records:
+        if isinstance(rdata, dns.rdtypes.ANY.RRSIG.RRSIG):
+            signatures.setdefault((name, int(rdata.type_covered)), {})[rdata] = None
+            continue
+        key = (name, int(rdata.rdtype))
+        data.setdefault(key, {})[rdata] = None
+        ttls[key] = min(ttl, ttls.get(key, ttl))
+    return tuple(
+        RRset(name, rdtype, ttls[name, rdtype], tuple(rdatas), tuple(signatures.get((name, rdtype), ())))
+        for (name, rdtype), rdatas in data.items()
+    )

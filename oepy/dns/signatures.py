@@ -1,0 +1,222 @@
+"""Verifying one RRset with the keys of one zone (RFC 4034 §3.1.8, RFC 4035 §5.3, RFC 6840).
+
+Clock skew: an expired signature is expired. A signature whose inception lies up to `MAX_CLOCK_LAG` seconds
+ahead is accepted, since a host whose clock runs a little late would else lose every freshly signed zone.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import dns.dnssecalgs
+import dns.exception
+import dns.name
+import dns.rdata
+import dns.rdataclass
+import dns.rdtypes.ANY.DNSKEY
+import dns.rdtypes.ANY.DS
+import dns.rdtypes.ANY.RRSIG
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from dns.dnssecalgs.base import GenericPublicKey
+
+from oepy.dns.limits import MAX_KEYS_PER_ZONE, MAX_SIGNATURES_PER_SET, Budget
+from oepy.dns.message import RRset
+from oepy.errors import KeyFormatError, ParseError
+from oepy.keys import parse_rsa
+
+Dnskey = dns.rdtypes.ANY.DNSKEY.DNSKEY
+Ds = dns.rdtypes.ANY.DS.DS
+Rrsig = dns.rdtypes.ANY.RRSIG.RRSIG
+
+MAX_CLOCK_LAG = 300
+# RFC 9905: SHA-1, in signatures as in digests, counts as no protection; a zone that has nothing else is
+# insecure. The same goes for MD5, DSA and GOST.
+RSA_ALGORITHMS = frozenset({8, 10})
+ALGORITHMS = RSA_ALGORITHMS | {13, 14, 15, 16}
+DIGESTS = {2: hashlib.sha256, 4: hashlib.sha384}
+ALGORITHM_NAMES = {
+    8: "RSASHA256",
+    10: "RSASHA512",
+    13: "ECDSAP256SHA256",
+    14: "ECDSAP384SHA384",
+    15: "ED25519",
+    16: "ED448",
+}
+_FLAG_ZONE = 0x0100
+_FLAG_REVOKE = 0x0080
+_SERIAL_HALF = 1 << 31
+
+
+class SignatureFailure(Exception):
+    """No signature of the RRset holds. The text names the RRset and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class ZoneKey:
+    """A DNSKEY that may sign data, with the library's key object made once."""
+
+    dnskey: Dnskey
+    tag: int
+    public: GenericPublicKey
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """`ttl` is capped by the original TTL and the expiry (RFC 4035 §5.3.3). `closest_encloser` is set where
+    the RRset was made from a wildcard: whoever uses it must demand the proof that no closer name exists."""
+
+    signer: dns.name.Name
+    ttl: int
+    tag: int
+    closest_encloser: dns.name.Name | None = None
+
+
+def is_supported(ds: Ds) -> bool:
+    return int(ds.algorithm) in ALGORITHMS and int(ds.digest_type) in DIGESTS
+
+
+def usable_keys(rdatas: Iterable[dns.rdata.Rdata]) -> tuple[ZoneKey, ...]:
+    """The keys that may sign zone data: ZONE flag, protocol 3, not revoked, an algorithm that we verify."""
+    found = []
+    for rdata in list(rdatas)[:MAX_KEYS_PER_ZONE]:
+        if not isinstance(rdata, Dnskey) or int(rdata.algorithm) not in ALGORITHMS:
+            continue
+        flags = int(rdata.flags)
+        if not flags & _FLAG_ZONE or flags & _FLAG_REVOKE or rdata.protocol != 3:
+            continue
+        public = _public(rdata)
+        if public is not None:
+            found.append(ZoneKey(rdata, rdata.key_id(), public))
+    return tuple(found)
+
+
+def _public(key: Dnskey) -> GenericPublicKey | None:
+    try:
+        if int(key.algorithm) in RSA_ALGORITHMS:
+            parse_rsa(key.key)  # a giant exponent would make each check dear
+        return dns.dnssecalgs.get_algorithm_cls_from_dnskey(key).public_cls.from_dnskey(key)
+    except (ValueError, ParseError, KeyFormatError, UnsupportedAlgorithm, dns.exception.DNSException):
+        return None
+
+
+def matches_ds(key: ZoneKey, zone: dns.name.Name, ds: Ds) -> bool:
+    """RFC 4034 §5.1.4: digest over the canonical owner name and the DNSKEY rdata."""
+    if key.tag != ds.key_tag or int(key.dnskey.algorithm) != int(ds.algorithm):
+        return False
+    data = zone.canonicalize().to_wire() or b""
+    digest = DIGESTS[int(ds.digest_type)](data + (key.dnskey.to_wire() or b"")).digest()
+    return digest == ds.digest
+
+
+def check_time(signature: Rrsig, now: int) -> str:
+    """Why the signature does not hold at `now` (seconds since 1970), or an empty text. The fields are
+    serial numbers of 32 bits (RFC 4034 §3.1.5)."""
+    if _serial_less(signature.expiration, now):
+        return f"expired at {_date(signature.expiration)}"
+    if _serial_less(now + MAX_CLOCK_LAG, signature.inception):
+        return f"is not valid before {_date(signature.inception)}"
+    if _serial_less(signature.expiration, signature.inception):
+        return "expires before it begins"
+    return ""
+
+
+def _serial_less(left: int, right: int) -> bool:
+    difference = (right - left) & 0xFFFFFFFF
+    return 0 < difference < _SERIAL_HALF
+
+
+def _date(seconds: int) -> str:
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def verify(rrset: RRset, zone: dns.name.Name, keys: Iterable[ZoneKey], now: int, budget: Budget) -> Verified:
+    """Verify with any signature by `zone` and any of `keys`.
+
+    Raises SignatureFailure where none holds, LimitExceeded where that took too much.
+    """
+    reasons: list[str] = []
+    keys = tuple(keys)
+    if not rrset.signatures:
+        raise SignatureFailure(f"{rrset} has no signature, though {zone} is signed")
+    for signature in rrset.signatures[:MAX_SIGNATURES_PER_SET]:
+        reason = _check_form(rrset, signature, zone) or check_time(signature, now)
+        candidates = [
+            key
+            for key in keys
+            if key.tag == signature.key_tag and key.dnskey.algorithm == signature.algorithm
+        ]
+        if not reason and not candidates:
+            reason = f"is by key {signature.key_tag}, which {zone} does not have"
+        if not reason:
+            data = signed_data(rrset, signature)
+            if any(_holds(key, signature, data, budget) for key in candidates):
+                return _verified(rrset, signature, now)
+            reason = "does not fit the records (they were changed, or signed with another key)"
+        reasons.append(f"the signature by {signature.signer} key {signature.key_tag} {reason}")
+    raise SignatureFailure(f"{rrset}: {'; '.join(dict.fromkeys(reasons))}")
+
+
+def _check_form(rrset: RRset, signature: Rrsig, zone: dns.name.Name) -> str:
+    if signature.signer != zone:
+        return f"is not by {zone}"
+    if not rrset.name.is_subdomain(zone):
+        return "is by a zone that does not hold this name"
+    if signature.labels > _label_count(rrset.name):
+        return "counts more labels than the name has"
+    if signature.labels < len(zone.labels) - 1:
+        return "is of a wildcard above its own zone"
+    return ""
+
+
+def _label_count(name: dns.name.Name) -> int:
+    """RFC 4034 §3.1.3: neither the root nor a leftmost asterisk counts."""
+    return len(name.labels) - 1 - (1 if name.labels[0] == b"*" else 0)
+
+
+def _holds(key: ZoneKey, signature: Rrsig, data: bytes, budget: Budget) -> bool:
+    budget.spend_signature()
+    try:
+        key.public.verify(signature.signature, data)
+    except (InvalidSignature, ValueError):
+        budget.spend_failure()
+        return False
+    return True
+
+
+def _verified(rrset: RRset, signature: Rrsig, now: int) -> Verified:
+    remaining = (signature.expiration - now) & 0xFFFFFFFF
+    ttl = min(rrset.ttl, signature.original_ttl, remaining)
+    encloser = None
+    if signature.labels < _label_count(rrset.name):
+        encloser = dns.name.Name(rrset.name.labels[-(signature.labels + 1) :])
+    return Verified(signature.signer, ttl, signature.key_tag, encloser)
+
+
+def signed_data(rrset: RRset, signature: Rrsig) -> bytes:
+    """What was signed: RFC 4034 §3.1.8.1, with the canonical form of §6.2 and order of §6.3."""
+    owner = rrset.name
+    if signature.labels < len(owner.labels) - 1:
+        owner = dns.name.Name((b"*", *owner.labels[-(signature.labels + 1) :]))
+    head = owner.canonicalize().to_wire() or b""
+    head += struct.pack("!HHI", rrset.type, dns.rdataclass.IN, signature.original_ttl)
+    wires = sorted({rdata.to_digestable() for rdata in rrset.rdatas})
+    parts = [
+        struct.pack(
+            "!HBBIIIH",
+            int(signature.type_covered),
+            int(signature.algorithm),
+            signature.labels,
+            signature.original_ttl,
+            signature.expiration,
+            signature.inception,
+            signature.key_tag,
+        ),
+        signature.signer.canonicalize().to_wire() or b"",
+    ]
+    for wire in wires:
+        parts += (head, struct.pack("!H", len(wire)), wire)
+    return b"".join(parts)

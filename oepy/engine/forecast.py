@@ -1,0 +1,39 @@
+"""What would become of a destination that nobody has talked to yet: the table read without an engine."""
+
+from __future__ import annotations
+
+from oepy.engine import table
+from oepy.engine.table import Cause
+from oepy.model import Absent, Bogus, Insecure, KeyAnswer, PolicyGroup, Secure, Verdict
+
+STATIC = {
+    PolicyGroup.CLEAR: "always in the clear; offers of this peer are not answered",
+    PolicyGroup.CLEAR_OR_PRIVATE: "in the clear, until the peer offers a tunnel",
+    PolicyGroup.BLOCK: "dropped both ways",
+}
+
+
+def cause_of(answer: KeyAnswer) -> Cause:
+    """Why this answer gives no tunnel. A secure answer reaches here only without a gateway to talk to."""
+    if isinstance(answer, Bogus):
+        return Cause.BOGUS
+    if isinstance(answer, Insecure):
+        return Cause.INSECURE
+    if isinstance(answer, (Absent, Secure)):
+        return Cause.ABSENT
+    return Cause.UNREACHABLE
+
+
+def forecast(group: PolicyGroup, answer: KeyAnswer, *, use_insecure_keys: bool) -> str:
+    """One sentence: what the first packet would meet."""
+    usable = answer.keys if isinstance(answer, Secure) else ()
+    if isinstance(answer, Insecure) and use_insecure_keys:
+        usable = answer.keys
+    if usable:
+        gateways = ", ".join(str(address) for address in usable[0].gateways)
+        return f"the first packet is held while IKE is negotiated with {gateways}"
+    cause = cause_of(answer)
+    outcome = table.outcome_for(group, cause, after_failed_ike_blocks=False)
+    then = "goes on in the clear" if outcome.verdict is Verdict.CLEAR else "is blocked"
+    detail = f" ({answer.reason})" if answer.reason else ""
+    return f"the first packet {then}: {cause.value}{detail}"

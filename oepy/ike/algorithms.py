@@ -1,0 +1,269 @@
+"""Names and numbers of transforms (RFC 7296 §3.3.2, IANA registry), proposals in strongSwan's spelling, and
+the choice between two proposals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from oepy.errors import UsageError
+from oepy.ike.payload_sa import Proposal, Transform, TransformType
+from oepy.model import EspSuite
+
+ENCR_NULL = 11
+ENCR_AES_CBC = 12
+ENCR_AES_GCM_16 = 20
+ENCR_CHACHA20_POLY1305 = 28
+AEADS = frozenset((ENCR_AES_GCM_16, ENCR_CHACHA20_POLY1305))
+
+PRF_HMAC_SHA2_256 = 5
+PRF_HMAC_SHA2_384 = 6
+PRF_HMAC_SHA2_512 = 7
+
+INTEG_SHA2_256_128 = 12
+INTEG_SHA2_384_192 = 13
+INTEG_SHA2_512_256 = 14
+
+ECP_256 = 19
+ECP_384 = 20
+CURVE25519 = 31
+
+ENCRYPTIONS: dict[str, Transform] = {
+    "aes128gcm16": Transform(TransformType.ENCR, ENCR_AES_GCM_16, 128),
+    "aes192gcm16": Transform(TransformType.ENCR, ENCR_AES_GCM_16, 192),
+    "aes256gcm16": Transform(TransformType.ENCR, ENCR_AES_GCM_16, 256),
+    "chacha20poly1305": Transform(TransformType.ENCR, ENCR_CHACHA20_POLY1305),
+    "aes128": Transform(TransformType.ENCR, ENCR_AES_CBC, 128),
+    "aes192": Transform(TransformType.ENCR, ENCR_AES_CBC, 192),
+    "aes256": Transform(TransformType.ENCR, ENCR_AES_CBC, 256),
+    "null": Transform(TransformType.ENCR, ENCR_NULL),
+}
+INTEGRITIES = {
+    "sha256": Transform(TransformType.INTEG, INTEG_SHA2_256_128),
+    "sha384": Transform(TransformType.INTEG, INTEG_SHA2_384_192),
+    "sha512": Transform(TransformType.INTEG, INTEG_SHA2_512_256),
+}
+PRFS = {
+    "prfsha256": Transform(TransformType.PRF, PRF_HMAC_SHA2_256),
+    "prfsha384": Transform(TransformType.PRF, PRF_HMAC_SHA2_384),
+    "prfsha512": Transform(TransformType.PRF, PRF_HMAC_SHA2_512),
+}
+GROUPS = {
+    "x25519": Transform(TransformType.KE, CURVE25519),
+    "ecp256": Transform(TransformType.KE, ECP_256),
+    "ecp384": Transform(TransformType.KE, ECP_384),
+}
+_ALIASES = {
+    "curve25519": "x25519",
+    "aes128gcm128": "aes128gcm16",
+    "aes256gcm128": "aes256gcm16",
+    "aes128gcm": "aes128gcm16",
+    "aes256gcm": "aes256gcm16",
+    "sha2_256": "sha256",
+    "sha2_384": "sha384",
+    "sha2_512": "sha512",
+}
+ESN_NO = Transform(TransformType.ESN, 0)
+ESN_YES = Transform(TransformType.ESN, 1)
+
+_NAMES = {
+    (t.type, t.id, t.key_length): name
+    for table in (ENCRYPTIONS, INTEGRITIES, PRFS, GROUPS)
+    for name, t in table.items()
+}
+
+
+def transform_name(transform: Transform) -> str:
+    key = (transform.type, transform.id, transform.key_length)
+    return _NAMES.get(key, f"{transform.type}:{transform.id}/{transform.key_length}")
+
+
+Offer = dict[TransformType, tuple[Transform, ...]]
+"""One proposal of ours: of each transform type the acceptable ones, best first. A type that is missing must
+be missing or NONE in the peer's too."""
+
+
+@dataclass(frozen=True, slots=True)
+class IkeSuite:
+    """The transforms of an IKE SA, by strongSwan's names; `integrity` is "" with an AEAD."""
+
+    encryption: str
+    integrity: str
+    prf: str
+    group: str
+
+    def __str__(self) -> str:
+        return "-".join(part for part in (self.encryption, self.integrity, self.prf, self.group) if part)
+
+
+def _split(text: str) -> list[str]:
+    return [_ALIASES.get(part, part) for part in text.strip().lower().split("-")]
+
+
+def parse_ike_proposal(text: str) -> Offer:
+    """`aes256gcm16-prfsha384-x25519` as in swanctl.conf; several of a kind are alternatives, best first.
+    Without a PRF, that of the integrity algorithms (or all, for an AEAD). Raises UsageError."""
+    encryption, integrity, prfs, groups = [], [], [], []
+    for part in _split(text):
+        if part in ENCRYPTIONS and part != "null":
+            encryption.append(ENCRYPTIONS[part])
+        elif part in INTEGRITIES:
+            integrity.append(INTEGRITIES[part])
+        elif part in PRFS:
+            prfs.append(PRFS[part])
+        elif part in GROUPS:
+            groups.append(GROUPS[part])
+        else:
+            raise UsageError(f"IKE proposal {text!r}: {part!r} is no algorithm known here")
+    aeads = [transform for transform in encryption if transform.id in AEADS]
+    if not encryption or not groups:
+        raise UsageError(f"IKE proposal {text!r} needs an encryption algorithm and a key exchange")
+    if aeads and (len(aeads) != len(encryption) or integrity):
+        raise UsageError(f"IKE proposal {text!r}: an AEAD goes without integrity and without other ciphers")
+    if not aeads and not integrity:
+        raise UsageError(
+            f"IKE proposal {text!r}: {transform_name(encryption[0])} needs an integrity algorithm"
+        )
+    if not prfs:
+        prfs = [PRFS["prf" + transform_name(t)] for t in integrity] or list(PRFS.values())
+    offer: Offer = {TransformType.ENCR: tuple(encryption), TransformType.PRF: tuple(prfs)}
+    if integrity:
+        offer[TransformType.INTEG] = tuple(integrity)
+    offer[TransformType.KE] = tuple(groups)
+    return offer
+
+
+def parse_esp_proposal(text: str) -> Offer:
+    """`aes256gcm16-x25519-esn-noesn`; both are offered unless `esn` or `noesn` is written. Groups are for
+    CREATE_CHILD_SA; without one there is no forward secrecy beyond the IKE SA's. Raises UsageError."""
+    encryption, integrity, groups, esn = [], [], [], []
+    for part in _split(text):
+        if part in ENCRYPTIONS:
+            encryption.append(ENCRYPTIONS[part])
+        elif part in INTEGRITIES:
+            integrity.append(INTEGRITIES[part])
+        elif part in GROUPS:
+            groups.append(GROUPS[part])
+        elif part in ("esn", "noesn"):
+            esn.append(ESN_YES if part == "esn" else ESN_NO)
+        elif part not in PRFS:
+            raise UsageError(f"ESP proposal {text!r}: {part!r} is no algorithm known here")
+    aeads = [transform for transform in encryption if transform.id in AEADS]
+    if not encryption:
+        raise UsageError(f"ESP proposal {text!r} names no encryption algorithm")
+    if aeads and (len(aeads) != len(encryption) or integrity):
+        raise UsageError(f"ESP proposal {text!r}: an AEAD goes without integrity and without other ciphers")
+    if not aeads and not integrity:
+        raise UsageError(
+            f"ESP proposal {text!r}: {transform_name(encryption[0])} needs an integrity algorithm"
+        )
+    offer: Offer = {TransformType.ENCR: tuple(encryption)}
+    if integrity:
+        offer[TransformType.INTEG] = tuple(integrity)
+    if groups:
+        offer[TransformType.KE] = tuple(groups)
+    offer[TransformType.ESN] = tuple(esn) or (ESN_YES, ESN_NO)
+    return offer
+
+
+def without_groups(offer: Offer) -> Offer:
+    return {kind: transforms for kind, transforms in offer.items() if kind is not TransformType.KE}
+
+
+def to_proposals(offers: Sequence[Offer], protocol: int, spi: bytes) -> tuple[Proposal, ...]:
+    return tuple(
+        Proposal(number, protocol, spi, tuple(t for kind in offer.values() for t in kind))
+        for number, offer in enumerate(offers, 1)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The responder's choice: the peer's proposal that was taken, and one transform a type."""
+
+    number: int
+    spi: bytes
+    offer_index: int
+    transforms: dict[int, Transform]
+
+    def proposal(self, protocol: int, spi: bytes) -> Proposal:
+        return Proposal(self.number, protocol, spi, tuple(self.transforms.values()))
+
+
+def choose(
+    offers: Sequence[Offer], peer: tuple[Proposal, ...], protocol: int, *, prefer_group: int = 0
+) -> Chosen | None:
+    """The best of ours that the peer proposes too. `prefer_group`: among the acceptable key exchanges take
+    this one if it is proposed, for it is the one whose share the peer already sent."""
+    for index, offer in enumerate(offers):
+        for proposal in peer:
+            if proposal.protocol != protocol:
+                continue
+            transforms = _match(offer, proposal, prefer_group)
+            if transforms is not None:
+                return Chosen(proposal.number, proposal.spi, index, transforms)
+    return None
+
+
+def _match(offer: Offer, proposal: Proposal, prefer_group: int) -> dict[int, Transform] | None:
+    chosen: dict[int, Transform] = {}
+    for kind in {transform.type for transform in proposal.transforms} - set(offer):
+        if not any(transform.id == 0 for transform in proposal.of_type(kind)):
+            return None  # the peer insists on something that we don't offer
+    for kind, acceptable in offer.items():
+        theirs = [transform for transform in proposal.of_type(kind) if transform.usable]
+        common = [transform for transform in acceptable if transform in theirs]
+        if not common and kind == TransformType.ESN and not theirs and ESN_NO in acceptable:
+            common = [ESN_NO]  # RFC 7296 §3.3.3: it should be there, some leave it out
+        if not common:
+            return None
+        chosen[kind] = next(
+            (t for t in common if kind == TransformType.KE and t.id == prefer_group), common[0]
+        )
+    return chosen
+
+
+def accepted(offers: Sequence[Offer], answer: tuple[Proposal, ...], protocol: int) -> Chosen | None:
+    """What the responder chose, if it is exactly one transform a type out of one proposal of ours."""
+    if len(answer) != 1 or answer[0].protocol != protocol:
+        return None
+    proposal = answer[0]
+    kinds = [
+        transform.type for transform in proposal.transforms if transform.id or transform.type not in (3, 4)
+    ]
+    if len(kinds) != len(set(kinds)) or not 1 <= proposal.number <= len(offers):
+        return None
+    transforms = _match(offers[proposal.number - 1], proposal, 0)
+    if transforms is None:
+        return None
+    return Chosen(proposal.number, proposal.spi, proposal.number - 1, transforms)
+
+
+def ike_suite(chosen: Chosen) -> IkeSuite:
+    names = {kind: transform_name(transform) for kind, transform in chosen.transforms.items()}
+    return IkeSuite(
+        names[TransformType.ENCR],
+        names.get(TransformType.INTEG, ""),
+        names[TransformType.PRF],
+        names[TransformType.KE],
+    )
+
+
+def esp_suite(chosen: Chosen) -> EspSuite:
+    names = {kind: transform_name(transform) for kind, transform in chosen.transforms.items()}
+    return EspSuite(
+        names[TransformType.ENCR],
+        names.get(TransformType.INTEG, ""),
+        esn=chosen.transforms[TransformType.ESN].id == 1,
+    )
+
+
+DEFAULT_IKE = (
+    "aes256gcm16-chacha20poly1305-aes128gcm16-prfsha256-prfsha384-prfsha512-x25519-ecp256-ecp384",
+    "aes256-aes128-sha256-sha384-sha512-prfsha256-prfsha384-prfsha512-x25519-ecp256-ecp384",
+)
+DEFAULT_ESP = (
+    "aes128gcm16-aes256gcm16-chacha20poly1305-x25519-ecp256-ecp384-esn-noesn",
+    "aes256-aes128-sha256-sha512-x25519-ecp256-ecp384-esn-noesn",
+)

@@ -1,0 +1,158 @@
+"""Child SAs: what is kept of one, what is offered, and what two sides agree upon (RFC 7296 §2.9, 2.17)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from oepy.ike.algorithms import Chosen, Offer, esp_suite
+from oepy.ike.crypto import derive_child_keys
+from oepy.ike.events import ChildUp
+from oepy.ike.flow import ChildRefused
+from oepy.ike.header import PayloadType
+from oepy.ike.notify import NotifyType
+from oepy.ike.payload_sa import PROTOCOL_ESP
+from oepy.model import Lifetime, SaPair, TrafficSelector
+
+if TYPE_CHECKING:
+    from oepy.ike.message import Message
+    from oepy.ike.session import Session
+    from oepy.model import EspSuite
+
+MIN_SPI = 256
+
+
+class ChildSa:
+    """One ESP pair, without its keys. `spi_in` is ours, its name everywhere in this host."""
+
+    __slots__ = (
+        "connection",
+        "deleting",
+        "expires_at",
+        "initiator",
+        "installed_at",
+        "label",
+        "local_ts",
+        "offers",
+        "peer_rekey",
+        "rekey_at",
+        "rekeying",
+        "remote_ts",
+        "replaced",
+        "spi_in",
+        "spi_out",
+        "suite",
+        "usable",
+    )
+
+    def __init__(
+        self,
+        spi_in: int,
+        spi_out: int,
+        suite: EspSuite,
+        *,
+        local_ts: tuple[TrafficSelector, ...],
+        remote_ts: tuple[TrafficSelector, ...],
+        offers: tuple[Offer, ...] | None,
+        connection: str,
+        initiator: bool,
+    ) -> None:
+        self.spi_in = spi_in
+        self.spi_out = spi_out
+        self.suite = suite
+        self.local_ts = local_ts
+        self.remote_ts = remote_ts
+        self.offers = offers
+        self.connection = connection
+        self.initiator = initiator
+        self.installed_at = 0.0
+        self.rekey_at = float("inf")
+        self.expires_at = float("inf")
+        self.rekeying = False  # an exchange of ours to replace it is under way
+        self.deleting = False  # our Delete is on its way
+        self.replaced = False  # a successor is up
+        self.usable = True  # we may send on it
+        self.peer_rekey: tuple[int, bytes] | None = None
+        """The successor (its spi_in) that the peer's simultaneous rekey made, and the lower nonce of that."""
+
+    def same_selectors(self, other: ChildSa) -> bool:
+        return set(self.local_ts) == set(other.local_ts) and set(self.remote_ts) == set(other.remote_ts)
+
+
+def within(selectors: Iterable[TrafficSelector], proposed: Sequence[TrafficSelector]) -> bool:
+    return all(any(wide.covers(narrow) for wide in proposed) for narrow in selectors)
+
+
+def read_selectors(message: Message) -> tuple[tuple[TrafficSelector, ...], tuple[TrafficSelector, ...]]:
+    """TSi and TSr of a message. Raises ChildRefused where one has no selector that we understand."""
+    tsi: tuple[TrafficSelector, ...] = message.get(PayloadType.TSI, tuple) or ()
+    tsr: tuple[TrafficSelector, ...] = message.get(PayloadType.TSR, tuple) or ()
+    if not tsi or not tsr:
+        raise ChildRefused(NotifyType.TS_UNACCEPTABLE, "no traffic selector that is known here")
+    return tsi, tsr
+
+
+def spi_of(chosen: Chosen) -> int:
+    """The peer's ESP SPI. Raises ChildRefused for one that RFC 4303 §2.1 reserves."""
+    spi = int.from_bytes(chosen.spi, "big")
+    if len(chosen.spi) != 4 or spi < MIN_SPI:
+        raise ChildRefused(NotifyType.NO_PROPOSAL_CHOSEN, f"ESP SPI {chosen.spi.hex()}")
+    return spi
+
+
+def install(
+    session: Session,
+    child: ChildSa,
+    shared: bytes,
+    nonces: tuple[bytes, bytes],
+    *,
+    replaces: int | None = None,
+    outbound: bool = True,
+) -> None:
+    """Derive the keys and announce the pair. `nonces`: of the exchange's initiator and responder."""
+    assert session.suite is not None
+    assert session.sk_d is not None
+    assert session.identity is not None
+    assert session.authenticated is not None
+    context = session.context
+    lifetimes = context.settings.lifetimes
+    first, second = derive_child_keys(session.suite.prf, session.sk_d, child.suite, shared, nonces)
+    keys_out, keys_in = (first, second) if child.initiator else (second, first)
+    child.installed_at = context.now
+    child.rekey_at = context.now + context.jitter(lifetimes.child_rekey)
+    child.expires_at = context.now + lifetimes.child_hard
+    child.usable = outbound
+    session.children[child.spi_in] = child
+    session.childless_since = float("inf")
+    pair = SaPair(
+        spi_in=child.spi_in,
+        spi_out=child.spi_out,
+        local=session.local,
+        remote=session.remote,
+        suite=child.suite,
+        keys_in=keys_in,
+        keys_out=keys_out,
+        local_ts=child.local_ts,
+        remote_ts=child.remote_ts,
+        authenticated=session.authenticated,
+        peer=session.identity,
+        encap=session.encap,
+        lifetime=Lifetime(
+            soft_seconds=child.rekey_at - context.now,
+            hard_seconds=lifetimes.child_hard,
+            soft_bytes=lifetimes.child_soft_bytes,
+            hard_bytes=lifetimes.child_hard_bytes,
+            soft_packets=lifetimes.child_soft_packets,
+            hard_packets=lifetimes.child_hard_packets,
+        ),
+        connection=child.connection,
+    )
+    context.counters["children"] += 1
+    context.emit(ChildUp(session.number, pair, child.initiator, replaces, outbound, session.label))
+
+
+def suite_of(chosen: Chosen) -> EspSuite:
+    return esp_suite(chosen)
+
+
+__all__ = ["PROTOCOL_ESP", "ChildSa", "install", "read_selectors", "spi_of", "within"]

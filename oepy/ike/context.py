@@ -1,0 +1,148 @@
+"""What all sessions of one endpoint share: settings, time, outbox, questions, counters, timers."""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from ipaddress import IPv4Network, IPv6Network
+from typing import TYPE_CHECKING
+
+from oepy.ike.cookies import CookieJar
+from oepy.ike.events import Datagram, IkeEvent, Question
+from oepy.ike.settings import IkeSettings
+from oepy.model import Endpoint, IpAddress, IpNetwork
+
+if TYPE_CHECKING:
+    from oepy.ike.flow import Flow
+    from oepy.ike.session import Session
+
+HalfOpenKey = tuple[Endpoint, bytes]
+
+
+def prefix_of(address: IpAddress) -> IpNetwork:
+    """The network whose half-open sessions are counted together."""
+    if address.version == 4:
+        return IPv4Network((int(address) & ~0xFF, 24))
+    return IPv6Network((int(address) >> 72 << 72, 56))
+
+
+class Context:
+    """`now` is set at every entry into the endpoint and is the same for all that one call causes."""
+
+    def __init__(self, settings: IkeSettings, random: Callable[[int], bytes]) -> None:
+        self.settings = settings
+        self.random = random
+        self.now = 0.0
+        self.counters: Counter[str] = Counter()
+        self.events: list[IkeEvent] = []
+        self.datagrams: list[Datagram] = []
+        self.cookies = CookieJar(random)
+        self.by_spi: dict[bytes, Session] = {}
+        self.by_number: dict[int, Session] = {}
+        self.by_remote: dict[IpAddress, list[Session]] = {}  # established ones
+        self.half_open: dict[HalfOpenKey, Session] = {}
+        self.half_open_of: Counter[IpNetwork] = Counter()
+        self.questions: dict[int, Flow] = {}
+        self._next_number = 0
+        self._next_token = 0
+        self._heap: list[tuple[float, int, bytes]] = []
+        self._sequence = 0
+
+    # ---- identifiers ----
+
+    def new_number(self) -> int:
+        self._next_number += 1
+        return self._next_number
+
+    def new_spi(self) -> bytes:
+        while True:
+            spi = self.random(8)
+            if spi not in self.by_spi and any(spi):
+                return spi
+
+    # ---- output ----
+
+    def emit(self, event: IkeEvent) -> None:
+        self.events.append(event)
+
+    def send(self, local: Endpoint, remote: Endpoint, data: bytes) -> None:
+        self.datagrams.append(Datagram(local, remote, data))
+
+    def ask(self, flow: Flow, question: Question) -> int:
+        self._next_token += 1
+        self.questions[self._next_token] = flow
+        self.events.append(replace(question, token=self._next_token))
+        return self._next_token
+
+    def jitter(self, seconds: float) -> float:
+        """`seconds`, shortened by a random part of the settings' jitter."""
+        fraction = int.from_bytes(self.random(2), "big") / 65536.0
+        return seconds * (1.0 - self.settings.lifetimes.jitter * fraction)
+
+    # ---- tables ----
+
+    def add(self, session: Session) -> None:
+        self.by_spi[session.spi_own] = session
+        self.by_number.setdefault(session.number, session)  # a rekeyed SA keeps its place for now
+
+    def add_half_open(self, session: Session, key: HalfOpenKey) -> None:
+        self.half_open[key] = session
+        self.half_open_of[prefix_of(key[0].address)] += 1
+
+    def drop_half_open(self, key: HalfOpenKey) -> None:
+        if self.half_open.pop(key, None) is None:
+            return
+        prefix = prefix_of(key[0].address)
+        self.half_open_of[prefix] -= 1
+        if not self.half_open_of[prefix]:
+            del self.half_open_of[prefix]
+
+    def established(self, session: Session) -> None:
+        self.by_remote.setdefault(session.remote.address, []).append(session)
+
+    def forget(self, session: Session) -> None:
+        self.by_spi.pop(session.spi_own, None)
+        if self.by_number.get(session.number) is session:
+            del self.by_number[session.number]
+        self.moved(session, None)
+
+    def moved(self, session: Session, remote: IpAddress | None) -> None:
+        """Take the session out of the table of its remote address, and put it under the new one."""
+        peers = self.by_remote.get(session.remote.address)
+        if peers and session in peers:
+            peers.remove(session)
+            if not peers:
+                del self.by_remote[session.remote.address]
+        if remote is not None:
+            self.by_remote.setdefault(remote, []).append(session)
+
+    # ---- timers ----
+
+    def schedule(self, session: Session, when: float) -> None:
+        """Wake the session at `when`; entries that a later call outdated are skipped when they come up."""
+        session.wake = when
+        self._sequence += 1
+        heapq.heappush(self._heap, (when, self._sequence, session.spi_own))
+        if len(self._heap) > 64 + 8 * len(self.by_spi):
+            self._heap = [entry for entry in self._heap if self._current(entry)]
+            heapq.heapify(self._heap)
+
+    def _current(self, entry: tuple[float, int, bytes]) -> bool:
+        session = self.by_spi.get(entry[2])
+        return session is not None and session.wake == entry[0]
+
+    def next_timer(self) -> float | None:
+        while self._heap and not self._current(self._heap[0]):
+            heapq.heappop(self._heap)
+        return self._heap[0][0] if self._heap else None
+
+    def due(self) -> list[Session]:
+        """The sessions whose time has come, taken off the heap."""
+        sessions = []
+        while (when := self.next_timer()) is not None and when <= self.now:
+            session = self.by_spi[heapq.heappop(self._heap)[2]]
+            session.wake = float("inf")
+            sessions.append(session)
+        return sessions

@@ -1,0 +1,123 @@
+"""Several IKE SAs with one peer: which one stays (see the end of states.py), and INITIAL_CONTACT."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from oepy.ike.events import DownReason
+from oepy.ike.flow import OwnSteps, Send
+from oepy.ike.header import Exchange
+from oepy.ike.states import State
+from oepy.model import Authenticated, TrafficSelector
+
+if TYPE_CHECKING:
+    from oepy.ike.child import ChildSa
+    from oepy.ike.session import Session
+
+
+def rank(session: Session) -> tuple[int, bytes]:
+    """Lower stays. Both sides compute the same: how many of the two proved a key, then the SPIs."""
+    proofs = int(session.own_proof) + int(session.authenticated is not Authenticated.NULL)
+    return -proofs, session.spi_i + session.spi_r
+
+
+def _others(session: Session) -> Iterator[Session]:
+    for other in session.context.by_remote.get(session.remote.address, ()):
+        if other is not session and other.state is State.ESTABLISHED:
+            yield other
+
+
+def _children_alike(one: Session, two: Session) -> bool:
+    return one.connection == two.connection and any(
+        mine.same_selectors(theirs) for mine in one.children.values() for theirs in two.children.values()
+    )
+
+
+def after_establishment(session: Session) -> None:
+    """A child just came up in `session`: if another session has the same, one of them is too many."""
+    for other in list(_others(session)):
+        if not _children_alike(session, other):
+            continue
+        winner, loser = sorted((session, other), key=rank)
+        session.context.counters["duplicates"] += 1
+        if loser.initiator:
+            confirm_and_drop(winner, loser)
+        elif other.established_at < session.created:
+            # Not begun at the same time: a peer that still had the older tunnel would not have come again
+            from oepy.ike.lifetimes import start_liveness
+
+            start_liveness(other)
+
+
+def confirm_and_drop(winner: Session, loser: Session) -> None:
+    def steps(_: Session) -> OwnSteps:
+        yield Send(Exchange.INFORMATIONAL, [])
+        from oepy.ike.lifetimes import terminate
+
+        if winner.state is State.ESTABLISHED and winner.children and _children_alike(winner, loser):
+            terminate(loser, DownReason.SUPERSEDED)
+            loser.reschedule()
+
+    winner.start("confirm", steps)
+    winner.reschedule()
+
+
+def remaining_child(session: Session, gone: ChildSa) -> int | None:
+    """Our SPI of a live child with the same selectors to the same peer, the best session's first."""
+    candidates = [session, *sorted(_others(session), key=rank)]
+    for candidate in candidates:
+        for child in candidate.children.values():
+            if (
+                child.same_selectors(gone)
+                and not child.deleting
+                and candidate.connection == session.connection
+            ):
+                return child.spi_in
+    return None
+
+
+def has_replacement(session: Session) -> bool:
+    """Whether a failed attempt of ours does not matter, for the peer's own attempt has made a tunnel."""
+    return session.initiator and any(
+        other.children and not other.initiator and other.connection == session.connection
+        for other in _others(session)
+    )
+
+
+def forbids(session: Session, remote_ts: tuple[TrafficSelector, ...]) -> bool:
+    """A NULL peer gets no child whose traffic an authenticated session already carries; that session is
+    asked whether it still lives, so that a peer which lost its key is not locked out for long."""
+    if session.authenticated is not Authenticated.NULL:
+        return False
+    found = False
+    for other in list(_others(session)):
+        if other.authenticated is Authenticated.NULL:
+            continue
+        overlap = any(
+            mine.intersect(wanted) is not None
+            for child in other.children.values()
+            for mine in child.remote_ts
+            for wanted in remote_ts
+        )
+        if overlap:
+            from oepy.ike.lifetimes import start_liveness
+
+            start_liveness(other)
+            other.reschedule()
+            found = True
+    return found
+
+
+def initial_contact(session: Session) -> None:
+    """The peer says that it knows no other IKE SA with us (RFC 7296 §2.4): older ones of the same proven
+    identity go at once. A session that came up while this one was being negotiated is no leftover: the
+    peer wrote INITIAL_CONTACT before it knew of it."""
+    if session.authenticated is Authenticated.NULL:
+        return
+    for other in list(session.context.by_number.values()):
+        same = other.identity == session.identity and other.authenticated is session.authenticated
+        if other is session or not same or other.established_at >= session.created:
+            continue
+        session.context.counters["initial_contact"] += 1
+        other.end(DownReason.SUPERSEDED)

@@ -1,0 +1,252 @@
+"""What the IKE room tells the daemon, and what it asks. All frozen; times are the caller's monotonic seconds.
+
+Events come before the datagrams of the same call: install first, then send, and no packet of the peer finds
+a tunnel that is not there yet.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from oepy.ike.algorithms import Offer
+from oepy.model import (
+    Authenticated,
+    Endpoint,
+    PeerIdentity,
+    PublicKey,
+    SaPair,
+    Secret,
+    TrafficSelector,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Datagram:
+    """Bytes to send from `local` to `remote`; on port 4500 the transport prepends the non-ESP marker
+    (RFC 7296 §2.23), unless `keepalive`."""
+
+    local: Endpoint
+    remote: Endpoint
+    data: bytes
+    keepalive: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class IkeEvent:
+    session: int
+
+
+# ---- questions: answer(token, value, now) ----------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Question(IkeEvent):
+    token: int
+
+
+@dataclass(frozen=True, slots=True)
+class NeedPeerKey(Question):
+    """Responder: which keys does this identity have? Answer: a sequence of PublicKey, all of them are tried;
+    None or an empty one refuses the peer (AUTHENTICATION_FAILED)."""
+
+    identity: PeerIdentity
+    remote: Endpoint
+
+
+@dataclass(frozen=True, slots=True)
+class NeedPsk(Question):
+    """Responder: the secret shared with this identity. Answer: Secret, or None."""
+
+    identity: PeerIdentity
+    own_identity: PeerIdentity | None  # the IDr that the peer asks for
+    remote: Endpoint
+
+
+@dataclass(frozen=True, slots=True)
+class NeedSignature(Question):
+    """Answer: `authentication.sign_auth(private_key, data, peer_hashes)`, or None where there is no key."""
+
+    data: bytes
+    peer_hashes: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class NeedSpi(Question):
+    """Answer: an inbound ESP SPI (256..2^32-1) that nothing else of ours has; None: the child fails."""
+
+
+@dataclass(frozen=True, slots=True)
+class NeedNarrowing(Question):
+    """Responder: may this peer have a child SA with these selectors? Asked before every child of the peer's,
+    rekeys included (`rekey_of`: our inbound SPI of the child that is replaced). Answer: Narrowed or Refused.
+    """
+
+    identity: PeerIdentity
+    authenticated: Authenticated
+    key: PublicKey | None  # the one that proved it
+    remote: Endpoint
+    local: Endpoint
+    local_ts: tuple[TrafficSelector, ...]  # as the peer proposes them for our side
+    remote_ts: tuple[TrafficSelector, ...]
+    rekey_of: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Narrowed:
+    """Selectors must be within the proposed ones. `offers` None: the settings'."""
+
+    local_ts: tuple[TrafficSelector, ...]
+    remote_ts: tuple[TrafficSelector, ...]
+    offers: tuple[Offer, ...] | None = None
+    connection: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """`peer` True refuses the peer as such (AUTHENTICATION_FAILED), else this child (TS_UNACCEPTABLE)."""
+
+    reason: str
+    peer: bool = False
+
+
+# ---- news ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class IkeEstablished(IkeEvent):
+    """The peer has proven who it is. Comes before the ChildUp of the same exchange."""
+
+    initiator: bool
+    identity: PeerIdentity
+    authenticated: Authenticated
+    key: PublicKey | None
+    local: Endpoint
+    remote: Endpoint
+    suite: str
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class PeerMoved(IkeEvent):
+    """An authenticated message came from another address or port (a NAT between us changed its mind,
+    RFC 7296 §2.23): ESP should follow."""
+
+    local: Endpoint
+    remote: Endpoint
+
+
+@dataclass(frozen=True, slots=True)
+class IkeRekeyed(IkeEvent):
+    """The IKE SA has new keys and SPIs; session number and children stay."""
+
+    suite: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChildUp(IkeEvent):
+    """Install the pair. `outbound` False: only receive on it for now (`Datapath.install(outbound=False)`),
+    ChildUsable follows as soon as the peer has shown that it has it."""
+
+    pair: SaPair
+    initiator: bool
+    replaces: int | None
+    outbound: bool
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChildUsable(IkeEvent):
+    spi_in: int
+
+
+class DownReason(enum.Enum):
+    PEER_DELETE = "peer-delete"
+    REKEYED = "rekeyed"
+    LOCAL = "local"
+    LIVENESS = "liveness"
+    IKE_DOWN = "ike-down"
+    EXPIRED = "expired"
+    SUPERSEDED = "superseded"  # a duplicate tunnel to the same peer goes, or a restarted peer begins anew
+
+
+@dataclass(frozen=True, slots=True)
+class ChildDown(IkeEvent):
+    """Remove the pair. `remaining`: our inbound SPI of another live child with the same selectors to the
+    same peer, which traffic has to use now; None where there is none."""
+
+    spi_in: int
+    spi_out: int
+    reason: DownReason
+    remaining: int | None
+
+
+class FailureKind(enum.Enum):
+    SILENT = "silent"  # no (usable) answer at all
+    REJECTED = "rejected"  # the peer said no
+    PROOF_FAILED = "proof-failed"  # the peer answered and could not prove the expected key
+    PROTOCOL = "protocol"  # the peer, authenticated or not, does not speak IKEv2 as it should
+    REFUSED = "refused"  # we said no to the peer
+    LOCAL = "local"  # ended by command
+    SUPERSEDED = "superseded"  # another session with the same peer does the job: nothing is lost
+
+
+@dataclass(frozen=True, slots=True)
+class SessionFailed(IkeEvent):
+    """A session that never came to a child SA ends. As a responder one hears of it from IKE_AUTH on only."""
+
+    kind: FailureKind
+    initiator: bool
+    notify: str
+    text: str
+    remote: Endpoint
+    identity: PeerIdentity | None
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class SessionDown(IkeEvent):
+    """An established session has ended; a ChildDown for each of its children came before."""
+
+    reason: DownReason
+    remote: Endpoint
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class IkeKeys(IkeEvent):
+    """Only with settings.key_log: what an IKEv2 decryption table needs."""
+
+    spi_i: bytes
+    spi_r: bytes
+    encryption: str
+    integrity: str
+    sk_ei: Secret
+    sk_er: Secret
+    sk_ai: Secret
+    sk_ar: Secret
+
+
+__all__ = [
+    "ChildDown",
+    "ChildUp",
+    "ChildUsable",
+    "Datagram",
+    "DownReason",
+    "FailureKind",
+    "IkeEstablished",
+    "IkeEvent",
+    "IkeKeys",
+    "IkeRekeyed",
+    "Narrowed",
+    "NeedNarrowing",
+    "NeedPeerKey",
+    "NeedPsk",
+    "NeedSignature",
+    "NeedSpi",
+    "PeerMoved",
+    "Question",
+    "Refused",
+    "SessionDown",
+    "SessionFailed",
+]

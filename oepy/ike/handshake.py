@@ -1,0 +1,137 @@
+"""What lives only during IKE_SA_INIT and IKE_AUTH, and the parts that both roles share."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+from oepy.ike.algorithms import GROUPS
+from oepy.ike.authentication import OUR_HASHES, signed_octets
+from oepy.ike.crypto import IkeKeyMaterial, derive_ike_keys, skeyseed_initial
+from oepy.ike.events import IkeEstablished
+from oepy.ike.header import NO_SPI
+from oepy.ike.notify import NotifyType
+from oepy.ike.payloads import Payload, notify
+from oepy.ike.states import Happening
+from oepy.model import Endpoint, Secret
+
+if TYPE_CHECKING:
+    from oepy.ike.algorithms import IkeSuite
+    from oepy.ike.message import Message
+    from oepy.ike.session import Session
+
+NONCE_SIZE = 32
+MAX_PEER_HASHES = 32
+GROUP_NAMES = {transform.id: name for name, transform in GROUPS.items()}
+
+
+class Handshake:
+    """Dropped as soon as the peer is authenticated."""
+
+    __slots__ = (
+        "message_i",
+        "message_r",
+        "nonce_i",
+        "nonce_r",
+        "peer_hashes",
+        "sk_pi",
+        "sk_pr",
+    )
+
+    def __init__(self) -> None:
+        self.message_i = b""
+        self.message_r = b""
+        self.nonce_i = b""
+        self.nonce_r = b""
+        self.peer_hashes: frozenset[int] = frozenset()
+        self.sk_pi: Secret | None = None
+        self.sk_pr: Secret | None = None
+
+    def octets_of(self, session: Session, *, initiator: bool, id_body: bytes) -> bytes:
+        """What the AUTH of the initiator or the responder covers."""
+        assert session.suite is not None
+        assert self.sk_pi is not None
+        assert self.sk_pr is not None
+        if initiator:
+            return signed_octets(self.message_i, self.nonce_r, session.suite.prf, self.sk_pi, id_body)
+        return signed_octets(self.message_r, self.nonce_i, session.suite.prf, self.sk_pr, id_body)
+
+
+def nat_hash(spi_i: bytes, spi_r: bytes, endpoint: Endpoint) -> bytes:
+    """RFC 7296 §2.23: SHA-1, which is a fingerprint here and no protection."""
+    data = spi_i + spi_r + endpoint.address.packed + endpoint.port.to_bytes(2, "big")
+    return hashlib.sha1(data, usedforsecurity=False).digest()
+
+
+def common_notifies(session: Session, spi_r: bytes) -> list[Payload]:
+    """NAT detection, hash algorithms and fragmentation, which both IKE_SA_INIT messages carry."""
+    source = nat_hash(session.spi_i, spi_r, session.local)
+    if session.context.settings.force_encap:
+        # a source that cannot be: the peer then sees a NAT, and both encapsulate ESP in UDP
+        source = bytes(byte ^ 0xFF for byte in source)
+    return [
+        notify(NotifyType.NAT_DETECTION_SOURCE_IP, source),
+        notify(NotifyType.NAT_DETECTION_DESTINATION_IP, nat_hash(session.spi_i, spi_r, session.remote)),
+        notify(NotifyType.SIGNATURE_HASH_ALGORITHMS, b"".join(h.to_bytes(2, "big") for h in OUR_HASHES)),
+        notify(NotifyType.FRAGMENTATION_SUPPORTED),
+    ]
+
+
+def read_common_notifies(session: Session, handshake: Handshake, message: Message, spi_r: bytes) -> None:
+    sources = [n.data for n in message.notifies() if n.type == NotifyType.NAT_DETECTION_SOURCE_IP]
+    ours = message.notify(NotifyType.NAT_DETECTION_DESTINATION_IP)
+    if sources and ours is not None:
+        session.nat_remote = nat_hash(session.spi_i, spi_r, session.remote) not in sources
+        session.nat_local = nat_hash(session.spi_i, spi_r, session.local) != ours.data
+        session.encap = session.nat_local or session.nat_remote or session.context.settings.force_encap
+    hashes = message.notify(NotifyType.SIGNATURE_HASH_ALGORITHMS)
+    if hashes is not None:
+        data = hashes.data[: 2 * MAX_PEER_HASHES]
+        handshake.peer_hashes = frozenset(
+            int.from_bytes(data[at : at + 2], "big") for at in range(0, len(data) - 1, 2)
+        )
+    session.peer_fragments = message.notify(NotifyType.FRAGMENTATION_SUPPORTED) is not None
+
+
+def derive(session: Session, handshake: Handshake, suite: IkeSuite, shared: bytes) -> None:
+    skeyseed = skeyseed_initial(suite, shared, handshake.nonce_i, handshake.nonce_r)
+    keys: IkeKeyMaterial = derive_ike_keys(
+        suite, skeyseed, (handshake.nonce_i, handshake.nonce_r), session.spi_i, session.spi_r
+    )
+    session.set_keys(suite, keys)
+    handshake.sk_pi, handshake.sk_pr = keys.pi, keys.pr
+
+
+def establish(session: Session) -> None:
+    """The peer is proven: drop what only the handshake needed and tell the daemon."""
+    context = session.context
+    session.move(Happening.PROVEN)
+    session.handshake = None
+    if session.half_open_key is not None:
+        context.drop_half_open(session.half_open_key)
+        session.half_open_key = None
+    session.established_at = context.now
+    session.childless_since = context.now
+    session.rekey_at = context.now + context.jitter(context.settings.lifetimes.ike_rekey)
+    if session.nat_local:
+        session.keepalive_at = context.now + context.settings.keepalive_interval
+    context.established(session)
+    context.counters["established"] += 1
+    assert session.identity is not None
+    assert session.authenticated is not None
+    context.emit(
+        IkeEstablished(
+            session.number,
+            session.initiator,
+            session.identity,
+            session.authenticated,
+            session.key,
+            session.local,
+            session.remote,
+            str(session.suite),
+            session.label,
+        )
+    )
+
+
+__all__ = ["GROUP_NAMES", "NONCE_SIZE", "NO_SPI", "Handshake", "common_notifies", "derive", "establish"]

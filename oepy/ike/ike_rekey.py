@@ -1,0 +1,185 @@
+"""CREATE_CHILD_SA for the IKE SA itself (RFC 7296 §1.3.2, 2.18), with its collisions (§2.8.1, 2.25.2)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from oepy.ike.algorithms import accepted, choose, ike_suite, to_proposals
+from oepy.ike.crypto import derive_ike_keys, skeyseed_rekey
+from oepy.ike.events import DownReason, IkeRekeyed
+from oepy.ike.flow import OwnSteps, PeerSteps, Send
+from oepy.ike.handshake import GROUP_NAMES, NONCE_SIZE
+from oepy.ike.header import NO_SPI, Exchange, PayloadType
+from oepy.ike.informational import delete_ike
+from oepy.ike.key_exchange import generate
+from oepy.ike.notify import NotifyType, notify_name
+from oepy.ike.payload_sa import PROTOCOL_IKE, SaPayload, TransformType, build_sa
+from oepy.ike.payloads import KeyShareData, build_ke, notify
+from oepy.ike.rules import first_error
+from oepy.ike.session import Session
+from oepy.ike.states import Happening, State
+
+if TYPE_CHECKING:
+    from oepy.ike.algorithms import Chosen
+    from oepy.ike.message import Message
+
+_HARMLESS = frozenset(("liveness", "confirm", "rekey-ike"))
+"""Exchanges of ours during which the peer may rekey the IKE SA (§2.25.2)."""
+
+
+def serve_rekey_ike(session: Session, message: Message) -> PeerSteps:
+    yield from ()  # a generator like the others, which asks nothing
+    context = session.context
+    if session.own is not None and session.own.what not in _HARMLESS:
+        return [notify(NotifyType.TEMPORARY_FAILURE)]
+    ke = message.must(PayloadType.KE, KeyShareData)
+    proposals = message.must(PayloadType.SA, SaPayload).proposals
+    chosen = choose(context.settings.ike_offers, proposals, PROTOCOL_IKE, prefer_group=ke.group)
+    if chosen is None or len(chosen.spi) != 8 or chosen.spi == NO_SPI:
+        return [notify(NotifyType.NO_PROPOSAL_CHOSEN)]
+    wanted = chosen.transforms[TransformType.KE].id
+    if wanted != ke.group:
+        return [notify(NotifyType.INVALID_KE_PAYLOAD, wanted.to_bytes(2, "big"))]
+    share = generate(GROUP_NAMES[wanted], context.random)
+    shared = share.shared_secret(ke.data)
+    nonces = (message.must(PayloadType.NONCE, bytes), context.random(NONCE_SIZE))
+    successor = Session(context, session.number, session.local, session.remote, initiator=False)
+    _derive(session, successor, chosen, shared, nonces)
+    if session.own is not None and session.own.what == "rekey-ike":
+        # both at once: which of the two stays is known when our own answer is here
+        successor.candidate_for = session
+        successor.childless_since = context.now
+        session.candidate = (successor, min(nonces))
+        successor.reschedule()
+    else:
+        take_over(session, successor)
+    return [
+        (PayloadType.SA, build_sa(SaPayload((chosen.proposal(PROTOCOL_IKE, successor.spi_own),)))),
+        (PayloadType.NONCE, nonces[1]),
+        (PayloadType.KE, build_ke(wanted, share.public)),
+    ]
+
+
+def _derive(
+    session: Session, successor: Session, chosen: Chosen, shared: bytes, nonces: tuple[bytes, bytes]
+) -> None:
+    """Keys and inheritance of the new IKE SA. Its evidence is that of the old one."""
+    assert session.suite is not None
+    assert session.sk_d is not None
+    successor.spi_peer = chosen.spi
+    suite = ike_suite(chosen)
+    skeyseed = skeyseed_rekey(session.suite, session.sk_d, shared, *nonces)
+    successor.set_keys(suite, derive_ike_keys(suite, skeyseed, nonces, successor.spi_i, successor.spi_r))
+    for name in INHERITED:
+        setattr(successor, name, getattr(session, name))
+    successor.move(Happening.BORN_OF_REKEY)
+
+
+INHERITED = (
+    "authenticated",
+    "connection",
+    "encap",
+    "identity",
+    "key",
+    "label",
+    "last_error",
+    "nat_local",
+    "nat_remote",
+    "own_proof",
+    "peer_fragments",
+)
+
+
+def take_over(old: Session, new: Session) -> None:
+    """The new IKE SA gets the children, the number, and what was queued. The old one awaits its Delete."""
+    context = old.context
+    new.children, old.children = old.children, {}
+    new.queue = old.queue
+    old.queue = None
+    new.created = old.created
+    new.established_at = context.now
+    new.childless_since = old.childless_since
+    new.rekey_at = context.now + context.jitter(context.settings.lifetimes.ike_rekey)
+    new.keepalive_at = old.keepalive_at
+    new.candidate_for = None
+    old.candidate = None
+    old.childless_since = context.now
+    old.move(Happening.REPLACED)
+    old.moved_to = new
+    context.moved(old, None)
+    context.established(new)
+    context.by_number[new.number] = new
+    context.counters["ike_rekeyed"] += 1
+    context.emit(IkeRekeyed(new.number, str(new.suite)))
+    new.next_queued()
+    new.reschedule()
+
+
+def resolve_candidate(session: Session) -> None:
+    """Where the peer's rekey is the only one left, or the peer already uses it, it takes over."""
+    if session.candidate is not None and session.state is State.ESTABLISHED:
+        take_over(session, session.candidate[0])
+
+
+def rekey_ike(session: Session) -> OwnSteps:
+    context = session.context
+    if session.state is not State.ESTABLISHED:
+        return
+    offers = context.settings.ike_offers
+    ids = {GROUP_NAMES[t.id]: t.id for offer in offers for t in offer[TransformType.KE]}
+    assert session.suite is not None
+    group = session.suite.group if session.suite.group in ids else next(iter(ids))
+    spi = context.new_spi()
+    sa = build_sa(SaPayload(to_proposals(offers, PROTOCOL_IKE, spi)))
+    for attempt in range(2):
+        share = generate(group, context.random)
+        nonce = context.random(NONCE_SIZE)
+        payloads = [
+            (PayloadType.SA, sa),
+            (PayloadType.NONCE, nonce),
+            (PayloadType.KE, build_ke(ids[group], share.public)),
+        ]
+        answer: Message = yield Send(Exchange.CREATE_CHILD_SA, payloads)
+        error = first_error(answer.chain)
+        if error is None:
+            break
+        wanted = GROUP_NAMES.get(int.from_bytes(error.data[:2], "big"), "")
+        if attempt == 0 and error.type == NotifyType.INVALID_KE_PAYLOAD and wanted in ids:
+            group = wanted
+            continue
+        _not_rekeyed(session, f"the peer answers the IKE rekey with {notify_name(error.type)}")
+        return
+    chosen = accepted(offers, answer.must(PayloadType.SA, SaPayload).proposals, PROTOCOL_IKE)
+    ke = answer.must(PayloadType.KE, KeyShareData)
+    right = chosen is not None and len(chosen.spi) == 8 and ke.group == ids[group]
+    if chosen is None or not right or ike_suite(chosen).group != group:
+        _not_rekeyed(session, "the peer chose what was not proposed")
+        return
+    nonces = (nonce, answer.must(PayloadType.NONCE, bytes))
+    successor = Session(context, session.number, session.local, session.remote, initiator=True, spi=spi)
+    _derive(session, successor, chosen, share.shared_secret(ke.data), nonces)
+    _settle(session, successor, min(nonces))
+
+
+def _not_rekeyed(session: Session, text: str) -> None:
+    session.last_error = text
+    session.context.counters["rekeys_refused"] += 1
+    session.rekey_at = session.context.now + session.context.settings.lifetimes.rekey_retry
+    resolve_candidate(session)
+
+
+def _settle(session: Session, successor: Session, lowest: bytes) -> None:
+    """§2.8.1: of two new IKE SAs the one with the lowest nonce is closed by whoever began it, and the one
+    who began the other closes the old SA."""
+    counters = session.context.counters
+    lost = session.moved_to is not None or (session.candidate is not None and lowest < session.candidate[1])
+    if lost:
+        counters["rekey_collisions_lost"] += 1
+        resolve_candidate(session)
+        successor.start("delete-ike", lambda it: delete_ike(it, DownReason.REKEYED))
+        successor.reschedule()
+        return
+    if session.candidate is not None:
+        counters["rekey_collisions_won"] += 1
+    take_over(session, successor)
+    session.start("delete-ike", lambda it: delete_ike(it, DownReason.REKEYED))

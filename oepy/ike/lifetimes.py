@@ -1,0 +1,75 @@
+"""What time does to an established session: liveness, rekeys, expiry, the end of one without children."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from oepy.ike.child_exchange import rekey_child
+from oepy.ike.events import Datagram, DownReason, FailureKind
+from oepy.ike.ike_rekey import rekey_ike
+from oepy.ike.informational import delete_child, delete_ike, liveness
+from oepy.ike.states import State
+
+if TYPE_CHECKING:
+    from oepy.ike.session import Session
+
+
+def live_timers(session: Session) -> None:
+    now, settings = session.context.now, session.context.settings
+    if session.state is State.REPLACED and now >= session.childless_since + 2 * settings.childless_lifetime:
+        session.end(DownReason.REKEYED)  # the peer forgot to delete it
+        return
+    if session.state is State.ESTABLISHED:
+        if now >= session.established_at + settings.lifetimes.ike_rekey + settings.lifetimes.ike_grace:
+            session.last_error = "the IKE SA was not rekeyed in time"
+            terminate(session, DownReason.EXPIRED)
+            return
+        if now >= session.childless_since + settings.childless_lifetime:
+            session.childless_since = float("inf")
+            terminate(session, DownReason.LOCAL)
+            return
+        if now >= session.keepalive_at:  # RFC 3948 §4: we are behind a NAT that must not forget us
+            session.keepalive_at = now + settings.keepalive_interval
+            session.context.datagrams.append(Datagram(session.local, session.remote, b"\xff", keepalive=True))
+        for child in list(session.children.values()):
+            if now >= child.expires_at:
+                child.expires_at = float("inf")
+                start_delete_child(session, child.spi_in, DownReason.EXPIRED)
+            elif now >= child.rekey_at:
+                child.rekey_at = float("inf")
+                start_rekey_child(session, child.spi_in)
+        if now >= session.rekey_at:
+            session.rekey_at = float("inf")
+            start_rekey_ike(session)
+    idle = settings.liveness_interval and now >= session.heard_at + settings.liveness_interval
+    if idle and session.window.outstanding is None and session.own is None:
+        session.start("liveness", liveness)
+
+
+def start_rekey_child(session: Session, spi_in: int) -> None:
+    session.start(f"rekey {spi_in:08x}", lambda it: rekey_child(it, spi_in))
+
+
+def start_delete_child(session: Session, spi_in: int, reason: DownReason) -> None:
+    session.start(f"delete {spi_in:08x}", lambda it: delete_child(it, spi_in, reason))
+
+
+def start_rekey_ike(session: Session) -> None:
+    if session.state is State.ESTABLISHED and not session.busy_with("rekey-ike"):
+        session.start("rekey-ike", rekey_ike)
+
+
+def start_liveness(session: Session) -> None:
+    if not session.busy_with("liveness"):
+        session.start("liveness", liveness)
+
+
+def terminate(session: Session, reason: DownReason) -> None:
+    """Delete the IKE SA; what was queued is dropped, what is under way comes to its end first."""
+    if session.state in (State.ESTABLISHED, State.REPLACED):
+        session.queue = None
+        session.start("delete-ike", lambda it: delete_ike(it, reason))
+    elif session.state is State.AUTH_SENT:
+        session.give_up(FailureKind.LOCAL, "ended by command")
+    elif session.state is not State.DELETING:
+        session.end(reason)

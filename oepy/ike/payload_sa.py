@@ -1,0 +1,151 @@
+"""The Security Association payload: proposals and transforms (RFC 7296 §3.3)."""
+
+from __future__ import annotations
+
+import enum
+import functools
+import struct
+from dataclasses import dataclass
+
+from oepy.errors import ParseError
+from oepy.wire import Reader, Writer
+
+MAX_PROPOSALS = 32
+MAX_TRANSFORMS = 128
+MAX_ATTRIBUTES = 8
+
+PROTOCOL_IKE = 1
+PROTOCOL_AH = 2
+PROTOCOL_ESP = 3
+
+_KEY_LENGTH = 14
+_PROPOSAL = struct.Struct("!BBHBBBB")
+_TRANSFORM = struct.Struct("!BBHBBH")
+_FORMAT_TV = 0x8000
+
+
+class TransformType(enum.IntEnum):
+    ENCR = 1
+    PRF = 2
+    INTEG = 3
+    KE = 4
+    ESN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Transform:
+    """`key_length` in bits, 0 where the attribute is absent. `usable` is False where the peer attached an
+    attribute that nobody here knows: such a transform must not be chosen (RFC 7296 §3.3.6)."""
+
+    type: int
+    id: int
+    key_length: int = 0
+    usable: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    number: int
+    protocol: int
+    spi: bytes
+    transforms: tuple[Transform, ...]
+
+    def of_type(self, kind: int) -> list[Transform]:
+        return [transform for transform in self.transforms if transform.type == kind]
+
+
+@dataclass(frozen=True, slots=True)
+class SaPayload:
+    proposals: tuple[Proposal, ...]
+
+
+def parse_sa(reader: Reader) -> SaPayload:
+    proposals: list[Proposal] = []
+    more = True
+    while more:
+        if len(proposals) >= MAX_PROPOSALS:
+            raise ParseError(f"SA payload: more than {MAX_PROPOSALS} proposals")
+        proposal, more = _pull_proposal(reader)
+        proposals.append(proposal)
+    reader.expect_end()
+    return SaPayload(tuple(proposals))
+
+
+def _pull_proposal(reader: Reader) -> tuple[Proposal, bool]:
+    last, _, length, number, protocol, spi_size, count = _PROPOSAL.unpack(reader.pull_bytes(_PROPOSAL.size))
+    if last not in (0, 2):
+        raise ParseError(f"proposal: last-substructure field {last}")
+    inner = reader.pull_reader(length - _PROPOSAL.size, "proposal")
+    spi = inner.pull_bytes(spi_size)
+    if not 0 < count <= MAX_TRANSFORMS:
+        raise ParseError(f"proposal: {count} transforms")
+    transforms = []
+    for index in range(count):
+        transform, more = _pull_transform(inner)
+        if more != (index < count - 1):
+            raise ParseError("proposal: transform count and chain disagree")
+        transforms.append(transform)
+    inner.expect_end()
+    return Proposal(number, protocol, spi, tuple(transforms)), last == 2
+
+
+def _pull_transform(reader: Reader) -> tuple[Transform, bool]:
+    last, _, length, kind, _, number = _TRANSFORM.unpack(reader.pull_bytes(_TRANSFORM.size))
+    if last not in (0, 3):
+        raise ParseError(f"transform: last-substructure field {last}")
+    if length == _TRANSFORM.size:
+        return _plain_transform(kind, number, 0), last == 3
+    inner = reader.pull_reader(length - _TRANSFORM.size, "transform")
+    key_length, usable, attributes = 0, True, 0
+    while inner.remaining:
+        attributes += 1
+        if attributes > MAX_ATTRIBUTES:
+            raise ParseError("transform: too many attributes")
+        attribute = inner.pull_u16()
+        if attribute == _FORMAT_TV | _KEY_LENGTH:
+            key_length = inner.pull_u16()
+            continue
+        usable = False
+        value = inner.pull_u16()
+        if not attribute & _FORMAT_TV:
+            inner.pull_bytes(value)
+    if usable:
+        return _plain_transform(kind, number, key_length), last == 3
+    return Transform(kind, number, key_length, usable), last == 3
+
+
+@functools.lru_cache(maxsize=256)
+def _plain_transform(kind: int, number: int, key_length: int) -> Transform:
+    """The same few transforms are in every proposal of every peer."""
+    return Transform(kind, number, key_length)
+
+
+@functools.lru_cache(maxsize=64)
+def _transforms(transforms: tuple[Transform, ...]) -> bytes:
+    """The same few lists are sent over and over."""
+    writer = Writer()
+    for position, transform in enumerate(transforms):
+        last = 3 if position < len(transforms) - 1 else 0
+        length = 12 if transform.key_length else 8
+        writer.push_bytes(_TRANSFORM.pack(last, 0, length, transform.type, 0, transform.id))
+        if transform.key_length:
+            writer.push_u16(_FORMAT_TV | _KEY_LENGTH)
+            writer.push_u16(transform.key_length)
+    return writer.finish()
+
+
+def build_sa(payload: SaPayload) -> bytes:
+    writer = Writer()
+    for index, proposal in enumerate(payload.proposals):
+        start = len(writer)
+        writer.push_u8(2 if index < len(payload.proposals) - 1 else 0)
+        writer.push_u8(0)
+        writer.push_u16(0)
+        writer.push_u8(proposal.number)
+        writer.push_u8(proposal.protocol)
+        writer.push_u8(len(proposal.spi))
+        writer.push_u8(len(proposal.transforms))
+        writer.push_bytes(proposal.spi)
+        writer.push_bytes(_transforms(proposal.transforms))
+        writer.patch_u16(start + 2, len(writer) - start)
+    return writer.finish()

@@ -1,0 +1,334 @@
+"""The responder's IKE_SA_INIT and IKE_AUTH (RFC 7296 §1.2). No session exists before the cookie
+is checked."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from oepy.ike import rules
+from oepy.ike.algorithms import choose, esp_suite, ike_suite, without_groups
+from oepy.ike.authentication import AuthMethod, matches, null_auth, psk_auth, verify_auth
+from oepy.ike.child import ChildSa, install, read_selectors, spi_of, within
+from oepy.ike.events import (
+    FailureKind,
+    Narrowed,
+    NeedNarrowing,
+    NeedPeerKey,
+    NeedPsk,
+    NeedSignature,
+    NeedSpi,
+    Refused,
+)
+from oepy.ike.flow import ChildRefused, HandshakeFailed, PeerSteps, Questions
+from oepy.ike.handshake import (
+    GROUP_NAMES,
+    NONCE_SIZE,
+    Handshake,
+    common_notifies,
+    derive,
+    establish,
+    read_common_notifies,
+)
+from oepy.ike.header import FLAG_RESPONSE, VERSION_2, Exchange, Header, PayloadType
+from oepy.ike.key_exchange import generate
+from oepy.ike.message import Message, build_plain
+from oepy.ike.notify import NotifyType
+from oepy.ike.payload_sa import PROTOCOL_ESP, PROTOCOL_IKE, SaPayload, TransformType, build_sa
+from oepy.ike.payload_ts import build_ts
+from oepy.ike.payloads import (
+    AuthData,
+    Identification,
+    KeyShareData,
+    Payload,
+    build_auth,
+    build_id,
+    build_ke,
+    notify,
+)
+from oepy.ike.session import Session
+from oepy.ike.states import Happening
+from oepy.ike.window import digest
+from oepy.model import Authenticated, Endpoint, PeerIdentity, PublicKey, Secret
+
+if TYPE_CHECKING:
+    from oepy.ike.algorithms import Chosen, Offer
+    from oepy.ike.context import Context
+
+
+def receive_init(context: Context, message: Message, local: Endpoint, remote: Endpoint) -> None:
+    """An IKE_SA_INIT request that belongs to no session. Raises ParseError for a malformed one."""
+    rules.check(Exchange.IKE_SA_INIT, False, message.chain)
+    settings, header = context.settings, message.header
+    nonce = message.must(PayloadType.NONCE, bytes)
+    if not _admitted(context, message, nonce, local, remote):
+        return
+    ke = message.must(PayloadType.KE, KeyShareData)
+    proposals = message.must(PayloadType.SA, SaPayload).proposals
+    chosen = choose(settings.ike_offers, proposals, PROTOCOL_IKE, prefer_group=ke.group)
+    if chosen is None:
+        context.counters["no_proposal_chosen"] += 1
+        _refuse(context, header, local, remote, [notify(NotifyType.NO_PROPOSAL_CHOSEN)])
+        return
+    wanted = chosen.transforms[TransformType.KE].id
+    if wanted != ke.group:
+        context.counters["invalid_ke"] += 1
+        _refuse(
+            context, header, local, remote, [notify(NotifyType.INVALID_KE_PAYLOAD, wanted.to_bytes(2, "big"))]
+        )
+        return
+    share = generate(GROUP_NAMES[wanted], context.random)
+    shared = share.shared_secret(ke.data)  # before there is a session: an invalid point costs nothing more
+    session = Session(context, context.new_number(), local, remote, initiator=False)
+    session.spi_peer = header.spi_i
+    session.half_open_key = (remote, header.spi_i)
+    context.add_half_open(session, session.half_open_key)
+    session.move(Happening.INIT_RECEIVED)
+    handshake = session.handshake = Handshake()
+    handshake.message_i = message.raw
+    handshake.nonce_i, handshake.nonce_r = nonce, context.random(NONCE_SIZE)
+    read_common_notifies(session, handshake, message, bytes(8))
+    answer: list[Payload] = [
+        (PayloadType.SA, build_sa(SaPayload((chosen.proposal(PROTOCOL_IKE, b""),)))),
+        (PayloadType.KE, build_ke(ke.group, share.public)),
+        (PayloadType.NONCE, handshake.nonce_r),
+        *common_notifies(session, session.spi_own),
+    ]
+    datagrams = session.build(Exchange.IKE_SA_INIT, 0, answer, response=True)
+    handshake.message_r = datagrams[0]
+    derive(session, handshake, ike_suite(chosen), shared)
+    session.window.respond(digest(message.raw), datagrams)
+    session.send(datagrams)
+    session.reschedule()
+
+
+def _admitted(context: Context, message: Message, nonce: bytes, local: Endpoint, remote: Endpoint) -> bool:
+    """Cookies and limits (RFC 7296 §2.6): all of it without state."""
+    from oepy.ike.context import prefix_of
+
+    settings, header = context.settings, message.header
+    near = context.half_open_of[prefix_of(remote.address)]
+    many = len(context.half_open) >= settings.cookie_threshold
+    if many or near >= settings.max_half_open_per_prefix // 4:
+        cookie = message.notify(NotifyType.COOKIE)
+        if cookie is None or not context.cookies.check(cookie.data, nonce, remote, header.spi_i, context.now):
+            context.counters["cookies_sent"] += 1
+            fresh = context.cookies.make(nonce, remote, header.spi_i, context.now)
+            _refuse(context, header, local, remote, [notify(NotifyType.COOKIE, fresh)])
+            return False
+    crowded = near >= settings.max_half_open_per_prefix
+    if (
+        crowded
+        or len(context.half_open) >= settings.max_half_open
+        or len(context.by_spi) >= settings.max_sessions
+    ):
+        context.counters["half_open_refused"] += 1
+        return False
+    return True
+
+
+def _refuse(
+    context: Context, header: Header, local: Endpoint, remote: Endpoint, payloads: list[Payload]
+) -> None:
+    answer = Header(header.spi_i, bytes(8), 0, VERSION_2, Exchange.IKE_SA_INIT, FLAG_RESPONSE, 0)
+    context.send(local, remote, build_plain(answer, payloads))
+
+
+# ---- IKE_AUTH ------------------------------------------------------------------------------------------
+
+
+def serve_auth(session: Session, message: Message) -> PeerSteps:
+    session.move(Happening.AUTH_RECEIVED)
+    handshake = session.handshake
+    assert handshake is not None
+    idi = message.must(PayloadType.IDI, Identification)
+    if idi.identity is None:
+        raise _refused("the peer's identity is of an unknown type")
+    session.identity = idi.identity
+    asked = message.get(PayloadType.IDR, Identification)
+    wanted = asked.identity if asked else None
+    psk = yield from _verify_peer(session, handshake, message, idi, wanted)
+    refused: ChildRefused | None = None
+    child: tuple[ChildSa, Chosen] | None = None
+    try:
+        child = yield from _child(session, message)
+    except ChildRefused as refusal:
+        refused = refusal
+    own_auth = "psk" if psk is not None else session.context.settings.own_auth
+    identity = session.context.settings.identity or PeerIdentity.address(session.local.address)
+    if own_auth == "psk" and wanted is not None:
+        identity = wanted  # the daemon knew a secret for this very pair of identities
+    if own_auth == "null":
+        identity = PeerIdentity.null()
+    id_body = build_id(identity)
+    auth = yield from _own_proof(session, handshake, own_auth, psk, id_body)
+    payloads: list[Payload] = [(PayloadType.IDR, id_body), (PayloadType.AUTH, build_auth(auth))]
+    nonces = (handshake.nonce_i, handshake.nonce_r)
+    establish(session)
+    if message.notify(NotifyType.INITIAL_CONTACT) is not None:
+        from oepy.ike.duplicates import initial_contact
+
+        initial_contact(session)
+    if child is not None:
+        payloads += child_payloads(child[0], child[1])
+        install(session, child[0], b"", nonces)
+        from oepy.ike.duplicates import after_establishment
+
+        after_establishment(session)
+    else:
+        assert refused is not None
+        session.context.counters["children_refused"] += 1
+        session.last_error = refused.text
+        payloads.append(notify(refused.notify, refused.data))
+    return payloads
+
+
+def _refused(text: str) -> HandshakeFailed:
+    return HandshakeFailed(
+        FailureKind.REFUSED, text, NotifyType.AUTHENTICATION_FAILED, NotifyType.AUTHENTICATION_FAILED
+    )
+
+
+def _unproven(text: str) -> HandshakeFailed:
+    return HandshakeFailed(
+        FailureKind.PROOF_FAILED, text, NotifyType.AUTHENTICATION_FAILED, NotifyType.AUTHENTICATION_FAILED
+    )
+
+
+def _verify_peer(
+    session: Session, handshake: Handshake, message: Message, idi: Identification, wanted: PeerIdentity | None
+) -> Questions[Secret | None]:
+    """The secret, where it was a PSK. Raises HandshakeFailed unless the initiator proves its identity."""
+    auth = message.must(PayloadType.AUTH, AuthData)
+    octets = handshake.octets_of(session, initiator=True, id_body=idi.body)
+    assert session.suite is not None
+    assert idi.identity is not None
+    if auth.method == AuthMethod.NULL:
+        assert handshake.sk_pi is not None
+        if not session.context.settings.allow_null_initiator:
+            raise _refused("peers without authentication are not accepted here")
+        if not matches(null_auth(session.suite.prf, handshake.sk_pi, octets), auth.data):
+            raise _unproven("AUTH NULL with a wrong value")
+        # RFC 7619 §2.2: whatever name a NULL peer claims, it is nobody
+        session.identity = PeerIdentity.null()
+        session.authenticated = Authenticated.NULL
+        return None
+    if auth.method == AuthMethod.PSK:
+        secret = yield NeedPsk(session.number, 0, idi.identity, wanted, session.remote)
+        if not isinstance(secret, Secret):
+            raise _refused(f"no secret is shared with {idi.identity}")
+        if not matches(psk_auth(session.suite.prf, secret, octets), auth.data):
+            raise _unproven(f"{idi.identity} has another secret")
+        session.authenticated = Authenticated.PSK
+        return secret
+    keys = yield NeedPeerKey(session.number, 0, idi.identity, session.remote)
+    candidates = [key for key in keys or () if isinstance(key, PublicKey)]
+    if not candidates:
+        raise _refused(f"no usable key is known of {idi.identity}")
+    session.key = verify_auth(
+        candidates, auth.method, auth.data, octets, allow_sha1=session.context.settings.allow_sha1
+    )
+    if session.key is None:
+        raise _unproven(f"the proof of {idi.identity} is not by a key that it publishes")
+    session.authenticated = Authenticated.DNS
+    return None
+
+
+def _own_proof(
+    session: Session, handshake: Handshake, own_auth: str, psk: Secret | None, id_body: bytes
+) -> Questions[AuthData]:
+    octets = handshake.octets_of(session, initiator=False, id_body=id_body)
+    assert session.suite is not None
+    if psk is not None:
+        session.own_proof = True
+        return AuthData(AuthMethod.PSK, psk_auth(session.suite.prf, psk, octets))
+    if own_auth == "null":
+        assert handshake.sk_pr is not None
+        return AuthData(AuthMethod.NULL, null_auth(session.suite.prf, handshake.sk_pr, octets))
+    signature = yield NeedSignature(session.number, 0, octets, handshake.peer_hashes)
+    if signature is None:
+        raise _refused("this host has no key that the peer could verify")
+    session.own_proof = True
+    return AuthData(*signature)
+
+
+# ---- the child, in IKE_AUTH and in CREATE_CHILD_SA ------------------------------------------------------
+
+
+def _child(session: Session, message: Message) -> Questions[tuple[ChildSa, Chosen]]:
+    sa = message.get(PayloadType.SA, SaPayload)
+    if sa is None:
+        raise ChildRefused(NotifyType.NO_PROPOSAL_CHOSEN, "IKE_AUTH without a child SA")
+    narrowed = yield from ask_narrowing(session, message, None)
+    offers = tuple(without_groups(o) for o in narrowed.offers or session.context.settings.esp_offers)
+    chosen = choose(offers, sa.proposals, PROTOCOL_ESP)
+    if chosen is None:
+        raise ChildRefused(NotifyType.NO_PROPOSAL_CHOSEN, "no ESP suite in common")
+    child = yield from make_child(session, narrowed, chosen)
+    return child, chosen
+
+
+def ask_narrowing(session: Session, message: Message, rekey_of: int | None) -> Questions[Narrowed]:
+    """The daemon's word on the peer's selectors. Raises ChildRefused or HandshakeFailed as it decides."""
+    from oepy.ike.duplicates import forbids
+
+    tsi, tsr = read_selectors(message)
+    assert session.identity is not None
+    assert session.authenticated is not None
+    if rekey_of is None and forbids(session, tsi):
+        raise ChildRefused(
+            NotifyType.TS_UNACCEPTABLE, "an authenticated tunnel with this peer is there already"
+        )
+    answer = yield NeedNarrowing(
+        session.number,
+        0,
+        session.identity,
+        session.authenticated,
+        session.key,
+        session.remote,
+        session.local,
+        tsr,
+        tsi,
+        rekey_of,
+    )
+    if isinstance(answer, Refused):
+        if answer.peer:
+            raise _refused(answer.reason)
+        raise ChildRefused(NotifyType.TS_UNACCEPTABLE, answer.reason)
+    if not isinstance(answer, Narrowed):
+        raise ChildRefused(NotifyType.TS_UNACCEPTABLE, "the policy gave no answer")
+    usable = answer.local_ts and answer.remote_ts
+    if not usable or not within(answer.local_ts, tsr) or not within(answer.remote_ts, tsi):
+        raise ChildRefused(NotifyType.TS_UNACCEPTABLE, "nothing of the proposed selectors is allowed")
+    session.connection = answer.connection
+    return answer
+
+
+def make_child(session: Session, narrowed: Narrowed, chosen: Chosen) -> Questions[ChildSa]:
+    spi_out = spi_of(chosen)
+    spi_in = yield NeedSpi(session.number, 0)
+    if not isinstance(spi_in, int):
+        raise ChildRefused(NotifyType.NO_ADDITIONAL_SAS, "the datapath has no SPI to give")
+    return ChildSa(
+        spi_in,
+        spi_out,
+        esp_suite(chosen),
+        local_ts=narrowed.local_ts,
+        remote_ts=narrowed.remote_ts,
+        offers=narrowed.offers,
+        connection=narrowed.connection,
+        initiator=False,
+    )
+
+
+def child_payloads(child: ChildSa, chosen: Chosen) -> list[Payload]:
+    """SA, TSi and TSr of the answer: TSi is the exchange initiator's side, the remote one."""
+    spi = child.spi_in.to_bytes(4, "big")
+    return [
+        (PayloadType.SA, build_sa(SaPayload((chosen.proposal(PROTOCOL_ESP, spi),)))),
+        (PayloadType.TSI, build_ts(child.remote_ts)),
+        (PayloadType.TSR, build_ts(child.local_ts)),
+    ]
+
+
+def esp_offers(session: Session, child_offers: tuple[Offer, ...] | None) -> tuple[Offer, ...]:
+    return child_offers or session.context.settings.esp_offers

@@ -1,0 +1,641 @@
+"""One IKE SA: state, windows, protection, timers. What its exchanges mean is in the flows (see states.py)."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from oepy.errors import MisuseError, ParseError
+from oepy.ike import rules
+from oepy.ike.crypto import IkeKeyMaterial, Protection, protection
+from oepy.ike.events import (
+    ChildDown,
+    DownReason,
+    FailureKind,
+    IkeKeys,
+    PeerMoved,
+    Question,
+    SessionDown,
+    SessionFailed,
+)
+from oepy.ike.flow import ChildRefused, Flow, HandshakeFailed, OwnSteps, PeerSteps, Send
+from oepy.ike.header import (
+    FLAG_INITIATOR,
+    FLAG_RESPONSE,
+    NO_SPI,
+    VERSION_2,
+    Exchange,
+    Header,
+    PayloadType,
+)
+from oepy.ike.message import (
+    Fragment,
+    Message,
+    Reassembly,
+    build_plain,
+    build_sealed,
+    open_sealed,
+    parse_inner,
+)
+from oepy.ike.notify import NotifyType, ProtocolError
+from oepy.ike.payloads import Chain, Delete, Payload, build_delete, notify
+from oepy.ike.settings import Retransmission
+from oepy.ike.states import HANDSHAKE, LIVE, NEEDS_EVIDENCE, TRANSITIONS, Happening, State
+from oepy.ike.window import MAX_MESSAGE_ID, Window, digest
+from oepy.model import Authenticated, Endpoint, PeerIdentity, PublicKey
+
+if TYPE_CHECKING:
+    from oepy.ike.algorithms import IkeSuite
+    from oepy.ike.child import ChildSa
+    from oepy.ike.context import Context, HalfOpenKey
+    from oepy.ike.handshake import Handshake
+    from oepy.model import Secret
+
+MAX_QUEUED = 16
+MAX_CHILDREN = 32
+NEVER = float("inf")
+
+Starter = Callable[["Session"], OwnSteps]
+
+
+class Session:
+    __slots__ = (
+        "authenticated",
+        "candidate",
+        "candidate_for",
+        "childless_since",
+        "children",
+        "closing",
+        "connection",
+        "context",
+        "created",
+        "encap",
+        "established_at",
+        "half_open_key",
+        "handshake",
+        "heard_at",
+        "identity",
+        "initiator",
+        "keepalive_at",
+        "key",
+        "label",
+        "last_error",
+        "local",
+        "moved_to",
+        "nat_local",
+        "nat_remote",
+        "number",
+        "own",
+        "own_proof",
+        "peer_fragments",
+        "queue",
+        "reassembly",
+        "rekey_at",
+        "remote",
+        "retransmission",
+        "serving",
+        "sk_d",
+        "spi_own",
+        "spi_peer",
+        "state",
+        "suite",
+        "transmit",
+        "unprotect",
+        "wake",
+        "window",
+    )
+
+    def __init__(
+        self,
+        context: Context,
+        number: int,
+        local: Endpoint,
+        remote: Endpoint,
+        *,
+        initiator: bool,
+        spi: bytes = b"",
+    ) -> None:
+        self.context = context
+        self.number = number
+        self.initiator = initiator  # the original initiator of this IKE SA
+        self.local = local
+        self.remote = remote
+        self.spi_own = spi or context.new_spi()
+        self.spi_peer = NO_SPI
+        self.state = State.NEW
+        self.window = Window()
+        self.suite: IkeSuite | None = None
+        self.sk_d: Secret | None = None
+        self.transmit: Protection | None = None
+        self.unprotect: Protection | None = None
+        self.handshake: Handshake | None = None
+        self.own: Flow | None = None  # our exchange
+        self.serving: Flow | None = None  # the peer's
+        self.queue: deque[tuple[str, Starter]] | None = None
+        self.children: dict[int, ChildSa] = {}
+        self.reassembly: Reassembly | None = None
+        self.peer_fragments = False
+        self.identity: PeerIdentity | None = None
+        self.authenticated: Authenticated | None = None
+        self.key: PublicKey | None = None
+        self.own_proof = False  # we proved a key too (not NULL)
+        self.label = ""
+        self.connection = ""
+        self.encap = False
+        self.nat_local = False
+        self.nat_remote = False
+        self.created = context.now
+        self.established_at = NEVER
+        self.heard_at = context.now
+        self.childless_since = NEVER
+        self.rekey_at = NEVER
+        self.keepalive_at = NEVER
+        self.candidate: tuple[Session, bytes] | None = None
+        """The SA that the peer's simultaneous rekey made, and the lower nonce of that exchange."""
+        self.candidate_for: Session | None = None  # the same, seen from the new SA
+        self.moved_to: Session | None = None  # the SA that replaced this one
+        self.half_open_key: HalfOpenKey | None = None
+        self.retransmission: Retransmission | None = None
+        self.last_error = ""
+        self.closing: DownReason | None = None  # ends with this reason once the answer is sent
+        self.wake = NEVER
+        context.add(self)
+
+    # ---- state ----
+
+    def move(self, happening: Happening) -> None:
+        """The one setter of `state`. Raises MisuseError for a transition that is not in the table."""
+        after = TRANSITIONS.get((self.state, happening))
+        if after is None:
+            raise MisuseError(f"{happening.value} cannot happen in state {self.state.value}")
+        if after is NEEDS_EVIDENCE and self.authenticated is None:
+            raise MisuseError("no IKE SA is established before the peer's proof was verified")
+        if after is not self.state:
+            self.context.counters[f"state_{after.value}"] += 1
+        self.state = after
+
+    @property
+    def spi_i(self) -> bytes:
+        return self.spi_own if self.initiator else self.spi_peer
+
+    @property
+    def spi_r(self) -> bytes:
+        return self.spi_peer if self.initiator else self.spi_own
+
+    def set_keys(self, suite: IkeSuite, keys: IkeKeyMaterial) -> None:
+        self.suite = suite
+        self.sk_d = keys.d
+        from_initiator = protection(suite, keys.ei, keys.ai, self.context.random)
+        from_responder = protection(suite, keys.er, keys.ar, self.context.random)
+        self.transmit, self.unprotect = (
+            (from_initiator, from_responder) if self.initiator else (from_responder, from_initiator)
+        )
+        if self.context.settings.key_log:
+            self.context.emit(
+                IkeKeys(
+                    self.number,
+                    self.spi_i,
+                    self.spi_r,
+                    suite.encryption,
+                    suite.integrity,
+                    keys.ei,
+                    keys.er,
+                    keys.ai,
+                    keys.ar,
+                )
+            )
+
+    # ---- sending ----
+
+    def _header(self, exchange: int, message_id: int, *, response: bool) -> Header:
+        flags = (FLAG_INITIATOR if self.initiator else 0) | (FLAG_RESPONSE if response else 0)
+        return Header(self.spi_i, self.spi_r, 0, VERSION_2, exchange, flags, message_id)
+
+    def build(
+        self, exchange: int, message_id: int, payloads: list[Payload], *, response: bool
+    ) -> list[bytes]:
+        header = self._header(exchange, message_id, response=response)
+        if exchange == Exchange.IKE_SA_INIT:
+            return [build_plain(header, payloads)]
+        assert self.transmit is not None
+        size = self.context.settings.fragment_size if self.peer_fragments else 0
+        return build_sealed(header, payloads, self.transmit, size)
+
+    def send(
+        self, datagrams: list[bytes], remote: Endpoint | None = None, local: Endpoint | None = None
+    ) -> None:
+        for data in datagrams:
+            self.context.send(local or self.local, remote or self.remote, data)
+
+    def _send_request(self, want: Send) -> None:
+        if self.window.next_own > MAX_MESSAGE_ID - 16:
+            raise HandshakeFailed(FailureKind.PROTOCOL, "message IDs are used up")
+        datagrams = self.build(want.exchange, self.window.next_own, want.payloads, response=False)
+        settings = self.context.settings
+        if self.state in HANDSHAKE:
+            schedule = self.retransmission or settings.handshake
+        else:
+            schedule = settings.established
+        self.window.request(want.exchange, datagrams, schedule, self.context.now)
+        self.send(datagrams)
+
+    # ---- flows ----
+
+    def start(self, what: str, starter: Starter) -> bool:
+        """Begin an exchange of ours, or queue it behind the running one. False where the queue is full."""
+        if self.own is not None or self.window.outstanding is not None:
+            if self.queue is None:
+                self.queue = deque()
+            if len(self.queue) >= MAX_QUEUED:
+                return False
+            self.queue.append((what, starter))
+            return True
+        self.own = Flow(self, starter(self), what)
+        self._drive(self.own, None)
+        self.reschedule()
+        return True
+
+    def busy_with(self, what: str) -> bool:
+        return (self.own is not None and self.own.what == what) or any(
+            queued == what for queued, _ in self.queue or ()
+        )
+
+    def serve(self, generator: PeerSteps, message: Message, what: str, first_datagram: bytes) -> None:
+        self.serving = Flow(self, generator, what, message.header.message_id, first_datagram)
+        self._drive(self.serving, message)
+
+    def resume(self, flow: Flow, value: object) -> None:
+        """The answer to a question."""
+        flow.token = 0
+        self._drive(flow, value)
+        self.reschedule()
+
+    def _drive(self, flow: Flow, value: Any) -> None:
+        try:
+            if flow.request_id is not None and flow.token == 0 and isinstance(value, Message):
+                want = next(flow.generator)
+            else:
+                want = flow.generator.send(value)
+        except StopIteration as stop:
+            self._finished(flow, stop.value)
+        except HandshakeFailed as failure:
+            self._failed(flow, failure)
+        except ProtocolError as error:
+            self._failed(flow, HandshakeFailed(FailureKind.PROTOCOL, str(error), error.notify, error.notify))
+        except ParseError as error:
+            self._failed(
+                flow,
+                HandshakeFailed(
+                    FailureKind.PROTOCOL, str(error), NotifyType.INVALID_SYNTAX, NotifyType.INVALID_SYNTAX
+                ),
+            )
+        else:
+            if isinstance(want, Send):
+                self._send_request(want)
+            else:
+                assert isinstance(want, Question)
+                flow.asked_at = self.context.now
+                flow.token = self.context.ask(flow, want)
+
+    def _finished(self, flow: Flow, result: list[Payload] | None) -> None:
+        if flow.request_id is None:
+            if self.own is flow:
+                self.own = None
+            self.next_queued()
+            return
+        self.serving = None
+        if self.state is State.CLOSED:
+            return
+        exchange = _EXCHANGE_OF.get(flow.what, Exchange.CREATE_CHILD_SA)
+        self._respond(flow, exchange, result or [])
+        if self.closing is not None:
+            self.end(self.closing)
+
+    def _respond(self, flow: Flow, exchange: Exchange, payloads: list[Payload]) -> None:
+        assert flow.request_id is not None
+        datagrams = self.build(exchange, flow.request_id, payloads, response=True)
+        self.window.respond(flow.first_datagram, datagrams)
+        self.send(datagrams)
+
+    def _failed(self, flow: Flow, failure: HandshakeFailed) -> None:
+        if flow.request_id is not None:
+            self.serving = None
+            if failure.answer is not None:
+                exchange = _EXCHANGE_OF.get(flow.what, Exchange.CREATE_CHILD_SA)
+                self._respond(flow, exchange, [notify(failure.answer)])
+        elif failure.answer is not None and self.transmit is not None:
+            # RFC 7296 §2.21.2: an INFORMATIONAL of its own tells the peer; nobody waits for its answer
+            payloads = [notify(failure.answer), (PayloadType.DELETE, build_delete(Delete(1)))]
+            self.send(self.build(Exchange.INFORMATIONAL, self.window.next_own, payloads, response=False))
+        self.fail(failure.kind, failure.text, failure.notify)
+
+    def next_queued(self) -> None:
+        while self.own is None and self.queue and self.state in LIVE:
+            what, starter = self.queue.popleft()
+            self.own = Flow(self, starter(self), what)
+            self._drive(self.own, None)
+        if not self.queue:
+            self.queue = None
+
+    # ---- receiving ----
+
+    def receive(self, header: Header, chain: Chain, data: bytes, local: Endpoint, remote: Endpoint) -> None:
+        """A datagram with our SPI. Raises ParseError for what does not verify: the endpoint counts it."""
+        if header.exchange == Exchange.IKE_SA_INIT:
+            self._receive_init(header, chain, data)
+            return
+        if self.unprotect is None or chain.encrypted is None:
+            raise ParseError("a message in the clear after IKE_SA_INIT")
+        if header.is_response:
+            outstanding = self.window.outstanding
+            if outstanding is None or outstanding.message_id != header.message_id:
+                self.context.counters["out_of_window"] += 1
+                return
+            if outstanding.exchange != header.exchange:
+                raise ParseError("a response of another exchange than asked")
+        elif not self._expects(header, data, local, remote):
+            return
+        opened = open_sealed(data, chain.encrypted, self.unprotect)
+        self._heard(local, remote)
+        whole = self._reassemble(header, chain, opened)
+        if whole is None:
+            return
+        first, plain = whole
+        if header.is_response:
+            self._response(header, first, plain, data)
+        else:
+            self._request(header, first, plain, data)
+
+    def _expects(self, header: Header, data: bytes, local: Endpoint, remote: Endpoint) -> bool:
+        """Whether a request has the one message ID that is due. A repeated one is answered from the cache."""
+        counters = self.context.counters
+        if header.message_id == self.window.next_peer:
+            if self.serving is not None:
+                counters["retransmits_absorbed"] += 1
+                return False
+            return True
+        again = self.window.cached(header.message_id, data)
+        if again is not None:
+            counters["responses_repeated"] += 1
+            self.send(again, remote, local)
+        else:
+            counters["out_of_window"] += 1
+        return False
+
+    def _heard(self, local: Endpoint, remote: Endpoint) -> None:
+        """An authenticated message arrived: the peer lives, and is where it sends from (RFC 7296 §2.23)."""
+        self.heard_at = self.context.now
+        if remote == self.remote and local == self.local:
+            return
+        if self.state in (State.HALF_OPEN, State.AUTHENTICATING) or self.nat_remote:
+            if self.established_at != NEVER:
+                if remote.address != self.remote.address:
+                    self.context.moved(self, remote.address)
+                self.context.emit(PeerMoved(self.number, local, remote))
+            self.local, self.remote = local, remote
+
+    def _reassemble(self, header: Header, chain: Chain, opened: bytes | Fragment) -> tuple[int, bytes] | None:
+        assert chain.encrypted is not None
+        if isinstance(opened, bytes):
+            return chain.encrypted.first_inner, opened
+        if self.reassembly is None or self.reassembly.message_id != header.message_id:
+            self.reassembly = Reassembly(header.message_id)
+        whole = self.reassembly.add(opened)
+        if whole is not None:
+            self.reassembly = None
+        return whole
+
+    def _response(self, header: Header, first: int, plain: bytes, data: bytes) -> None:
+        flow = self.own
+        self.window.answered()
+        try:
+            message = parse_inner(header, first, plain, data)
+            rules.check(header.exchange, True, message.chain)
+        except ParseError as error:
+            self.fail(FailureKind.PROTOCOL, str(error), "INVALID_SYNTAX")
+            return
+        if flow is not None:
+            self._drive(flow, message)
+        elif header.exchange == Exchange.IKE_AUTH:
+            self._late_answer(message)
+        self.reschedule()
+
+    def _late_answer(self, message: Message) -> None:
+        from oepy.ike.informational import goodbye
+
+        self.context.counters["late_auth"] += 1
+        if message.chain.counts.get(PayloadType.AUTH):
+            self.start("goodbye", goodbye)
+        else:
+            self.end()
+
+    def _request(self, header: Header, first: int, plain: bytes, data: bytes) -> None:
+        flow_digest = digest(data)
+        try:
+            message = parse_inner(header, first, plain, data)
+            rules.check(header.exchange, False, message.chain)
+        except ParseError as error:
+            kind = error.notify if isinstance(error, ProtocolError) else NotifyType.INVALID_SYNTAX
+            detail = error.data if isinstance(error, ProtocolError) else b""
+            datagrams = self.build(header.exchange, header.message_id, [notify(kind, detail)], response=True)
+            self.window.respond(flow_digest, datagrams)
+            self.send(datagrams)
+            self.context.counters["bad_requests"] += 1
+            if kind is NotifyType.INVALID_SYNTAX:  # RFC 7296 §2.21.2–3: fatal
+                self.fail(FailureKind.PROTOCOL, str(error), "INVALID_SYNTAX")
+            return
+        from oepy.ike.dispatch import serve_request  # the flows import this module
+
+        serve_request(self, message, flow_digest)
+        self.reschedule()
+
+    def _receive_init(self, header: Header, chain: Chain, data: bytes) -> None:
+        if not header.is_response:
+            if (
+                self.handshake is not None
+                and self.window.cached(0, data) is not None
+                and self.state is State.HALF_OPEN
+            ):
+                self.context.counters["responses_repeated"] += 1
+                self.send(self.window.cached(0, data) or [])
+            return
+        outstanding = self.window.outstanding
+        if self.state is not State.INIT_SENT or outstanding is None or header.message_id != 0:
+            self.context.counters["out_of_window"] += 1
+            return
+        rules.check(Exchange.IKE_SA_INIT, True, chain)
+        assert self.handshake is not None
+        self.handshake.message_i = outstanding.datagrams[0]  # what AUTH covers is the last one sent (§2.6)
+        self.window.outstanding = None  # the next request, IKE_SA_INIT again or IKE_AUTH, sets its own ID
+        flow = self.own
+        assert flow is not None
+        self._drive(flow, Message(header, chain, data))
+        self.reschedule()
+
+    # ---- time ----
+
+    def next_deadline(self) -> float:
+        settings, lifetimes = self.context.settings, self.context.settings.lifetimes
+        deadline = NEVER
+        if self.window.outstanding is not None:
+            deadline = min(self.window.outstanding.next_at, self.window.outstanding.give_up_at)
+        for flow in (self.own, self.serving):
+            if flow is not None and flow.token:
+                deadline = min(deadline, flow.asked_at + settings.question_timeout)
+        if self.state in (State.HALF_OPEN, State.AUTHENTICATING):
+            return min(deadline, self.created + settings.half_open_lifetime)
+        if self.state in LIVE:
+            if settings.liveness_interval and self.window.outstanding is None:
+                deadline = min(deadline, self.heard_at + settings.liveness_interval)
+            if self.state is State.REPLACED:
+                deadline = min(deadline, self.childless_since + 2 * settings.childless_lifetime)
+            if self.state is State.ESTABLISHED:
+                deadline = min(
+                    deadline, self.rekey_at, self.established_at + lifetimes.ike_rekey + lifetimes.ike_grace
+                )
+                deadline = min(
+                    deadline, self.childless_since + settings.childless_lifetime, self.keepalive_at
+                )
+                for child in self.children.values():
+                    deadline = min(deadline, child.rekey_at, child.expires_at)
+        return deadline
+
+    def reschedule(self) -> None:
+        if self.state is State.CLOSED:
+            return
+        deadline = self.next_deadline()
+        if deadline not in (self.wake, NEVER):
+            self.context.schedule(self, deadline)
+        elif deadline == NEVER:
+            self.wake = NEVER
+
+    def handle_timer(self) -> None:
+        now, settings = self.context.now, self.context.settings
+        outstanding = self.window.outstanding
+        if outstanding is not None and outstanding.due(now):
+            if outstanding.exhausted(now):
+                self._silent()
+                return
+            outstanding.sent_again(now)
+            self.context.counters["retransmits"] += 1
+            self.send(outstanding.datagrams)
+        for flow in (self.own, self.serving):
+            if flow is not None and flow.token and now >= flow.asked_at + settings.question_timeout:
+                self.context.counters["questions_unanswered"] += 1
+                self.context.questions.pop(flow.token, None)
+                self.resume(flow, None)
+                if self.state is State.CLOSED:
+                    return
+        half_open = self.state in (State.HALF_OPEN, State.AUTHENTICATING)
+        if half_open and now >= self.created + settings.half_open_lifetime:
+            self.context.counters["half_open_expired"] += 1
+            if self.state is State.HALF_OPEN:
+                self.end()
+            else:
+                self.fail(FailureKind.REFUSED, "the exchange took too long", "")
+            return
+        if self.state in LIVE:
+            from oepy.ike.lifetimes import live_timers
+
+            live_timers(self)
+        self.reschedule()
+
+    def _silent(self) -> None:
+        self.context.counters["silent"] += 1
+        if self.state in LIVE:
+            self.last_error = "the peer is silent"
+            self.end(DownReason.LIVENESS)
+        elif self.state is State.DELETING:
+            self.end(DownReason.LOCAL)
+        else:
+            assert self.window.outstanding is not None
+            name = Exchange(self.window.outstanding.exchange).name
+            self.give_up(FailureKind.SILENT, f"no answer to {name}")
+
+    # ---- ending ----
+
+    def give_up(self, kind: FailureKind, text: str) -> None:
+        """End a handshake of ours. Where IKE_AUTH is out, the peer may be established already or be about to
+        be: the session lingers without a sound, and a late answer is met with a Delete, lest the peer keeps
+        a tunnel whose other end is gone."""
+        if self.state is not State.AUTH_SENT or self.window.outstanding is None:
+            self.fail(kind, text)
+            return
+        self.context.counters[f"failed_{kind.value}"] += 1
+        self._emit_failed(kind, text, "")
+        self.move(Happening.DELETE_SENT)
+        self.own = None
+        outstanding = self.window.outstanding
+        outstanding.next_at = NEVER
+        outstanding.give_up_at = self.context.now + self.context.settings.question_timeout
+        self.reschedule()
+
+    def _emit_failed(self, kind: FailureKind, text: str, notify_text: str) -> None:
+        self.last_error = text
+        self.context.emit(
+            SessionFailed(
+                self.number, kind, self.initiator, notify_text, text, self.remote, self.identity, self.label
+            )
+        )
+
+    def fail(self, kind: FailureKind, text: str, notify_text: str = "") -> None:
+        """The end of a session, with its reason. After establishment it is a SessionDown."""
+        if self.state is State.CLOSED:
+            return
+        self.last_error = text
+        self.context.counters[f"failed_{kind.value}"] += 1
+        if self.state in HANDSHAKE:
+            from oepy.ike.duplicates import has_replacement
+
+            if kind is FailureKind.REJECTED and has_replacement(self):
+                kind = FailureKind.SUPERSEDED
+            self._emit_failed(kind, text, notify_text)
+            self.end()
+        else:
+            self.end(DownReason.IKE_DOWN)
+
+    def child_down(self, spi_in: int, reason: DownReason) -> None:
+        child = self.children.pop(spi_in, None)
+        if child is None:
+            return
+        from oepy.ike.duplicates import remaining_child
+
+        self.context.emit(ChildDown(self.number, spi_in, child.spi_out, reason, remaining_child(self, child)))
+        if not self.children:
+            self.childless_since = self.context.now
+
+    def end_after_answer(self, reason: DownReason) -> None:
+        self.closing = reason
+
+    def end(self, reason: DownReason = DownReason.LOCAL) -> None:
+        """Drop everything at once; whoever wants to tell the peer has done so before."""
+        if self.state is State.CLOSED:
+            return
+        was_established = self.established_at != NEVER
+        replaced = self.moved_to is not None
+        self.move(Happening.ENDED)
+        for spi_in in list(self.children):
+            self.child_down(spi_in, reason)
+        for flow in (self.own, self.serving):
+            if flow is not None and flow.token:
+                self.context.questions.pop(flow.token, None)
+        self.own = self.serving = None
+        self.queue = None
+        self.window.outstanding = None
+        self.handshake = None
+        self.reassembly = None
+        if self.half_open_key is not None:
+            self.context.drop_half_open(self.half_open_key)
+            self.half_open_key = None
+        self.context.forget(self)
+        if was_established and not replaced:
+            self.context.emit(SessionDown(self.number, reason, self.remote, self.label))
+
+
+_EXCHANGE_OF = {
+    "auth": Exchange.IKE_AUTH,
+    "informational": Exchange.INFORMATIONAL,
+}
+
+__all__ = ["MAX_CHILDREN", "ChildRefused", "Session"]

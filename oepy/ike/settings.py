@@ -1,0 +1,95 @@
+"""What the daemon decides for the IKE room, once. All times in seconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from oepy.ike.algorithms import DEFAULT_ESP, DEFAULT_IKE, Offer, parse_esp_proposal, parse_ike_proposal
+from oepy.model import Endpoint, PeerIdentity, PublicKey, Secret, TrafficSelector
+
+
+@dataclass(frozen=True, slots=True)
+class Retransmission:
+    """Send again after `first`, then after `factor` times the last pause; `total` after the first sending
+    the peer counts as silent."""
+
+    first: float = 0.5
+    factor: float = 1.8
+    total: float = 9.0
+
+
+def default_ike_offers() -> tuple[Offer, ...]:
+    return tuple(parse_ike_proposal(text) for text in DEFAULT_IKE)
+
+
+def default_esp_offers() -> tuple[Offer, ...]:
+    return tuple(parse_esp_proposal(text) for text in DEFAULT_ESP)
+
+
+@dataclass(frozen=True, slots=True)
+class Lifetimes:
+    """`jitter`: the part of a rekey time by which it is randomly shortened (RFC 7296 §2.8), so that the two
+    ends seldom rekey at the same moment."""
+
+    ike_rekey: float = 4 * 3600.0
+    ike_grace: float = 600.0  # after ike_rekey; then the IKE SA is ended
+    child_rekey: float = 3600.0
+    child_hard: float = 3960.0
+    child_soft_bytes: int = 0
+    child_hard_bytes: int = 0
+    child_soft_packets: int = 0
+    child_hard_packets: int = 0
+    jitter: float = 0.1
+    rekey_retry: float = 10.0  # after TEMPORARY_FAILURE
+
+
+@dataclass(frozen=True, slots=True)
+class IkeSettings:
+    identity: PeerIdentity | None = None  # None: our address towards the peer
+    own_auth: str = "pubkey"  # as responder, to a peer that did not use a PSK: pubkey | null
+    allow_null_initiator: bool = True
+    allow_sha1: bool = False  # accept method 1 (RSA) over SHA-1
+    ike_offers: tuple[Offer, ...] = field(default_factory=default_ike_offers)
+    esp_offers: tuple[Offer, ...] = field(default_factory=default_esp_offers)
+    lifetimes: Lifetimes = Lifetimes()
+    handshake: Retransmission = Retransmission()
+    established: Retransmission = Retransmission(0.5, 1.8, 20.0)
+    liveness_interval: float = 30.0  # nothing heard for so long: ask; 0 = never by itself
+    half_open_lifetime: float = 15.0
+    question_timeout: float = 30.0  # an unanswered question ends its exchange
+    childless_lifetime: float = 15.0  # an established session without a child ends
+    cookie_threshold: int = 64  # half-open sessions from which on cookies are demanded
+    max_half_open: int = 4096
+    max_half_open_per_prefix: int = 64  # of one IPv4 /24 or IPv6 /56
+    max_sessions: int = 100_000
+    force_encap: bool = True
+    ike_port: int = 500
+    nat_t_port: int = 4500
+    keepalive_interval: float = 20.0
+    fragment_size: int = 1200  # IKE messages longer than this are fragmented (RFC 7383), where the peer can
+    key_log: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Initiate:
+    """One negotiation to begin. The peer is accepted by any of `remote_keys`, by `psk`, or, only where
+    `accept_null`, without proof; its IDr must be `expected_identity` unless that is None (then the key
+    alone decides)."""
+
+    local: Endpoint
+    remote: Endpoint
+    local_ts: tuple[TrafficSelector, ...]
+    remote_ts: tuple[TrafficSelector, ...]
+    remote_keys: tuple[PublicKey, ...] = ()
+    psk: Secret | None = None
+    accept_null: bool = False
+    own_auth: str = "pubkey"  # pubkey | null | psk
+    identity: PeerIdentity | None = None  # None: the settings', else our address
+    expected_identity: PeerIdentity | None = None
+    ike_offers: tuple[Offer, ...] | None = None
+    esp_offers: tuple[Offer, ...] | None = None
+    initial_contact: bool = True
+    retransmission: Retransmission | None = None
+    authenticated_by: str = "dns"  # how remote_keys were learnt: dns | manual
+    connection: str = ""
+    label: str = ""

@@ -1,0 +1,90 @@
+"""Stand-ins for the rooms: a trap, a datapath and a key source that remember what they were told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+
+from oepy.interfaces import DatapathEvent, TrapPolicy
+from oepy.model import Absent, Flow, IpAddress, KeyAnswer, PolicyGroup, SaCounters, SaPair, Verdict
+
+
+class FakeTrap:
+    """Verdicts by destination; `history` keeps their order."""
+
+    def __init__(self) -> None:
+        self.verdicts: dict[tuple[PolicyGroup, IpAddress], Verdict] = {}
+        self.history: list[tuple[IpAddress, Verdict | None]] = []
+
+    def start(self, policy: TrapPolicy, on_trapped: Callable[[PolicyGroup, Flow], None]) -> None:
+        self.policy = policy
+
+    def decide(
+        self, group: PolicyGroup, destination: IpAddress, verdict: Verdict, lifetime: float | None
+    ) -> None:
+        self.verdicts[group, destination] = verdict
+        self.history.append((destination, verdict))
+
+    def commit(self) -> None:
+        """Everything is committed at once here."""
+
+    def forget(self, destinations: Iterable[tuple[PolicyGroup, IpAddress]]) -> None:
+        for key in destinations:
+            self.verdicts.pop(key, None)
+            self.history.append((key[1], None))
+
+    def held(self) -> Mapping[tuple[PolicyGroup, IpAddress], int]:
+        return {}
+
+    def statistics(self) -> Mapping[str, int]:
+        return {}
+
+    def reload(self, policy: TrapPolicy) -> None:
+        self.policy = policy
+
+    def stop(self, *, guard: bool) -> None:
+        self.verdicts.clear()
+
+
+class FakeDatapath:
+    """Holds the pairs that are installed now."""
+
+    def __init__(self, random: Callable[[int], bytes]) -> None:
+        self.pairs: dict[int, SaPair] = {}
+        self.sending: dict[int, bool] = {}
+        self.peak = 0
+        self._random = random
+
+    async def start(self, on_event: Callable[[DatapathEvent], None]) -> None:
+        self.on_event = on_event
+
+    def allocate_spi(self) -> int:
+        return 256 + int.from_bytes(self._random(3), "big")
+
+    async def install(self, pair: SaPair, *, outbound: bool = True) -> None:
+        self.pairs[pair.spi_in] = pair
+        self.sending[pair.spi_in] = outbound
+        self.peak = max(self.peak, len(self.pairs))
+
+    async def remove(self, spi_in: int) -> None:
+        self.pairs.pop(spi_in, None)
+
+    async def counters(self, spis: Collection[int] | None = None) -> Sequence[SaCounters]:
+        return [SaCounters(spi) for spi in self.pairs]
+
+    async def stop(self) -> None:
+        self.pairs.clear()
+
+
+class FakeKeys:
+    """A KeySource from a dictionary; everything else is absent."""
+
+    def __init__(self, answers: dict[str, KeyAnswer]) -> None:
+        self.answers = answers
+        self.asked: list[str] = []
+
+    async def peer_keys(self, subject: IpAddress | str) -> KeyAnswer:
+        self.asked.append(str(subject))
+        return self.answers.get(str(subject), Absent(str(subject), "owner.", 60))
+
+    def forget(self, subject: IpAddress | str | None) -> None:
+        """Nothing is cached here."""
