@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from oepy.trap import kernel
-from oepy.trap.rules import COMMENT, GUARD_TABLE, removing
+from oepy.trap.rules import BRACKET_TABLE, COMMENT, GUARD_TABLE, removing
 
 
 def guard_status() -> bool:
@@ -22,5 +22,5 @@ def remove_guard() -> bool:
     Raises OepyError without rights, or where the table is not ours."""
     if not guard_status():
         return False
-    kernel.load(removing(GUARD_TABLE))
+    kernel.load(removing(GUARD_TABLE, BRACKET_TABLE))
     return True

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from oepy.errors import OepyError
 from oepy.trap import netlink as nl
 from oepy.trap import queue, tables
-from oepy.trap.rules import ASK_CLOSED, ASK_OPEN, COMMENT, GUARD_TABLE, TABLE
+from oepy.trap.rules import ASK_CLOSED, ASK_OPEN, COMMENT, TABLE, TABLES
 
 NFT_SECONDS = 120.0
 _SOL_NETLINK = 270
@@ -118,11 +118,11 @@ class Tables:
 
     def any_table(self) -> bool:
         """Whether an earlier run has left its table or its guard."""
-        return any(self.table_comment(name) is not None for name in (TABLE, GUARD_TABLE))
+        return any(self.table_comment(name) is not None for name in TABLES)
 
     def refuse_foreign(self) -> None:
         """Raises OepyError where a table of our name is not ours."""
-        for name in (TABLE, GUARD_TABLE):
+        for name in TABLES:
             try:
                 comment = self.table_comment(name)
             except NetlinkRefused as refused:

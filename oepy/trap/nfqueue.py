@@ -15,12 +15,12 @@ from oepy.errors import MisuseError, ParseError
 from oepy.interfaces import TrapPolicy
 from oepy.model import MARK_MASK, MARK_PRIVATE, Direction, Flow, IpAddress, PolicyGroup, Verdict
 from oepy.policy import PolicyTable
-from oepy.trap import kernel, queue, tables
+from oepy.trap import kernel, queue, switch, tables
 from oepy.trap import netlink as nl
 from oepy.trap.decided import Decided, SetChange
 from oepy.trap.hold import MAX_PACKETS, Destination, HeldPacket, Hold
 from oepy.trap.packet import parse_flow
-from oepy.trap.rules import GUARD_TABLE, TABLE, Ruleset, removing
+from oepy.trap.rules import TABLE, Ruleset
 
 OPEN_QUEUE, CLOSED_QUEUE = 17733, 17734
 QUEUE_MAX_LENGTH = 2 * MAX_PACKETS  # in the kernel, beyond what we ever hold
@@ -66,13 +66,6 @@ class _Running:
         self.packets.close()
         self.tables.close()
         self.kernel_counters.close()
-
-
-def _close_again(policy: TrapPolicy, guard: bool) -> None:
-    """Remove our table; with `guard`, and where the policy has anything to shut, the guard takes its place in
-    the same transaction."""
-    closed = Ruleset(policy, guard=True)
-    kernel.load(closed.replacing_all() if guard and closed.needed else removing(TABLE, GUARD_TABLE))
 
 
 class _PossibleGroups:
@@ -143,9 +136,9 @@ class NfqueueTrap:
             kernel_counters = undo.enter_context(_QUEUE_COUNTERS.open())
             namespace = kernel.current_namespace()
             leftovers = changer.any_table()
-            kernel.load(ruleset.replacing_all())
+            switch.take_over(policy, ruleset)
             # Without queues the trap cannot work: then back to shut, where it was not open before
-            undo.callback(_close_again, policy, leftovers)
+            undo.callback(switch.leave, policy, leftovers)
             changer.insert_queue_rules(*self._queues)
             undo.pop_all()
         self._running = _Running(
@@ -220,7 +213,7 @@ class NfqueueTrap:
         running.check_namespace()
         self._flush()
         ruleset = Ruleset(policy)
-        kernel.load(ruleset.replacing(running.ruleset))
+        switch.change(policy, running.ruleset, ruleset)
         running.policy, running.ruleset = policy, ruleset
         running.table = PolicyTable(policy.rules, policy.default)
         possible = _PossibleGroups(policy, running.table)
@@ -239,7 +232,7 @@ class NfqueueTrap:
         if running is None:
             return
         running.check_namespace()
-        _close_again(running.policy, guard)
+        switch.leave(running.policy, guard)
         running.close()
         self._running = None
         self._hold, self._decided = Hold(), Decided()
@@ -377,7 +370,7 @@ class NfqueueTrap:
         if running is None:
             return
         running.check_namespace()
-        kernel.load(running.ruleset.replacing_all())
+        switch.take_over(running.policy, running.ruleset)
         running.tables.insert_queue_rules(*self._queues)
         self._commit(running, self._decided.all_elements())
 

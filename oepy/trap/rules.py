@@ -31,7 +31,9 @@ from oepy.model import MARK_MASK, MARK_OWN, MARK_PRIVATE, PolicyGroup
 from oepy.trap.prefixes import GroupRange, Lookup, lookups
 
 TABLE = "oepy"
-GUARD_TABLE = "oepy_guard"
+GUARD_TABLE = "oepy_guard"  # what a stopped trap leaves
+BRACKET_TABLE = "oepy_bracket"  # there only while another table is changed, see switch.py
+TABLES = (TABLE, GUARD_TABLE, BRACKET_TABLE)
 COMMENT = "made by oepy"
 
 ASK_OPEN, ASK_CLOSED = "ask_open", "ask_closed"
@@ -85,13 +87,15 @@ def _vmap(step: Lookup, address: str, prefix: str) -> str:
 
 
 class Ruleset:
-    """The text for one policy. `guard` is the small variant that only keeps shut what fails closed."""
+    """The text for one policy. GUARD_TABLE and BRACKET_TABLE are the small variants that only keep shut what
+    fails closed; the bracket lets pass what the trap beside it has marked private."""
 
-    def __init__(self, policy: TrapPolicy, *, guard: bool = False) -> None:
+    def __init__(self, policy: TrapPolicy, table: str = TABLE) -> None:
         self._policy = policy
-        self._guard = guard
+        self._guard = table != TABLE
         self._steps = lookups(policy.rules)
-        self._table = GUARD_TABLE if guard else TABLE
+        self._table = table
+        self._later = 1 if self._guard else 0  # its chains come behind the trap's, to see its marks
 
     @property
     def needed(self) -> bool:
@@ -101,9 +105,10 @@ class Ruleset:
 
     # -- transactions --------------------------------------------------------------------------------
 
-    def replacing_all(self) -> str:
-        """Remove both tables of an earlier run and load this one: one transaction."""
-        return "".join((_removal(TABLE), _removal(GUARD_TABLE), self._load(self._static_sets())))
+    def loading(self, *removed: str) -> str:
+        """Remove these tables and load this one, in the place of one of the same name: one transaction. It is
+        no seamless change of base chains, see switch.py."""
+        return f"{removing(self._table, *removed)}{self._load(self._static_sets())}"
 
     def replacing(self, old: Ruleset) -> str:
         """Change from `old`, loaded before, and keep the sets of decided addresses with their elements, and
@@ -178,8 +183,9 @@ class Ruleset:
             "refuse": self._refuse(),
             "to_host": [*self._exempt_in(), "jump refuse", "accept"],
             "output": [
-                "type route hook output priority -150; policy accept;",
+                f"type route hook output priority {-150 + self._later}; policy accept;",
                 f"meta mark & {MARK_MASK:#x} == {MARK_OWN:#x} accept",
+                *self._pass_marked(),
                 'oifname "lo" accept',
                 *self._exempt_out(),
                 "goto sort",
@@ -204,6 +210,13 @@ class Ruleset:
             f"ct direction reply ct mark & {MARK_MASK:#x} != {MARK_PRIVATE:#x} accept",
             f"goto {ASK_OPEN}",
         ]
+
+    def _pass_marked(self) -> list[str]:
+        """The bracket stands beside a running trap, whose marked packets go into the tunnel. Without a trap
+        nothing may rely on the mark: its routes may be gone."""
+        if self._table != BRACKET_TABLE:
+            return []
+        return [f"meta mark & {MARK_MASK:#x} == {MARK_PRIVATE:#x} accept"]
 
     def _exempt_out(self) -> list[str]:
         return [
@@ -249,7 +262,8 @@ class Ruleset:
         device = json.dumps(self._policy.tunnel_device)
         remember = f"ct mark set (ct mark & {_FOREIGN_BITS:#x}) | {MARK_PRIVATE:#x} "
         return [
-            "type filter hook prerouting priority -140; policy accept;",
+            f"type filter hook prerouting priority {-140 + self._later}; policy accept;",
+            *self._pass_marked(),
             'iifname "lo" accept',
             f"iifname {device} {'' if self._guard else remember}accept",
             "fib daddr type { local, broadcast, multicast } goto to_host",

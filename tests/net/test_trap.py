@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -426,6 +427,54 @@ async def test_foreign_tables_are_left_alone(net: Wired) -> None:
         TrapIn(net.a).start(policy())
     net.a.run("nft", "delete", "table", "inet", "oepy")
     net.a.run("nft", "delete", "table", "inet", "foreign")
+
+
+_NEVER_STOPS = """
+import socket, sys
+sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+sock.connect((sys.argv[1], 7021))
+sock.setblocking(False)
+print("sending", flush=True)
+while True:
+    try:
+        sock.send(b"secret")
+    except OSError:
+        pass
+"""
+
+
+async def test_no_change_of_tables_opens_a_private_prefix(net: Wired, tmp_path: Path) -> None:
+    """Twenty times each: stop to guard and start again, reload there and back, start over the leftovers of a
+    run that was killed; a sender in a tight loop gets nothing through."""
+    private = rule(GROUP.PRIVATE, f"{B4}/32")
+    one, other = (
+        policy(private, rule(GROUP.CLEAR, "10.0.0.0/8")),
+        policy(private, rule(GROUP.BLOCK, "10.0.0.0/8")),
+    )
+    trap = TrapIn(net.a)
+    trap.start(one)
+    with Capture(net.b, "eth0", tmp_path / "b.pcap") as capture:
+        sender = net.a.popen(sys.executable, "-c", _NEVER_STOPS, B4, stdout=subprocess.PIPE)
+        assert sender.stdout is not None
+        assert sender.stdout.readline() == "sending\n"
+        for _ in range(20):
+            trap.stop(guard=True)
+            await asyncio.sleep(0.002)
+            trap.start(one)
+            trap.reload(other)
+            await asyncio.sleep(0.002)
+            trap.reload(one)
+            running = trap.trap._running
+            assert running is not None
+            running.close()  # what kill -9 leaves
+            trap.trap._running = None
+            trap.start(one)
+        leaked = [packet for packet in capture.packets() if packet.source == address(A4)]
+        sender.kill()
+        sender.wait()
+    trap.stop(guard=False)
+    assert leaked == []
+    assert net.a.run("nft", "list", "tables").stdout == ""
 
 
 async def test_without_rights_or_nft_the_start_says_so(net: Wired, monkeypatch: pytest.MonkeyPatch) -> None:
