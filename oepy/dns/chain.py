@@ -209,11 +209,11 @@ class Chain:
         pending = self.shared.zones_pending
         while state is None:
             task = pending.get(key)
-            is_mine = task is None
-            if task is None:
+            is_mine = task is None or task.done()
+            if task is None or task.done():
                 task = asyncio.ensure_future(self._build_zone_or_verdict(name))
                 pending[key] = task
-                task.add_done_callback(lambda _: pending.pop(key, None))
+                task.add_done_callback(lambda done: pending.pop(key) if pending.get(key) is done else None)
             outcome = await asyncio.shield(task)
             if isinstance(outcome, ZoneState):
                 state = outcome
