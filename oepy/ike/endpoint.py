@@ -20,8 +20,10 @@ from oepy.ike.header import (
     Header,
     parse_header,
 )
+from oepy.ike.inbound import receive
 from oepy.ike.initiator import initiate
 from oepy.ike.lifetimes import (
+    handle_timer,
     start_delete_child,
     start_liveness,
     start_rekey_child,
@@ -108,10 +110,11 @@ class IkeEndpoint:
                 return
             session = self._session_of(header, remote)
             chain = parse_chain(data, header.next_payload, 28)
+            outer = Message(header, chain, data)
             if session is not None:
-                session.receive(header, chain, data, local, remote)
+                receive(session, outer, local, remote)
             elif header.exchange == Exchange.IKE_SA_INIT and _begins(header):
-                receive_init(context, Message(header, chain, data), local, remote)
+                receive_init(context, outer, local, remote)
             else:
                 context.counters["unknown_spi"] += 1
         except ParseError:
@@ -159,7 +162,7 @@ class IkeEndpoint:
     def handle_timer(self, now: float) -> None:
         self._context.now = now
         for session in self._context.due():
-            session.handle_timer()
+            handle_timer(session)
 
     def next_timer(self) -> float | None:
         """When to call `handle_timer` next; None while nothing waits."""

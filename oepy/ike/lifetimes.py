@@ -1,4 +1,5 @@
-"""What time does to an established session: liveness, rekeys, expiry, the end of one without children."""
+"""What time does to a session: retransmission and silence, liveness, rekeys, expiry, the end of one without
+children."""
 
 from __future__ import annotations
 
@@ -6,12 +7,56 @@ from typing import TYPE_CHECKING
 
 from oepy.ike.child_exchange import rekey_child
 from oepy.ike.events import Datagram, DownReason, FailureKind
+from oepy.ike.header import Exchange
 from oepy.ike.ike_rekey import rekey_ike
 from oepy.ike.informational import delete_child, delete_ike, liveness
-from oepy.ike.states import State
+from oepy.ike.states import LIVE, State
 
 if TYPE_CHECKING:
     from oepy.ike.session import Session
+
+
+def handle_timer(session: Session) -> None:
+    now, settings = session.context.now, session.context.settings
+    outstanding = session.window.outstanding
+    if outstanding is not None and outstanding.due(now):
+        if outstanding.exhausted(now):
+            _silent(session)
+            return
+        outstanding.sent_again(now)
+        session.context.counters["retransmits"] += 1
+        session.send(outstanding.datagrams)
+    for flow in (session.own, session.serving):
+        if flow is not None and flow.token and now >= flow.asked_at + settings.question_timeout:
+            session.context.counters["questions_unanswered"] += 1
+            session.context.questions.pop(flow.token, None)
+            session.resume(flow, None)
+            if session.state is State.CLOSED:
+                return
+    half_open = session.state in (State.HALF_OPEN, State.AUTHENTICATING)
+    if half_open and now >= session.created + settings.half_open_lifetime:
+        session.context.counters["half_open_expired"] += 1
+        if session.state is State.HALF_OPEN:
+            session.end()
+        else:
+            session.fail(FailureKind.REFUSED, "the exchange took too long", "")
+        return
+    if session.state in LIVE:
+        live_timers(session)
+    session.reschedule()
+
+
+def _silent(session: Session) -> None:
+    session.context.counters["silent"] += 1
+    if session.state in LIVE:
+        session.last_error = "the peer is silent"
+        session.end(DownReason.LIVENESS)
+    elif session.state is State.DELETING:
+        session.end(DownReason.LOCAL)
+    else:
+        assert session.window.outstanding is not None
+        name = Exchange(session.window.outstanding.exchange).name
+        session.give_up(FailureKind.SILENT, f"no answer to {name}")
 
 
 def live_timers(session: Session) -> None:

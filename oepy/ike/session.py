@@ -7,14 +7,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from oepy.errors import MisuseError, ParseError
-from oepy.ike import rules
 from oepy.ike.crypto import IkeKeyMaterial, Protection, protection
+from oepy.ike.deadlines import next_deadline
 from oepy.ike.events import (
     ChildDown,
     DownReason,
     FailureKind,
     IkeKeys,
-    PeerMoved,
     Question,
     SessionDown,
     SessionFailed,
@@ -30,19 +29,16 @@ from oepy.ike.header import (
     PayloadType,
 )
 from oepy.ike.message import (
-    Fragment,
     Message,
     Reassembly,
     build_plain,
     build_sealed,
-    open_sealed,
-    parse_inner,
 )
 from oepy.ike.notify import NotifyType, ProtocolError
-from oepy.ike.payloads import Chain, Delete, Payload, build_delete, notify
+from oepy.ike.payloads import Delete, Payload, build_delete, notify
 from oepy.ike.settings import Retransmission
 from oepy.ike.states import HANDSHAKE, LIVE, NEEDS_EVIDENCE, TRANSITIONS, Happening, State
-from oepy.ike.window import MAX_MESSAGE_ID, Window, digest
+from oepy.ike.window import MAX_MESSAGE_ID, Window
 from oepy.model import Authenticated, Endpoint, PeerIdentity, PublicKey
 
 if TYPE_CHECKING:
@@ -253,7 +249,7 @@ class Session:
             self.queue.append((what, starter))
             return True
         self.own = Flow(self, starter(self), what)
-        self._drive(self.own, None)
+        self.drive(self.own, None)
         self.reschedule()
         return True
 
@@ -264,15 +260,15 @@ class Session:
 
     def serve(self, generator: PeerSteps, message: Message, what: str, first_datagram: bytes) -> None:
         self.serving = Flow(self, generator, what, message.header.message_id, first_datagram)
-        self._drive(self.serving, message)
+        self.drive(self.serving, message)
 
     def resume(self, flow: Flow, value: object) -> None:
         """The answer to a question."""
         flow.token = 0
-        self._drive(flow, value)
+        self.drive(flow, value)
         self.reschedule()
 
-    def _drive(self, flow: Flow, value: Any) -> None:
+    def drive(self, flow: Flow, value: Any) -> None:
         try:
             if flow.request_id is not None and flow.token == 0 and isinstance(value, Message):
                 want = next(flow.generator)
@@ -335,224 +331,20 @@ class Session:
         while self.own is None and self.queue and self.state in LIVE:
             what, starter = self.queue.popleft()
             self.own = Flow(self, starter(self), what)
-            self._drive(self.own, None)
+            self.drive(self.own, None)
         if not self.queue:
             self.queue = None
 
-    # ---- receiving ----
-
-    def receive(self, header: Header, chain: Chain, data: bytes, local: Endpoint, remote: Endpoint) -> None:
-        """A datagram with our SPI. Raises ParseError for what does not verify: the endpoint counts it."""
-        if header.exchange == Exchange.IKE_SA_INIT:
-            self._receive_init(header, chain, data)
-            return
-        if self.unprotect is None or chain.encrypted is None:
-            raise ParseError("a message in the clear after IKE_SA_INIT")
-        if header.is_response:
-            outstanding = self.window.outstanding
-            if outstanding is None or outstanding.message_id != header.message_id:
-                self.context.counters["out_of_window"] += 1
-                return
-            if outstanding.exchange != header.exchange:
-                raise ParseError("a response of another exchange than asked")
-        elif not self._expects(header, data, local, remote):
-            return
-        opened = open_sealed(data, chain.encrypted, self.unprotect)
-        self._heard(local, remote)
-        whole = self._reassemble(header, chain, opened)
-        if whole is None:
-            return
-        first, plain = whole
-        if header.is_response:
-            self._response(header, first, plain, data)
-        else:
-            self._request(header, first, plain, data)
-
-    def _expects(self, header: Header, data: bytes, local: Endpoint, remote: Endpoint) -> bool:
-        """Whether a request has the one message ID that is due. A repeated one is answered from the cache."""
-        counters = self.context.counters
-        if header.message_id == self.window.next_peer:
-            if self.serving is not None:
-                counters["retransmits_absorbed"] += 1
-                return False
-            return True
-        again = self.window.cached(header.message_id, data)
-        if again is not None:
-            counters["responses_repeated"] += 1
-            self.send(again, remote, local)
-        else:
-            counters["out_of_window"] += 1
-        return False
-
-    def _heard(self, local: Endpoint, remote: Endpoint) -> None:
-        """An authenticated message arrived: the peer lives, and is where it sends from (RFC 7296 §2.23)."""
-        self.heard_at = self.context.now
-        if remote == self.remote and local == self.local:
-            return
-        if self.state in (State.HALF_OPEN, State.AUTHENTICATING) or self.nat_remote:
-            if self.established_at != NEVER:
-                if remote.address != self.remote.address:
-                    self.context.moved(self, remote.address)
-                self.context.emit(PeerMoved(self.number, local, remote))
-            self.local, self.remote = local, remote
-
-    def _reassemble(self, header: Header, chain: Chain, opened: bytes | Fragment) -> tuple[int, bytes] | None:
-        assert chain.encrypted is not None
-        if isinstance(opened, bytes):
-            return chain.encrypted.first_inner, opened
-        if self.reassembly is None or self.reassembly.message_id != header.message_id:
-            self.reassembly = Reassembly(header.message_id)
-        whole = self.reassembly.add(opened)
-        if whole is not None:
-            self.reassembly = None
-        return whole
-
-    def _response(self, header: Header, first: int, plain: bytes, data: bytes) -> None:
-        flow = self.own
-        self.window.answered()
-        try:
-            message = parse_inner(header, first, plain, data)
-            rules.check(header.exchange, True, message.chain)
-        except ParseError as error:
-            self.fail(FailureKind.PROTOCOL, str(error), "INVALID_SYNTAX")
-            return
-        if flow is not None:
-            self._drive(flow, message)
-        elif header.exchange == Exchange.IKE_AUTH:
-            self._late_answer(message)
-        self.reschedule()
-
-    def _late_answer(self, message: Message) -> None:
-        from oepy.ike.informational import goodbye
-
-        self.context.counters["late_auth"] += 1
-        if message.chain.counts.get(PayloadType.AUTH):
-            self.start("goodbye", goodbye)
-        else:
-            self.end()
-
-    def _request(self, header: Header, first: int, plain: bytes, data: bytes) -> None:
-        flow_digest = digest(data)
-        try:
-            message = parse_inner(header, first, plain, data)
-            rules.check(header.exchange, False, message.chain)
-        except ParseError as error:
-            kind = error.notify if isinstance(error, ProtocolError) else NotifyType.INVALID_SYNTAX
-            detail = error.data if isinstance(error, ProtocolError) else b""
-            datagrams = self.build(header.exchange, header.message_id, [notify(kind, detail)], response=True)
-            self.window.respond(flow_digest, datagrams)
-            self.send(datagrams)
-            self.context.counters["bad_requests"] += 1
-            if kind is NotifyType.INVALID_SYNTAX:  # RFC 7296 §2.21.2–3: fatal
-                self.fail(FailureKind.PROTOCOL, str(error), "INVALID_SYNTAX")
-            return
-        from oepy.ike.dispatch import serve_request  # the flows import this module
-
-        serve_request(self, message, flow_digest)
-        self.reschedule()
-
-    def _receive_init(self, header: Header, chain: Chain, data: bytes) -> None:
-        if not header.is_response:
-            if (
-                self.handshake is not None
-                and self.window.cached(0, data) is not None
-                and self.state is State.HALF_OPEN
-            ):
-                self.context.counters["responses_repeated"] += 1
-                self.send(self.window.cached(0, data) or [])
-            return
-        outstanding = self.window.outstanding
-        if self.state is not State.INIT_SENT or outstanding is None or header.message_id != 0:
-            self.context.counters["out_of_window"] += 1
-            return
-        rules.check(Exchange.IKE_SA_INIT, True, chain)
-        assert self.handshake is not None
-        self.handshake.message_i = outstanding.datagrams[0]  # what AUTH covers is the last one sent (§2.6)
-        self.window.outstanding = None  # the next request, IKE_SA_INIT again or IKE_AUTH, sets its own ID
-        flow = self.own
-        assert flow is not None
-        self._drive(flow, Message(header, chain, data))
-        self.reschedule()
-
     # ---- time ----
-
-    def next_deadline(self) -> float:
-        settings, lifetimes = self.context.settings, self.context.settings.lifetimes
-        deadline = NEVER
-        if self.window.outstanding is not None:
-            deadline = min(self.window.outstanding.next_at, self.window.outstanding.give_up_at)
-        for flow in (self.own, self.serving):
-            if flow is not None and flow.token:
-                deadline = min(deadline, flow.asked_at + settings.question_timeout)
-        if self.state in (State.HALF_OPEN, State.AUTHENTICATING):
-            return min(deadline, self.created + settings.half_open_lifetime)
-        if self.state in LIVE:
-            if settings.liveness_interval and self.window.outstanding is None:
-                deadline = min(deadline, self.heard_at + settings.liveness_interval)
-            if self.state is State.REPLACED:
-                deadline = min(deadline, self.childless_since + 2 * settings.childless_lifetime)
-            if self.state is State.ESTABLISHED:
-                deadline = min(
-                    deadline, self.rekey_at, self.established_at + lifetimes.ike_rekey + lifetimes.ike_grace
-                )
-                deadline = min(
-                    deadline, self.childless_since + settings.childless_lifetime, self.keepalive_at
-                )
-                for child in self.children.values():
-                    deadline = min(deadline, child.rekey_at, child.expires_at)
-        return deadline
 
     def reschedule(self) -> None:
         if self.state is State.CLOSED:
             return
-        deadline = self.next_deadline()
+        deadline = next_deadline(self)
         if deadline not in (self.wake, NEVER):
             self.context.schedule(self, deadline)
         elif deadline == NEVER:
             self.wake = NEVER
-
-    def handle_timer(self) -> None:
-        now, settings = self.context.now, self.context.settings
-        outstanding = self.window.outstanding
-        if outstanding is not None and outstanding.due(now):
-            if outstanding.exhausted(now):
-                self._silent()
-                return
-            outstanding.sent_again(now)
-            self.context.counters["retransmits"] += 1
-            self.send(outstanding.datagrams)
-        for flow in (self.own, self.serving):
-            if flow is not None and flow.token and now >= flow.asked_at + settings.question_timeout:
-                self.context.counters["questions_unanswered"] += 1
-                self.context.questions.pop(flow.token, None)
-                self.resume(flow, None)
-                if self.state is State.CLOSED:
-                    return
-        half_open = self.state in (State.HALF_OPEN, State.AUTHENTICATING)
-        if half_open and now >= self.created + settings.half_open_lifetime:
-            self.context.counters["half_open_expired"] += 1
-            if self.state is State.HALF_OPEN:
-                self.end()
-            else:
-                self.fail(FailureKind.REFUSED, "the exchange took too long", "")
-            return
-        if self.state in LIVE:
-            from oepy.ike.lifetimes import live_timers
-
-            live_timers(self)
-        self.reschedule()
-
-    def _silent(self) -> None:
-        self.context.counters["silent"] += 1
-        if self.state in LIVE:
-            self.last_error = "the peer is silent"
-            self.end(DownReason.LIVENESS)
-        elif self.state is State.DELETING:
-            self.end(DownReason.LOCAL)
-        else:
-            assert self.window.outstanding is not None
-            name = Exchange(self.window.outstanding.exchange).name
-            self.give_up(FailureKind.SILENT, f"no answer to {name}")
 
     # ---- ending ----
 

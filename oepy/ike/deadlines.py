@@ -1,0 +1,39 @@
+"""When a session has to be woken next."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from oepy.ike.states import LIVE, State
+
+if TYPE_CHECKING:
+    from oepy.ike.session import Session
+
+NEVER = float("inf")
+
+
+def next_deadline(session: Session) -> float:
+    settings, lifetimes = session.context.settings, session.context.settings.lifetimes
+    deadline = NEVER
+    if session.window.outstanding is not None:
+        deadline = min(session.window.outstanding.next_at, session.window.outstanding.give_up_at)
+    for flow in (session.own, session.serving):
+        if flow is not None and flow.token:
+            deadline = min(deadline, flow.asked_at + settings.question_timeout)
+    if session.state in (State.HALF_OPEN, State.AUTHENTICATING):
+        return min(deadline, session.created + settings.half_open_lifetime)
+    if session.state in LIVE:
+        if settings.liveness_interval and session.window.outstanding is None:
+            deadline = min(deadline, session.heard_at + settings.liveness_interval)
+        if session.state is State.REPLACED:
+            deadline = min(deadline, session.childless_since + 2 * settings.childless_lifetime)
+        if session.state is State.ESTABLISHED:
+            deadline = min(
+                deadline, session.rekey_at, session.established_at + lifetimes.ike_rekey + lifetimes.ike_grace
+            )
+            deadline = min(
+                deadline, session.childless_since + settings.childless_lifetime, session.keepalive_at
+            )
+            for child in session.children.values():
+                deadline = min(deadline, child.rekey_at, child.expires_at)
+    return deadline
