@@ -24,6 +24,7 @@ from oepy.keys import describe, parse_public
 from oepy.model import IpAddress, KeyAlgorithm, PublicKey
 
 MAX_PROBLEMS = 1000  # a wrong column would else list a million lines
+MAX_KEPT_KEYS = 1000
 DEFAULT_TTL = 3600
 RECORD_KINDS = ("ipseckey", "txt")
 _HOST_FIELDS = frozenset({"name", "addresses", "keys", "gateway", "precedence", "records"})
@@ -220,14 +221,16 @@ class Inventory:
     def _key(self, line: int, item: str) -> PublicKey | None:
         """From `ALGORITHM BASE64`, or a file beside the inventory. Fleets share few keys: they are kept."""
         try:
-            if re.match(r"\d+\s", item):
-                return parse_public(item, "key")
-            if item not in self._keys:
-                if len(self._keys) >= MAX_PROBLEMS:
+            key = self._keys.get(item)
+            if key is None:
+                if len(self._keys) >= MAX_KEPT_KEYS:
                     self._keys.clear()
-                path = self.source.parent / item
-                self._keys[item] = parse_public(path.read_bytes(), item)
-            return self._keys[item]
+                if re.match(r"\d+\s", item):
+                    key = parse_public(item, "key")
+                else:
+                    key = parse_public((self.source.parent / item).read_bytes(), item)
+                self._keys[item] = key
+            return key
         except OSError as error:
             self.complain(line, f"key file {item}: {error.strerror}")
         except KeyFormatError as error:

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import TextIO
 
 import dns.name
-import dns.reversename
 
 from oepy.dns.inventory import Host, Inventory, NameServer
+from oepy.dns.message import NameKey, name_key
 from oepy.dns.records import Gateway, IpsecKey, OeText, build_oe_text, text_rdata
 from oepy.errors import UsageError
 from oepy.model import IpAddress, KeyAlgorithm
@@ -51,7 +51,11 @@ class Record:
 
 def reverse_name(address: IpAddress) -> dns.name.Name:
     """`10.2.0.192.in-addr.arpa.`, or the nibbles under ip6.arpa."""
-    return dns.reversename.from_address(str(address))
+    if address.version == 4:
+        labels = [b"%d" % byte for byte in reversed(address.packed)]
+        return dns.name.Name((*labels, b"in-addr", b"arpa", b""))
+    nibbles = address.packed.hex().encode("ascii")[::-1]
+    return dns.name.Name((*(nibbles[at : at + 1] for at in range(32)), b"ip6", b"arpa", b""))
 
 
 def file_name(zone: dns.name.Name) -> str:
@@ -65,19 +69,20 @@ class ZoneMap:
 
     def __init__(self, zones: list[dns.name.Name]) -> None:
         self.zones = tuple(zones)
-        self._known = set(zones)
+        self._known = {name_key(zone): zone for zone in zones}
         # (parent, first, last) of each RFC 2317 zone, by its parent
-        self._classless: dict[dns.name.Name, list[tuple[int, int, dns.name.Name]]] = {}
+        self._classless: dict[NameKey, list[tuple[int, int, dns.name.Name]]] = {}
         for zone in zones:
             span = classless_span(zone)
             if span is not None:
-                self._classless.setdefault(zone.parent(), []).append((*span, zone))
+                self._classless.setdefault(name_key(zone.parent()), []).append((*span, zone))
 
     def find(self, name: dns.name.Name) -> dns.name.Name | None:
-        for depth in range(len(name.labels)):
-            suffix = dns.name.Name(name.labels[depth:])
-            if suffix in self._known:
-                return suffix
+        key = name_key(name)
+        for depth in range(len(key)):
+            zone = self._known.get(key[depth:])
+            if zone is not None:
+                return zone
         return None
 
     def parent_of(self, zone: dns.name.Name) -> dns.name.Name | None:
@@ -88,7 +93,7 @@ class ZoneMap:
         if not self._classless or not name.labels[0].isdigit():
             return None
         number = int(name.labels[0])
-        for first, last, zone in self._classless.get(name.parent(), ()):
+        for first, last, zone in self._classless.get(name_key(name)[1:], ()):
             if first <= number <= last:
                 return dns.name.Name((name.labels[0], *zone.labels))
         return None
@@ -161,8 +166,7 @@ class _Output:
     ttl: int
     servers: list[NameServer]
     suffix: str = field(default_factory=lambda: secrets.token_hex(4))
-    _open: OrderedDict[dns.name.Name, TextIO] = field(default_factory=OrderedDict)
-    _last_owner: dict[dns.name.Name, dns.name.Name] = field(default_factory=dict)
+    _open: OrderedDict[NameKey, TextIO] = field(default_factory=OrderedDict)
     records: int = 0
 
     def temporary(self, zone: dns.name.Name) -> Path:
@@ -184,12 +188,13 @@ class _Output:
         self.records += 1
 
     def _stream(self, zone: dns.name.Name) -> TextIO:
-        stream = self._open.get(zone)
+        key = name_key(zone)
+        stream = self._open.get(key)
         if stream is None:
             if len(self._open) >= MAX_OPEN_FILES:
                 self._open.popitem(last=False)[1].close()
-            stream = self._open[zone] = self.temporary(zone).open("a", encoding="ascii")
-        self._open.move_to_end(zone)
+            stream = self._open[key] = self.temporary(zone).open("a", encoding="ascii")
+        self._open.move_to_end(key)
         return stream
 
     def close(self) -> None:

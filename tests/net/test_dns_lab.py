@@ -22,6 +22,7 @@ import pytest
 from oepy.dns.build import make_key_source, make_validator
 from oepy.dns.validator import Outcome, Validator
 from oepy.dns.zonefile import reverse_name
+from oepy.errors import OepyError
 from oepy.keys import HostKey
 from oepy.lab.nameserver import RESOLVER_IPV4, RESOLVER_IPV6, ExtraHost, LabDns, in_namespace
 from oepy.model import MARK_OWN, Absent, Bogus, GatewayType, Insecure, Secure, Security
@@ -188,6 +189,23 @@ def test_delv_agrees(lab, tmp_path):
     assert wrong == {}
 
 
+def test_unbound_agrees(lab, tmp_path):
+    """So does unbound's library, as a validating stub of the same resolver."""
+    configuration = tmp_path / "unbound.conf"
+    configuration.write_text(
+        f'server:\n chroot: ""\n username: ""\n trust-anchor-file: "{lab.dns.trust_anchor}"\n'
+        f"forward-zone:\n name: .\n forward-addr: {RESOLVER_IPV4}\n"
+    )
+    expected = [(o, k, "(secure)") for o, k, _, _ in SECURE if k != "DS"]
+    expected += [(o, k, "(insecure)") for o, k in INSECURE] + [(o, k, "(BOGUS") for o, k in BROKEN]
+    wrong = {}
+    for owner, kind, word in expected:
+        result = lab.command("unbound-host", "-C", str(configuration), "-v", "-t", kind, owner)
+        if word not in result.stdout:
+            wrong[owner, kind] = (word, result.stdout[-300:] + result.stderr[-300:])
+    assert wrong == {}
+
+
 def test_the_resolver_may_be_asked_over_ipv6(lab):
     """The same over the resolver's IPv6 address."""
     assert lab.look("alpha.oe.example", "A", resolver=RESOLVER_IPV6).status is Security.SECURE
@@ -277,3 +295,18 @@ def test_the_commands(lab):
     )
     status, record = oepy("peer", "198.18.0.30")
     assert (status, record["status"], record["keys"]) == (1, "absent", [])
+
+
+def test_a_lab_that_cannot_start_says_why_and_leaves_no_process(tmp_path):
+    """Without the resolver's addresses in the namespace: an error in words, and named is gone."""
+    namespace = f"oedns-{os.getpid()}-{secrets.token_hex(3)}"
+    subprocess.run(["ip", "netns", "add", namespace], check=True)
+    try:
+        server = LabDns(tmp_path, namespace, KEYS)
+        with pytest.raises(OepyError, match="not ready"):
+            server.start(seconds=1)
+        assert server.pid is None
+        left = subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True, check=True)
+        assert left.stdout == ""
+    finally:
+        subprocess.run(["ip", "netns", "del", namespace], check=True)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import subprocess
 
 import dns.name
+import dns.reversename
 import dns.zone
 import pytest
 from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
 from oepy.cli import main
 from oepy.dns.anchors import IANA_ROOT, TrustAnchors
 from oepy.dns.inventory import Inventory
-from oepy.dns.zonefile import classless_span, file_name, generate
+from oepy.dns.zonefile import classless_span, file_name, generate, reverse_name
 from oepy.errors import ConfigError
 from oepy.keys import HostKey, encode, public_pem
 
@@ -200,6 +203,12 @@ def test_a_name_server_without_address_is_warned_of(folder):
 def test_rfc2317_zone_names(label, span):
     """Both spellings in use; impossible ones are ordinary labels."""
     assert classless_span(dns.name.from_text(f"{label}.2.0.192.in-addr.arpa")) == span
+
+
+@given(st.ip_addresses())
+def test_reverse_names(address):
+    """The same as the library's, for any address."""
+    assert reverse_name(address) == dns.reversename.from_address(str(address).partition("%")[0])
 
 
 def test_zone_commands(folder):
