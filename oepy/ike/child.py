@@ -123,6 +123,7 @@ def install(
     child.expires_at = context.now + lifetimes.child_hard
     child.usable = outbound
     session.children[child.spi_in] = child
+    context.by_child[child.spi_in] = session.number
     session.childless_since = float("inf")
     pair = SaPair(
         spi_in=child.spi_in,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from oepy.ike.cookies import CookieJar
 from oepy.ike.events import Datagram, IkeEvent, Question
 from oepy.ike.settings import IkeSettings
-from oepy.model import Endpoint, IpAddress, IpNetwork
+from oepy.model import Endpoint, IpAddress, IpNetwork, PeerIdentity
 
 if TYPE_CHECKING:
     from oepy.ike.flow import Flow
@@ -42,6 +42,8 @@ class Context:
         self.by_spi: dict[bytes, Session] = {}
         self.by_number: dict[int, Session] = {}
         self.by_remote: dict[IpAddress, list[Session]] = {}  # established ones
+        self.by_identity: dict[PeerIdentity, list[Session]] = {}  # established ones
+        self.by_child: dict[int, int] = {}  # our inbound ESP SPI → session number
         self.half_open: dict[HalfOpenKey, Session] = {}
         self.half_open_of: Counter[IpNetwork] = Counter()
         self.questions: dict[int, Flow] = {}
@@ -100,6 +102,8 @@ class Context:
             del self.half_open_of[prefix]
 
     def established(self, session: Session) -> None:
+        assert session.identity is not None
+        self.by_identity.setdefault(session.identity, []).append(session)
         self.by_remote.setdefault(session.remote.address, []).append(session)
 
     def forget(self, session: Session) -> None:
@@ -107,6 +111,13 @@ class Context:
         if self.by_number.get(session.number) is session:
             del self.by_number[session.number]
         self.moved(session, None)
+        if session.identity is None:
+            return
+        same = self.by_identity.get(session.identity)
+        if same and session in same:
+            same.remove(session)
+            if not same:
+                del self.by_identity[session.identity]
 
     def moved(self, session: Session, remote: IpAddress | None) -> None:
         """Take the session out of the table of its remote address, and put it under the new one."""

@@ -115,8 +115,9 @@ def initial_contact(session: Session) -> None:
     peer wrote INITIAL_CONTACT before it knew of it."""
     if session.authenticated is Authenticated.NULL:
         return
-    for other in list(session.context.by_number.values()):
-        same = other.identity == session.identity and other.authenticated is session.authenticated
+    assert session.identity is not None
+    for other in list(session.context.by_identity.get(session.identity, ())):
+        same = other.authenticated is session.authenticated and other.state is State.ESTABLISHED
         if other is session or not same or other.established_at >= session.created:
             continue
         session.context.counters["initial_contact"] += 1

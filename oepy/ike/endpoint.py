@@ -204,10 +204,10 @@ class IkeEndpoint:
 
     def _with_child(self, spi_in: int, now: float) -> Iterator[Session]:
         self._context.now = now
-        for session in list(self._context.by_number.values()):
-            if spi_in in session.children:
-                yield session
-                session.reschedule()
+        session = self._context.by_number.get(self._context.by_child.get(spi_in, 0))
+        if session is not None and spi_in in session.children:
+            yield session
+            session.reschedule()
 
     def _with_number(self, number: int, now: float) -> Iterator[Session]:
         self._context.now = now

@@ -79,14 +79,21 @@ def _pull_proposal(reader: Reader) -> tuple[Proposal, bool]:
     spi = inner.pull_bytes(spi_size)
     if not 0 < count <= MAX_TRANSFORMS:
         raise ParseError(f"proposal: {count} transforms")
+    return Proposal(number, protocol, spi, _parse_transforms(inner.pull_rest(), count)), last == 2
+
+
+@functools.lru_cache(maxsize=128)
+def _parse_transforms(data: bytes, count: int) -> tuple[Transform, ...]:
+    """Peers of one kind propose the same bytes, apart from the SPI: most handshakes find them here."""
+    reader = Reader(data, what="transforms")
     transforms = []
     for index in range(count):
-        transform, more = _pull_transform(inner)
+        transform, more = _pull_transform(reader)
         if more != (index < count - 1):
             raise ParseError("proposal: transform count and chain disagree")
         transforms.append(transform)
-    inner.expect_end()
-    return Proposal(number, protocol, spi, tuple(transforms)), last == 2
+    reader.expect_end()
+    return tuple(transforms)
 
 
 def _pull_transform(reader: Reader) -> tuple[Transform, bool]:

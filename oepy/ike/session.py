@@ -392,6 +392,7 @@ class Session:
         child = self.children.pop(spi_in, None)
         if child is None:
             return
+        self.context.by_child.pop(spi_in, None)
         from oepy.ike.duplicates import remaining_child
 
         self.context.emit(ChildDown(self.number, spi_in, child.spi_out, reason, remaining_child(self, child)))

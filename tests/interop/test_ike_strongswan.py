@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from ipaddress import ip_address
@@ -108,8 +109,6 @@ def host_with(key: PrivateKey | None, their_key: PrivateKey | None, settings: Ik
 
 
 def start(side: Driver, their_key: PrivateKey | None, **changes: object) -> int:
-    import time
-
     ours, theirs = changes.pop("addresses", (OURS, THEIRS))  # type: ignore[misc]
     fields: dict[str, object] = {
         "local": Endpoint(ip_address(ours), 500),
@@ -125,8 +124,6 @@ def start(side: Driver, their_key: PrivateKey | None, **changes: object) -> int:
 
 
 def now() -> float:
-    import time
-
     return time.monotonic()
 
 
@@ -211,7 +208,22 @@ def test_an_impostor_is_noticed(clean: tuple[Lab, Charon]) -> None:
         [failed] = side.host.of(SessionFailed)
         assert isinstance(failed, SessionFailed)
         assert failed.kind.value == "proof-failed"
-        assert not side.pump(lambda: "ESTABLISHED" not in daemon.sas(), 3) or True
+        assert side.pump(lambda: "ESTABLISHED" not in daemon.sas(), 3), daemon.sas()
+
+
+@pytest.mark.parametrize("kind", ["ed25519", "psk"])
+def test_charon_refuses_a_wrong_proof(clean: tuple[Lab, Charon], kind: str) -> None:
+    """Our key or secret is another than charon knows: REJECTED with AUTHENTICATION_FAILED, nothing stays."""
+    names, daemon = clean
+    ours, theirs = KEYS[kind]
+    configure(daemon, ED25519_B if ours else None, theirs)
+    with driver(host_with(ours, theirs), names.ours, [OURS]) as side:
+        start(side, theirs, **({} if theirs else {"psk": Secret(b"wrong")}))
+        assert side.pump(lambda: side.host.of(SessionFailed)), daemon.tail()
+        [failed] = side.host.of(SessionFailed)
+        assert isinstance(failed, SessionFailed)
+        assert (failed.kind.value, failed.notify) == ("rejected", "AUTHENTICATION_FAILED")
+        assert not side.host.ike.sessions()
         assert "ESTABLISHED" not in daemon.sas()
 
 

@@ -251,6 +251,26 @@ def test_nothing_of_a_handshake_outlives_it() -> None:
         assert not hasattr(session, "__dict__")
 
 
+def test_nothing_of_a_session_outlives_it() -> None:
+    """After the end every table of the endpoint is empty, on both sides."""
+    a, b = two_hosts(IkeSettings(liveness_interval=0.0))
+    net = Net([a, b])
+    session = a.ike.initiate(request(a, b), net.now)
+    net.run(5)
+    a.ike.rekey_ike(session, net.now)
+    a.ike.rekey_child(next(iter(a.pairs)), net.now)
+    net.run(5)
+    a.ike.terminate(session, net.now)
+    net.run(5)
+    for host in (a, b):
+        context = host.ike._context
+        for table in (context.by_spi, context.by_number, context.by_remote, context.by_identity):
+            assert not table
+        for table in (context.by_child, context.half_open, context.half_open_of, context.questions):
+            assert not table
+        assert host.ike.next_timer() is None
+
+
 def test_an_unanswered_question_ends_the_attempt() -> None:
     """The daemon never answers: the exchange ends by itself."""
     a, b = two_hosts()
