@@ -350,13 +350,14 @@ class NfqueueTrap:
 
     def _sweep(self) -> None:
         running = self._require()
+        # First of all, so that no failure below ends the sweeping
+        running.sweep = running.loop.call_later(SWEEP_SECONDS, self._sweep)
         now = running.loop.time()
         self._decided.expire(now)
         self._drop(self._hold.expire(now), "dropped_overdue")
         self._send_verdicts(running)
         if running.tables.table_comment(TABLE) is None:  # `nft flush ruleset`, say
             self._schedule_restore(running)
-        running.sweep = running.loop.call_later(SWEEP_SECONDS, self._sweep)
 
     def _schedule_restore(self, running: _Running) -> None:
         now = running.loop.time()

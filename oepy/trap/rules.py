@@ -45,7 +45,9 @@ SETS = (PRIVATE, CLEAR, BLOCK, REFUSED)
 
 _ADDRESS_TYPE = {4: "ipv4_addr", 6: "ipv6_addr"}
 _IP = {4: "ip", 6: "ip6"}
-_WITH_PORTS = "{ tcp, udp, dccp, sctp, udplite }"
+# Protocols by number: nft looks names up in /etc/protocols, which small systems lack
+_TCP_UDP = "{ 6, 17 }"
+_WITH_PORTS = "{ 6, 17, 33, 132, 136 }"  # TCP, UDP, DCCP, SCTP, UDP-Lite
 _NEIGHBOUR_DISCOVERY = "icmpv6 type 133-137"
 _FOREIGN_BITS = 0xFFFFFFFF ^ MARK_MASK
 
@@ -231,7 +233,7 @@ class Ruleset:
         return [
             f"ip6 hoplimit 255 {_NEIGHBOUR_DISCOVERY} accept",
             *([f"udp dport {{ {ports} }} accept"] if ports else []),
-            "meta l4proto esp accept",
+            "meta l4proto 50 accept",
             *_dhcp(("67", "68"), ("547", "546")),
             *self._resolver("saddr", "sport", "ct direction reply "),
         ]
@@ -242,7 +244,7 @@ class Ruleset:
             servers = sorted({str(item) for item in self._policy.resolvers if item.version == version})
             if servers:
                 lines.append(
-                    f"{_IP[version]} {address} {{ {', '.join(servers)} }} meta l4proto {{ tcp, udp }} "
+                    f"{_IP[version]} {address} {{ {', '.join(servers)} }} meta l4proto {_TCP_UDP} "
                     f"th {port} {{ 53, 853 }} {condition}accept"
                 )
         return lines

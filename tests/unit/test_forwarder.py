@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import struct
 from ipaddress import ip_address
 
@@ -162,6 +163,19 @@ def test_an_spi_of_another_pair_is_refused(ends: tuple[End, End]) -> None:
     a.forwarder.install(pairs(spis=(0x1001, 0x9999))[0], True, 0.0)
     with pytest.raises(ValueError, match="IPv6"):
         a.forwarder.install(pairs("2001:db8::1", "2001:db8::2", spis=(7777, 1))[0], True, 0.0)
+
+
+def test_a_moved_peer_is_followed_when_told(ends: tuple[End, End]) -> None:
+    """The same pair with other endpoints: the next packet goes there, the sequence number goes on."""
+    a, b = ends
+    a.send(ipv4_packet(A, B))
+    moved = dataclasses.replace(pairs()[0], remote=Endpoint(ip_address("192.0.2.77"), 40123))
+    a.forwarder.install(moved, True, 1.0)
+    a.send(ipv4_packet(A, B))
+    assert [route.address for _, route in a.socket.sent] == [(B, 4500), ("192.0.2.77", 40123)]
+    for datagram, _ in a.socket.sent:
+        b.take(datagram)
+    assert len(b.device.written) == 2
 
 
 # -- the MSS clamp ---------------------------------------------------------------------------------------

@@ -110,7 +110,7 @@ def _side(selector: TrafficSelector) -> _Side:
 class Selectors:
     """What one SA pair may carry, in either direction."""
 
-    __slots__ = ("_addresses_only", "_local", "_remote")
+    __slots__ = ("_addresses_only", "_inward", "_local", "_outward", "_remote")
 
     def __init__(self, local: tuple[TrafficSelector, ...], remote: tuple[TrafficSelector, ...]) -> None:
         self._local = tuple(_side(selector) for selector in local)
@@ -120,8 +120,17 @@ class Selectors:
             for side in (*self._local, *self._remote)
         )
 
+        # The opportunistic case, one host to one host: both addresses at once, as they stand in the packet
+        self._outward = self._inward = b""
+        if self._addresses_only and len(local) == len(remote) == 1:
+            (here,), (there,) = self._local, self._remote
+            if here.start == here.end and there.start == there.end:
+                self._outward, self._inward = here.start + there.start, there.start + here.start
+
     def allow_outward(self, packet: Bytes) -> bool:
         """From a local to a remote selector."""
+        if self._outward:
+            return _both_addresses(packet) == self._outward
         source, destination = addresses(packet)
         if self._addresses_only:
             return _any_has(self._local, source) and _any_has(self._remote, destination)
@@ -135,6 +144,8 @@ class Selectors:
 
     def allow_inward(self, packet: Bytes) -> bool:
         """From a remote to a local selector (RFC 4301 §5.2 step 4)."""
+        if self._inward:
+            return _both_addresses(packet) == self._inward
         source, destination = addresses(packet)
         if self._addresses_only:
             return _any_has(self._remote, source) and _any_has(self._local, destination)
@@ -145,6 +156,10 @@ class Selectors:
             side.has_address(destination) and side.has_port(protocol, destination_port)
             for side in self._local
         )
+
+
+def _both_addresses(packet: Bytes) -> Bytes:
+    return packet[12:20] if packet[0] >> 4 == 4 else packet[8:40]
 
 
 def _any_has(sides: tuple[_Side, ...], address: bytes) -> bool:

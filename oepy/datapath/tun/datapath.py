@@ -33,7 +33,8 @@ class TunDatapath:
 
     `nat_t_sockets` (udp.IkeSockets.nat_t) are read by the process alone from `start` on; the daemon goes on
     sending on them, and gets the IKE messages among what arrives by `on_ike(data, local, remote)`, without
-    the non-ESP marker. A peer whose outer address changes (a NAT's new mapping) is not followed yet.
+    the non-ESP marker. A peer whose outer address changes (a NAT's new mapping) is not followed by itself:
+    `install` the same pair with its new endpoints.
     """
 
     def __init__(
@@ -115,7 +116,8 @@ class TunDatapath:
                 return spi
 
     async def install(self, pair: SaPair, *, outbound: bool = True) -> None:
-        """See `interfaces.Datapath`. Raises OepyError where the pair is not supported or its SPI in use."""
+        """See `interfaces.Datapath`. The same pair again with other endpoints moves it there; ESP goes to the
+        remote endpoint's port as given. Raises OepyError where the pair is not supported or its SPI in use."""
         self._spis.add(pair.spi_in)
         await self._ask("install", pair=control.encode_pair(pair), outbound=outbound)
 

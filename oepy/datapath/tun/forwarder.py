@@ -5,6 +5,7 @@ What a stranger can send ends in a counter; at most a few events a second come o
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping
 from ipaddress import IPv4Address, IPv6Address
@@ -74,17 +75,18 @@ class Forwarder:
     # -- SAs -----------------------------------------------------------------------------------------
 
     def install(self, pair: SaPair, sending: bool, now: float) -> None:
-        """Add it, or let a pair that is there begin to send. Raises OepyError for what is not supported, and
-        ValueError where the SPI is in use by another pair."""
+        """Add it, or let a pair that is there begin to send, or move it to other outer endpoints. Raises
+        OepyError for what is not supported, and ValueError where the SPI is in use by another pair."""
+        if pair.remote.address.version not in self._outers:
+            raise ValueError(f"no socket for IPv{pair.remote.address.version}")
         known = self.database.get(pair.spi_in)
         if known is None:
-            if pair.remote.address.version not in self._outers:
-                raise ValueError(f"no socket for IPv{pair.remote.address.version}")
             known = EspPair(pair, now)
             self.database.add(known)
-            self._routes[known] = Route.between(pair.local, pair.remote)
-        elif known.pair.spi_out != pair.spi_out or known.pair.remote != pair.remote:
+        elif dataclasses.replace(known.pair, local=pair.local, remote=pair.remote) != pair:
             raise ValueError(f"SPI {pair.spi_in:#x} is in use")
+        known.pair = pair
+        self._routes[known] = Route.between(pair.local, pair.remote)
         if sending:
             self.database.enable_sending(known)
 
