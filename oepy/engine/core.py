@@ -361,8 +361,7 @@ class Engine:
         entry.move(State.PRIVATE, f"{pair.suite} with {pair.remote.address}", now)
         entry.expires = None
         self.counts["private"] += 1
-        self._arm(now + table.PRIVATE_REFRESH, "refresh", entry.key)
-        yield Decide(*entry.key, Verdict.PRIVATE, table.PRIVATE_ELEMENT_LIFE)
+        yield from self._refresh(entry, now)
         yield Report(
             "private",
             {
@@ -479,7 +478,7 @@ class Engine:
     def _tick(self, _message: Tick, now: float) -> Iterator[Action]:
         idle: list[int] = []
         while self._timers and self._timers[0][0] <= now:
-            _, _, kind, subject = heapq.heappop(self._timers)
+            when, _, kind, subject = heapq.heappop(self._timers)
             if kind == "idle":
                 assert isinstance(subject, int)
                 if subject in self.pairs:
@@ -489,13 +488,18 @@ class Engine:
             entry = self.entries.get(subject)
             if entry is None:
                 continue
-            if kind == "refresh" and entry.state is State.PRIVATE:
-                self._arm(now + table.PRIVATE_REFRESH, "refresh", entry.key)
-                yield Decide(*entry.key, Verdict.PRIVATE, table.PRIVATE_ELEMENT_LIFE)
+            if kind == "refresh" and entry.state is State.PRIVATE and entry.refresh_at == when:
+                yield from self._refresh(entry, now)
             elif kind == "expire" and entry.expires is not None and entry.expires <= now:
                 yield from self._expire(entry, now)
         if idle:
             yield ReadCounters(tuple(idle))
+
+    def _refresh(self, entry: Entry, now: float) -> Iterator[Action]:
+        """Enter or renew the kernel's element; it ends by itself when nobody does any more."""
+        entry.refresh_at = now + table.PRIVATE_REFRESH
+        self._arm(entry.refresh_at, "refresh", entry.key)
+        yield Decide(*entry.key, Verdict.PRIVATE, table.PRIVATE_ELEMENT_LIFE)
 
     def _expire(self, entry: Entry, now: float) -> Iterator[Action]:
         if entry.state is State.LOOKUP:

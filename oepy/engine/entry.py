@@ -55,6 +55,7 @@ class Entry:
     state: State = State.NEW
     reason: str = ""
     expires: float | None = None
+    refresh_at: float = 0.0  # when the kernel's element is renewed
     source: IpAddress | None = None
     uncovered: IpAddress | None = None  # a further source address that wants a tunnel of its own
     answer: KeyAnswer | None = None

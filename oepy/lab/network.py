@@ -169,12 +169,14 @@ class LabNetwork:
         hosts: tuple[HostPlan, ...] = HOSTS,
         extra_dns: Sequence[ExtraHost] = (),
         host_keys: Mapping[str, HostKey] | None = None,
+        odd_records: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self.directory = directory
         self._key_log = key_log
         self._plans = hosts
         self._extra_dns = extra_dns
         self._host_keys = host_keys or {}
+        self._odd_records = odd_records or {}  # by zone, for tests
         self.lab = Lab()
         self.hosts: dict[str, LabHost] = {}
         self.wire: Wire
@@ -204,7 +206,13 @@ class LabNetwork:
         self.ns = self.lab.namespace("ns")
         self.wire.attach(self.ns, "eth0", [f"{NS_V4}/15", f"{NS_V6}/48"])
         keys = self._make_hosts()
-        self.dns = LabDns(self.directory / "ns", self.ns.name, keys, extra_hosts=self._extra_dns)
+        self.dns = LabDns(
+            self.directory / "ns",
+            self.ns.name,
+            keys,
+            extra_hosts=self._extra_dns,
+            resource_records=self._odd_records,
+        )
         self.dns.start()
         for host in self.hosts.values():
             host.anchors.write_bytes(self.dns.trust_anchor.read_bytes())

@@ -228,7 +228,7 @@ async def test_a_hard_limit_ends_the_sa_and_nothing_leaks(
     with Capture(net.wire.namespace, net.wire.ports, tmp_path / "wire.pcap", incoming_only=True) as capture:
         assert await pinged(a.namespace, B4, count=6, within=0.2) in (3, 4)
         assert _clear(capture) == []
-    assert a.kinds() == ["soft-expire", "hard-expire"]
+    assert a.kinds()[:2] == ["soft-expire", "hard-expire"]
     assert a.events[0].spi == pair.spi_in
     assert await a.datapath.counters() == []
 

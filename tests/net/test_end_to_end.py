@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import signal
 import socket
 import stat
 import subprocess
@@ -23,13 +24,16 @@ from oepy.lab.probe import Pinger
 
 pytestmark = pytest.mark.root
 
+MALFORMED = "198.18.0.70"
+ODD_RECORDS = {"18.198.in-addr.arpa": ["70.0 IN IPSECKEY 10 0 2 . AAAA"]}
+
 
 @pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LabNetwork]:
     directory = tmp_path_factory.mktemp("lab")
     for parent in (directory, *directory.parents[:2]):
         parent.chmod(0o755)
-    with LabNetwork(directory / "run") as lab:
+    with LabNetwork(directory / "run", odd_records=ODD_RECORDS) as lab:
         lab.build()
         lab.start_daemons()
         yield lab
@@ -140,6 +144,44 @@ def test_the_status_and_the_sas_are_as_promised(network: LabNetwork) -> None:
     assert [
         event["event"] for event in events if event["event"] in ("trapped", "lookup", "negotiate", "private")
     ]
+
+
+def test_a_malformed_key_record_blocks_and_is_named(network: LabNetwork, capture: Capture) -> None:
+    """RFC 4322: deny even when permissive; `explain` says which record and why."""
+    alpha = network.hosts["alpha"]
+    since = time.time()
+    assert ping(alpha, MALFORMED) == 0
+    story = json.loads(oepy(alpha, "explain", MALFORMED, "--json").stdout)
+    assert story["disposition"] == "blocked"
+    assert "70.0.18.198.in-addr.arpa" in story["reason"]
+    assert "IPSECKEY" in story["reason"]
+    packets = [packet for packet in capture.packets() if packet.time >= since]
+    assert demo.clear_between(packets, alpha.plan.v4, MALFORMED) == []
+
+
+def test_a_silent_resolver_ends_in_the_tables_row(network: LabNetwork) -> None:
+    """BIND is stopped: private-or-clear goes on in the clear after the bounded wait, `private` is blocked."""
+    alpha, legacy, beta = (network.hosts[name] for name in ("alpha", "legacy", "beta"))
+    alpha.policy = {"groups": {"private": [f"{beta.plan.v6}/128"]}}
+    alpha.reload_daemon()
+    alpha.client.post(protocol.FLUSH, {"destination": None, "dns": "all"})
+    assert network.dns.pid is not None
+    os.kill(network.dns.pid, signal.SIGSTOP)
+    try:
+        with alpha.namespace.entered(), Pinger(legacy.plan.v4) as pinger:
+            pinger.send(1)
+            assert pinger.receive(20.0) == 1
+        assert ping(alpha, beta.plan.v6) == 0
+        stories = [alpha.client.get(protocol.EXPLAIN, destination=a) for a in (legacy.plan.v4, beta.plan.v6)]
+        deadline = time.monotonic() + 20
+        while stories[1]["disposition"] == "held" and time.monotonic() < deadline:
+            time.sleep(0.2)
+            stories[1] = alpha.client.get(protocol.EXPLAIN, destination=beta.plan.v6)
+    finally:
+        os.kill(network.dns.pid, signal.SIGCONT)
+    assert [story["disposition"] for story in stories] == ["clear", "blocked"]
+    assert all("DNS is silent" in story["reason"] for story in stories)
+    fresh(alpha)
 
 
 def test_terminate_takes_both_ends_down_and_the_next_packet_brings_it_back(network: LabNetwork) -> None:

@@ -331,6 +331,17 @@ def test_private_elements_are_renewed_while_the_daemon_lives() -> None:
     assert table.PRIVATE_REFRESH * 2 < table.PRIVATE_ELEMENT_LIFE
 
 
+def test_a_tunnel_that_comes_and_goes_is_renewed_once_a_minute() -> None:
+    """However often a destination became private, it has one running renewal."""
+    machine, _ = looked_up(OE, secure())
+    for number in range(20):
+        machine.handle(TunnelUp(pair(0x9000 + 2 * number), False), 1.0)
+        if number < 19:
+            machine.handle(TunnelDown(0x9000 + 2 * number, "peer-delete"), 1.0)
+    renewals = [a for a in machine.handle(Tick(), 61.1) if isinstance(a, Decide)]
+    assert renewals == [Decide(OE, PEER, Verdict.PRIVATE, table.PRIVATE_ELEMENT_LIFE)]
+
+
 def test_decisions_expire_and_ask_again() -> None:
     """At the end of its life `clear` becomes "ask": the next packet is looked up."""
     machine, _ = looked_up(OE, ABSENT)
