@@ -30,6 +30,7 @@ from oepy.keys import HostKey
 from oepy.model import Endpoint, Flow, IpAddress, PolicyGroup, SaPair, Unreachable
 from oepy.policy import PolicyTable
 
+TRAFFIC_SECONDS = 10.0  # between two looks at what came in
 LOOKUP_SECONDS = 12.0  # the DNS room bounds itself; this is the belt to its braces
 
 
@@ -179,6 +180,20 @@ class Core:
         except TimeoutError:
             answer = Unreachable(str(destination), "", 0, "the lookup took too long", LOOKUP_SECONDS)
         self.feed(LookupDone(destination, answer))
+
+    async def watch_traffic(self) -> None:
+        """Tell IKE which SAs receive: their peers live and need no question (RFC 7296 §2.4)."""
+        seen: dict[int, float] = {}
+        while True:
+            await asyncio.sleep(TRAFFIC_SECONDS)
+            if not self.engine.pairs:
+                continue
+            counters = await self.datapath.counters()
+            for counted in counters:
+                if counted.last_in > seen.get(counted.spi_in, 0.0):
+                    self.negotiator.traffic_seen(counted.spi_in)
+            seen = {counted.spi_in: counted.last_in for counted in counters}
+            self.negotiator.pump()
 
     async def _read_counters(self, spis: tuple[int, ...]) -> None:
         self.feed(engine_messages.Counters(await self.datapath.counters(spis)))

@@ -16,8 +16,10 @@ from oepy.engine.messages import (
     OutboundReady,
     StartIke,
     TunnelDown,
+    TunnelMoved,
     TunnelUp,
 )
+from oepy.errors import KeyFormatError
 from oepy.ike import events as ike
 from oepy.ike.authentication import sign_auth
 from oepy.ike.endpoint import IkeEndpoint, SessionInfo
@@ -203,7 +205,7 @@ class Negotiator:
             case ike.NeedSpi():
                 self._answer(event.token, self._ports.allocate_spi())
             case ike.NeedSignature():
-                self._answer(event.token, sign_auth(self._key.private, event.data, event.peer_hashes))
+                self._answer(event.token, self._sign(event))
             case ike.NeedPeerKey():
                 self._spawn(self._find_key(event))
             case ike.NeedNarrowing():
@@ -212,6 +214,10 @@ class Negotiator:
                 self._child_up(event)
             case ike.ChildUsable():
                 self._ports.feed(OutboundReady(event.spi_in))
+            case ike.PeerMoved():
+                session = self.endpoint.session(event.session)
+                for child in session.children if session else ():
+                    self._ports.feed(TunnelMoved(child.spi_in, event.local, event.remote))
             case ike.ChildDown():
                 self._ports.feed(TunnelDown(event.spi_in, event.reason.value))
             case ike.SessionFailed():
@@ -231,6 +237,16 @@ class Negotiator:
                 self._session_down(event)
             case ike.NeedPsk():
                 self._answer(event.token, None)  # opportunistic encryption shares no secrets
+
+    def _sign(self, event: ike.NeedSignature) -> tuple[int, bytes] | None:
+        try:
+            return sign_auth(self._key.private, event.data, event.peer_hashes)
+        except KeyFormatError as error:  # the peer knows no hash that suits our key
+            self._ports.report("cannot-sign", alert=True, reason=str(error))
+            return None
+
+    def traffic_seen(self, spi_in: int) -> None:
+        self.endpoint.traffic_seen(spi_in, self._ports.monotonic())
 
     def _answer(self, token: int, value: object) -> None:
         self.endpoint.answer(token, value, self._ports.monotonic())

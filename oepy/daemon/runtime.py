@@ -107,6 +107,7 @@ class Daemon(Core):
         self.trap.start(self._trap_policy(), self.on_trapped)
         self.journal.add("started", datapath=self.datapath_name, key=fingerprint(self.host_key.public))
         self._spawn(self._learn_own_records())
+        self._spawn(self.watch_traffic())
 
     def _take_lock(self) -> None:
         path = self.config.socket.with_suffix(".lock")

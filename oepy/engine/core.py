@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from oepy.engine import table
 from oepy.engine.entry import Entry, Key, candidates_of, tunnel_of
@@ -36,6 +36,7 @@ from oepy.engine.messages import (
     Tick,
     Trapped,
     TunnelDown,
+    TunnelMoved,
     TunnelUp,
     UnknownSpi,
 )
@@ -91,6 +92,7 @@ class Engine:
             NegotiationFailed: self._negotiation_failed,
             TunnelUp: self._tunnel_up,
             OutboundReady: self._outbound_ready,
+            TunnelMoved: self._tunnel_moved,
             TunnelDown: self._tunnel_down,
             UnknownSpi: self._unknown_spi,
             NoSa: self._no_sa,
@@ -380,6 +382,13 @@ class Engine:
         known = self.pairs.get(message.spi_in)
         if known is not None:
             yield Install(known[0], True)
+
+    def _tunnel_moved(self, message: TunnelMoved, _now: float) -> Iterator[Action]:
+        known = self.pairs.get(message.spi_in)
+        if known is not None:
+            pair = replace(known[0], local=message.local, remote=message.remote)
+            self.pairs[message.spi_in] = (pair, known[1])
+            yield Install(pair, True)
 
     def _tunnel_down(self, message: TunnelDown, now: float) -> Iterator[Action]:
         keys = self._by_spi.pop(message.spi_in, [])

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from oepy.model import (
+    Endpoint,
     Flow,
     IpAddress,
     KeyAnswer,
@@ -66,6 +67,15 @@ class OutboundReady:
     """The peer has shown that it uses the new pair: send on it as well."""
 
     spi_in: int
+
+
+@dataclass(frozen=True, slots=True)
+class TunnelMoved:
+    """The peer proved that it is now at another outer address or port (RFC 7296 §2.23)."""
+
+    spi_in: int
+    local: Endpoint
+    remote: Endpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +139,7 @@ Input = (
     | NegotiationFailed
     | TunnelUp
     | OutboundReady
+    | TunnelMoved
     | TunnelDown
     | UnknownSpi
     | NoSa

@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 import dns.dnssec
 import dns.exception
 import dns.flags
+import dns.message
 import dns.name
 import dns.query
 import dns.rcode
@@ -33,7 +34,6 @@ import dns.rdatatype
 import dns.rdtypes.ANY.DNSKEY
 import yaml
 
-import dns.message
 from oepy.dns.inventory import Inventory
 from oepy.dns.zonefile import file_name, generate
 from oepy.errors import OepyError

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import dns.dnssec
 import dns.flags
+import dns.message
 import dns.name
 import dns.rcode
 import dns.rdata
@@ -19,12 +20,11 @@ import dns.rdtypes.ANY.NSEC3
 import dns.rdtypes.util
 import dns.rrset
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+
 from oepy.dns.anchors import TrustAnchors
 from oepy.dns.message import Question, Reply, build_query, parse_reply
 from oepy.dns.transport import NoReply
 from oepy.dns.validator import Validator
-
-import dns.message
 
 NOW = 1_800_000_000
 IN = dns.rdataclass.IN

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from ipaddress import ip_address
 
 import pyroute2.netns
+
 from oepy.ike.events import Question
 from oepy.model import NAT_T_PORT, Endpoint
-
 from tests.sim.ike_net import Host
 
 _MARKER = bytes(4)

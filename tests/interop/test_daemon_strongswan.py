@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from ipaddress import ip_address
 
 import pytest
+
 from oepy.control import protocol
 from oepy.keys import HostKey, public_pem
 from oepy.lab import demo
@@ -15,7 +16,6 @@ from oepy.lab.capture import Capture
 from oepy.lab.nameserver import ExtraHost
 from oepy.lab.network import HOSTS, HostPlan, LabHost, LabNetwork
 from oepy.lab.probe import Pinger
-
 from tests.interop.charon import Charon, charon
 
 pytestmark = [pytest.mark.root, pytest.mark.interop]

@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from oepy.cli.lab import copy_key_logs
 from oepy.control import protocol
 from oepy.lab import demo

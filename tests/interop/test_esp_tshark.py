@@ -8,9 +8,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from oepy.datapath.esp.sa import EspPair
 from oepy.model import EspSuite
-
 from tests.fakes.datapath import ipv4_packet, pairs
 
 pytestmark = pytest.mark.interop

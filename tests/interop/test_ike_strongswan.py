@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives import serialization
+
 from oepy.ike.authentication import PrivateKey
 from oepy.ike.events import ChildDown, ChildUp, DownReason, IkeEstablished, IkeRekeyed, SessionFailed
 from oepy.ike.settings import IkeSettings, Initiate
 from oepy.keys import to_public_key
 from oepy.model import Authenticated, Endpoint, PeerIdentity, Secret, TrafficSelector
-
 from tests.interop.charon import OURS, OURS6, THEIRS, THEIRS6, Charon, Lab, charon, lab
 from tests.interop.ike_driver import Driver, driver
 from tests.sim.ike_net import ED25519_A, ED25519_B, P256, P384, Host, rsa_key

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
 from oepy.errors import OepyError
 from oepy.ike.algorithms import parse_esp_proposal, parse_ike_proposal
 from oepy.ike.events import IkeKeys
 from oepy.ike.settings import IkeSettings
 from oepy.keylog import ESP_FILE, KeyLog, ike_line
 from oepy.model import Endpoint, SaPair
-
 from tests.sim.ike_net import Net, assert_one_tunnel, request, two_hosts
 
 pytestmark = pytest.mark.interop

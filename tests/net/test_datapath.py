@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+
 from oepy.datapath import TunDatapath
 from oepy.errors import MisuseError, OepyError
 from oepy.interfaces import DatapathEvent
@@ -25,7 +26,6 @@ from oepy.lab.capture import Capture
 from oepy.lab.namespaces import Namespace
 from oepy.model import Endpoint, EspSuite, Lifetime, SaPair, Verdict
 from oepy.udp import IkeSockets, open_ike_sockets
-
 from tests.fakes.datapath import mirrored, pairs, selector
 from tests.net.harness import (
     A4,

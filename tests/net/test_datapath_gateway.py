@@ -17,13 +17,13 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+
 from oepy.datapath import TunDatapath
 from oepy.datapath.tun import control
 from oepy.lab.capture import Capture
 from oepy.lab.namespaces import Lab, Namespace
 from oepy.model import SaPair, Verdict
 from oepy.udp import open_ike_sockets
-
 from tests.fakes.datapath import mirrored, pairs, selector
 from tests.net.harness import (
     A4,

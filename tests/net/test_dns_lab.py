@@ -19,6 +19,7 @@ from typing import Any
 
 import dns.rdatatype
 import pytest
+
 from oepy.dns.build import make_key_source, make_validator
 from oepy.dns.validator import Outcome, Validator
 from oepy.dns.zonefile import reverse_name

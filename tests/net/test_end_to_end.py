@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from oepy.control import protocol
 from oepy.lab import demo
 from oepy.lab.capture import Capture

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from oepy.lab.capture import Capture
 from oepy.lab.namespaces import Lab, namespaces_here, remove_stale
 from oepy.lab.probe import ping

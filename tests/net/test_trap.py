@@ -15,11 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from oepy.errors import MisuseError, OepyError
 from oepy.lab.capture import Capture
 from oepy.model import MARK_OWN, Direction, Verdict
 from oepy.trap import hold
-
 from tests.net.harness import (
     A4,
     A6,

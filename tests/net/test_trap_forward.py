@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 from oepy.lab.capture import Capture
 from oepy.lab.namespaces import Lab, Namespace
 from oepy.model import Direction, Verdict
-
 from tests.net.harness import (
     GROUP,
     address,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address
 
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+
 from oepy.ike.authentication import PrivateKey, sign_auth
 from oepy.ike.endpoint import IkeEndpoint
 from oepy.ike.events import (

@@ -6,11 +6,11 @@ import asyncio
 import random
 
 import pytest
+
 from oepy.engine.messages import Terminate
 from oepy.engine.table import State
 from oepy.keys import HostKey
 from oepy.model import Authenticated, KeyAnswer, PolicyGroup, Verdict
-
 from tests.fakes.clock import run_virtual
 from tests.sim.world import Host, Router, matching_pairs
 

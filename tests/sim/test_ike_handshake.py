@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+
 from oepy.ike.algorithms import parse_esp_proposal, parse_ike_proposal
 from oepy.ike.authentication import PrivateKey
 from oepy.ike.events import (
@@ -18,7 +19,6 @@ from oepy.ike.events import (
 )
 from oepy.ike.settings import IkeSettings
 from oepy.model import Authenticated, Endpoint, PeerIdentity, Secret, TrafficSelector
-
 from tests.sim.ike_net import (
     ED25519_A,
     ED25519_B,

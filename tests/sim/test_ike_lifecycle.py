@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+
 from oepy.ike.events import (
     ChildDown,
     ChildUp,
@@ -16,7 +17,6 @@ from oepy.ike.events import (
 )
 from oepy.ike.settings import IkeSettings, Lifetimes, Retransmission
 from oepy.model import Authenticated
-
 from tests.sim.ike_net import Host, Net, assert_mirror, assert_one_tunnel, request, two_hosts
 
 QUIET = IkeSettings(liveness_interval=0.0)

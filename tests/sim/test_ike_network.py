@@ -7,12 +7,12 @@ from dataclasses import replace
 from ipaddress import ip_address
 
 import pytest
+
 from oepy.ike.algorithms import parse_esp_proposal, parse_ike_proposal
 from oepy.ike.events import ChildUp, ChildUsable, Datagram, IkeEstablished, PeerMoved
 from oepy.ike.header import Exchange, parse_header
 from oepy.ike.settings import IkeSettings, Lifetimes
 from oepy.model import Endpoint
-
 from tests.sim.ike_net import Host, Net, assert_one_tunnel, request, two_hosts
 
 QUIET = IkeSettings(liveness_interval=0.0)

@@ -15,7 +15,6 @@ from oepy.interfaces import PolicyRule
 from oepy.keys import HostKey
 from oepy.model import Flow, GatewayType, IpAddress, KeyAnswer, PeerKey, PolicyGroup, PublicKey, Secure
 from oepy.policy import PolicyTable
-
 from tests.fakes.rooms import FakeDatapath, FakeKeys, FakeTrap
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from oepy.config import load, parse, parse_rule, system_resolvers
 from oepy.errors import ConfigError
 from oepy.model import PolicyGroup

@@ -6,6 +6,7 @@ import asyncio
 from ipaddress import ip_address
 
 import pytest
+
 from oepy.daemon.admission import Admissions, Offer
 from oepy.daemon.journal import MAX_BACKLOG, MAX_EVENTS, Journal
 from oepy.daemon.own import OwnRecords

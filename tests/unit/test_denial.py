@@ -7,9 +7,9 @@ import dns.rdatatype
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from oepy.dns.denial import Cut, Denial, Proof
 from oepy.dns.limits import Budget
-
 from tests.fakes.signed_tree import Zone, name
 
 A, TXT, DS = (int(dns.rdatatype.from_text(kind)) for kind in ("A", "TXT", "DS"))

@@ -11,6 +11,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ed25519
 from hypothesis import given
 from hypothesis import strategies as st
+
 from oepy.dns import records
 from oepy.dns.records import IpsecKey, OeText, UnsupportedRecord
 from oepy.errors import ParseError

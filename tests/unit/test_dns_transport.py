@@ -9,6 +9,7 @@ import time
 from ipaddress import ip_address
 
 import dns.flags
+import dns.message
 import dns.name
 import dns.rcode
 import dns.rdata
@@ -16,12 +17,11 @@ import dns.rdatatype
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from oepy.dns import transport
 from oepy.dns.message import MAX_RECORDS, Question, Reply, build_query, parse_reply
 from oepy.dns.transport import NoReply, UdpTransport, system_resolvers
 from oepy.errors import ConfigError, ParseError
-
-import dns.message
 
 QUESTION = Question(dns.name.from_text("www.example."), int(dns.rdatatype.A))
 LOCALHOST = ip_address("127.0.0.1")

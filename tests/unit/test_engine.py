@@ -5,6 +5,7 @@ from __future__ import annotations
 from ipaddress import IPv4Address, ip_address
 
 import pytest
+
 from oepy.engine import Engine, EngineSettings, table
 from oepy.engine.entry import candidates_of
 from oepy.engine.messages import (
@@ -29,6 +30,7 @@ from oepy.engine.messages import (
     Tick,
     Trapped,
     TunnelDown,
+    TunnelMoved,
     TunnelUp,
     UnknownSpi,
 )
@@ -308,6 +310,16 @@ def test_a_rekeyed_pair_takes_over_without_a_gap() -> None:
     down = without_reports(machine.handle(TunnelDown(0x1000, "rekeyed"), 101.0))
     assert down == [Remove(0x1000)]
     assert machine.find(PEER).state is State.PRIVATE
+
+
+def test_a_peer_that_moves_is_followed() -> None:
+    """Another outer address: the same SAs are installed again with the new endpoints."""
+    machine, _ = private_engine()
+    moved = Endpoint(GATEWAY, 60000)
+    (install,) = machine.handle(TunnelMoved(0x1000, pair().local, moved), 5.0)
+    assert isinstance(install, Install)
+    assert (install.pair.remote, install.pair.spi_in) == (moved, 0x1000)
+    assert machine.handle(TunnelMoved(0x9999, pair().local, moved), 5.0) == []
 
 
 def test_an_idle_tunnel_is_let_go_and_a_used_one_stays() -> None:

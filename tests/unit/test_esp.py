@@ -7,13 +7,13 @@ import dataclasses
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from oepy.datapath.esp.database import SaDatabase
 from oepy.datapath.esp.replay import MAX_WINDOW, ReplayWindow, infer_sequence
 from oepy.datapath.esp.sa import EspPair, ReplayError, SaEnded, SelectorError
 from oepy.datapath.esp.suites import IntegrityError, make_transform
 from oepy.errors import OepyError, ParseError, RemoteError
 from oepy.model import EspSuite, Lifetime, SaKeys, Secret
-
 from tests.fakes.datapath import SUITES, ipv4_packet, ipv6_packet, keys_of, pairs, selector
 
 

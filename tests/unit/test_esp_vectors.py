@@ -5,10 +5,10 @@ from __future__ import annotations
 from ipaddress import ip_address
 
 import pytest
+
 from oepy.datapath.esp.sa import EspPair
 from oepy.datapath.esp.suites import IntegrityError, make_transform
 from oepy.model import EspSuite, SaKeys, Secret
-
 from tests.fakes.datapath import pairs
 
 _CASES = {

@@ -10,13 +10,13 @@ from ipaddress import ip_address
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from oepy.datapath.esp.mss import clamp
 from oepy.datapath.tun import control
 from oepy.datapath.tun.forwarder import MAX_EVENTS_PER_INTERVAL, Forwarder
 from oepy.errors import ParseError
 from oepy.interfaces import DatapathEvent
 from oepy.model import Endpoint, EspSuite, Lifetime, SaCounters, SaPair
-
 from tests.fakes.datapath import MemoryDevice, MemorySocket, ipv4_packet, pairs, selector
 
 A, B = "192.0.2.1", "192.0.2.2"

@@ -8,6 +8,7 @@ from ipaddress import IPv4Address, IPv6Address
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from oepy.errors import ParseError
 from oepy.ike import rules
 from oepy.ike.crypto import AeadProtection

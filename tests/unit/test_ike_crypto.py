@@ -9,6 +9,7 @@ from ipaddress import IPv4Address
 import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed448, padding
+
 from oepy.errors import KeyFormatError, ParseError, UsageError
 from oepy.ike.algorithms import (
     DEFAULT_ESP,
@@ -44,7 +45,6 @@ from oepy.ike.key_exchange import EcpShare, X25519Share, generate
 from oepy.ike.payload_sa import PROTOCOL_ESP, PROTOCOL_IKE, Proposal, Transform, TransformType
 from oepy.keys import to_public_key
 from oepy.model import Endpoint, EspSuite, PublicKey, Secret
-
 from tests.sim.ike_net import ED25519_A, ED25519_B, P256, P384, rsa_key
 
 ALL = frozenset(OUR_HASHES)

@@ -9,6 +9,7 @@ from ipaddress import IPv4Address
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from oepy.errors import MisuseError
 from oepy.ike.endpoint import IkeEndpoint, SessionInfo
 from oepy.ike.events import ChildUp, IkeKeys, NeedSpi
@@ -20,7 +21,6 @@ from oepy.ike.session import Session
 from oepy.ike.settings import IkeSettings
 from oepy.ike.states import TRANSITIONS, Happening, State
 from oepy.model import Endpoint
-
 from tests.sim.ike_net import Host, Net, request, two_hosts
 
 FAR = Endpoint(IPv4Address("203.0.113.9"), 500)

@@ -10,6 +10,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 from hypothesis import given
 from hypothesis import strategies as st
+
 from oepy import keys
 from oepy.errors import KeyFormatError
 from oepy.model import KeyAlgorithm, PublicKey

@@ -8,13 +8,13 @@ from ipaddress import ip_address
 import dns.name
 import dns.rdata
 import pytest
+
 from oepy.dns import peers, records
 from oepy.dns.peers import DnsKeySource
 from oepy.dns.records import IpsecKey, OeText
 from oepy.dns.zonefile import reverse_name
 from oepy.keys import HostKey
 from oepy.model import Absent, Bogus, GatewayType, Insecure, KeyAnswer, Secure, Unreachable
-
 from tests.fakes.signed_tree import SignedTree, Zone, name
 
 ED = HostKey.generate("ed25519").public

@@ -7,6 +7,7 @@ from ipaddress import ip_address, ip_network
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from oepy.interfaces import PolicyRule
 from oepy.model import Flow, PolicyGroup, TrafficSelector
 from oepy.policy import PolicyTable

@@ -7,6 +7,7 @@ import struct
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from oepy.errors import ParseError
 from oepy.trap import netlink as nl
 from oepy.trap import queue, tables

@@ -7,6 +7,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from oepy.errors import ParseError
 from oepy.interfaces import PolicyRule
 from oepy.model import Direction, Flow, PolicyGroup, Verdict
@@ -16,7 +17,6 @@ from oepy.trap.decided import Decided
 from oepy.trap.hold import HeldPacket, Hold
 from oepy.trap.packet import parse_flow
 from oepy.trap.prefixes import lookups
-
 from tests.fakes.datapath import ipv4_packet, ipv6_packet
 
 G = PolicyGroup

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ipaddress import ip_address
 
 import pytest
+
 from oepy.errors import OepyError
 from oepy.model import Endpoint
 from oepy.udp import IkeSockets, Kind, classify, open_socket, received_at, source_ancillary

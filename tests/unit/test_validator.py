@@ -6,6 +6,7 @@ import asyncio
 
 import dns.rdatatype
 import pytest
+
 from oepy.dns import limits
 from oepy.dns.chain import Chain, Verdict, ZoneState
 from oepy.dns.limits import Budget, LimitExceeded
@@ -13,7 +14,6 @@ from oepy.dns.message import RRset
 from oepy.dns.signatures import ZoneKey, usable_keys, verify
 from oepy.dns.validator import Outcome
 from oepy.model import Security
-
 from tests.fakes.signed_tree import NOW, SignedTree, Zone, name, standard_tree
 
 A = int(dns.rdatatype.A)

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
+
 from oepy.cli import main
 from oepy.dns.anchors import IANA_ROOT, TrustAnchors
 from oepy.dns.inventory import Inventory

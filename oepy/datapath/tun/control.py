@@ -151,9 +151,7 @@ def encode_event(event: DatapathEvent) -> Json:
 
 
 def decode_event(value: Json) -> DatapathEvent:
-    peer, source = (
-        None if value[name] is None else ip_address(value[name]) for name in ("peer", "source")
-    )
+    peer, source = (None if value[name] is None else ip_address(value[name]) for name in ("peer", "source"))
     return DatapathEvent(value["event"], value["spi"], peer, value["detail"], source)
 
 
