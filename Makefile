@@ -41,12 +41,12 @@ check: $(VENV)/.dev
 test:
 	@scripts/install-system test
 	@$(MAKE) --no-print-directory check
-	@$(BIN)/python -m pytest -m "not long" $(PYTEST)
+	@scripts/run-tests -m "not long" $(PYTEST)
 
 test-long:
 	@scripts/install-system test
 	@$(MAKE) --no-print-directory check
-	@$(BIN)/python -m pytest $(PYTEST)
+	@scripts/run-tests $(PYTEST)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

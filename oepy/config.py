@@ -15,14 +15,13 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from oepy.configfile import DEFAULT_PATH, DEFAULT_SOCKET
 from oepy.errors import ConfigError
 from oepy.interfaces import PolicyRule
 from oepy.model import IpAddress, PolicyGroup
 from oepy.policy import PROTOCOL_NUMBERS
 
-DEFAULT_PATH = Path("/etc/oepy/oepy.yaml")
 DEFAULT_KEY = Path("/var/lib/oepy/host.key")
-DEFAULT_SOCKET = Path("/run/oepy/oepy.sock")
 RESOLV_CONF = Path("/etc/resolv.conf")
 MAX_CONFIG_BYTES = 16 * 1024 * 1024
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import sys
 from collections.abc import Callable
 from ipaddress import ip_address
@@ -12,15 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from oepy.errors import ConfigError, UsageError
+from oepy.errors import UsageError
 
 if TYPE_CHECKING:
     from dns.rdata import Rdata
 
     from oepy.dns.validator import Outcome, Validator
     from oepy.model import IpAddress, KeyAnswer
-
-DEFAULT_CONFIG = "/etc/oepy/oepy.yaml"
 
 
 def _resolver_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -145,35 +142,21 @@ def _validator(
     from oepy.dns.build import make_validator, parse_time
     from oepy.model import MARK_OWN
 
-    configured = _configured(config_path)
     return make_validator(
-        [_address(text) for text in resolvers or configured.get("resolvers", ())],
+        [_address(text) for text in resolvers or _configured(config_path, "resolvers")],
         port=port,
-        trust_anchors=trust_anchors or configured.get("trust_anchors", ()),
+        trust_anchors=trust_anchors or _configured(config_path, "trust_anchors"),
         mark=MARK_OWN,  # a running daemon must not trap the questions of its own administrator
         at=parse_time(at) if at else None,
     )
 
 
-def _configured(path: str | None) -> dict[str, list[str]]:
-    """The `dns` section's lists, where there is a configuration file."""
-    import yaml
+def _configured(path: str | None, key: str) -> list[str]:
+    """A list of the `dns` section, where there is a configuration file."""
+    from oepy.configfile import peek
 
-    chosen = path or DEFAULT_CONFIG
-    if path is None and not os.path.exists(chosen):
-        return {}
-    try:
-        with open(chosen, encoding="utf-8") as stream:
-            document = yaml.safe_load(stream) or {}
-    except OSError as error:
-        raise ConfigError(chosen, [f"cannot be read: {error.strerror}"]) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(chosen, [f"no valid YAML: {error}"]) from None
-    section = document.get("dns") if isinstance(document, dict) else None
-    if not isinstance(section, dict):
-        return {}
-    lists = {key: section.get(key) for key in ("resolvers", "trust_anchors")}
-    return {key: [str(item) for item in value] for key, value in lists.items() if isinstance(value, list)}
+    value = peek(path, "dns", key)
+    return [str(item) for item in value] if isinstance(value, list) else []
 
 
 def _address(text: str) -> IpAddress:

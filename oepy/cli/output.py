@@ -22,25 +22,10 @@ def client(ctx: click.Context) -> ControlClient:
 
 
 def socket_path(config_path: str | None) -> Path:
-    """control.socket of the configuration, without checking the rest of the file: a command must reach a
-    running daemon even while the file is being edited."""
-    from oepy.config import DEFAULT_PATH, DEFAULT_SOCKET
-    from oepy.errors import ConfigError
+    """control.socket of the configuration."""
+    from oepy.configfile import DEFAULT_SOCKET, peek
 
-    path = Path(config_path) if config_path else DEFAULT_PATH
-    if not config_path and not path.exists():
-        return DEFAULT_SOCKET
-    import yaml
-
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return Path(data["control"]["socket"])
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(str(path), [f"cannot be read: {error}"]) from None
-    except yaml.YAMLError:
-        raise ConfigError(str(path), ["is no YAML; `oepy run` shows where"]) from None
-    except (KeyError, TypeError):
-        return DEFAULT_SOCKET
+    return Path(str(peek(config_path, "control", "socket") or DEFAULT_SOCKET))
 
 
 def print_json(value: Any) -> None:
