@@ -147,7 +147,7 @@ def _parse(parser: dns.wire.Parser, question: Question, identifier: int) -> Repl
 
 
 def _extended_rcode(parser: dns.wire.Parser) -> int:
-    parser.get_name(decompress=True)
+    dns.name.from_wire_parser(parser)
     rdtype, _payload, extended, _version, _flags, length = parser.get_struct("!HHBBHH")
     parser.get_bytes(length)
     return int(extended) << 4 if rdtype == dns.rdatatype.OPT else 0
@@ -161,7 +161,7 @@ def _pull_name(parser: dns.wire.Parser, names: dict[int, dns.name.Name]) -> dns.
         if start in names:
             parser.get_bytes(2)
             return names[start]
-    name = names[start] = parser.get_name(decompress=True)
+    name = names[start] = dns.name.from_wire_parser(parser)
     return name
 
 
