@@ -264,6 +264,6 @@ DEFAULT_IKE = (
     "aes256-aes128-sha256-sha384-sha512-prfsha256-prfsha384-prfsha512-x25519-ecp256-ecp384",
 )
 DEFAULT_ESP = (
-    "aes128gcm16-aes256gcm16-chacha20poly1305-x25519-ecp256-ecp384-esn-noesn",
+    "aes256gcm16-chacha20poly1305-aes128gcm16-x25519-ecp256-ecp384-esn-noesn",
     "aes256-aes128-sha256-sha512-x25519-ecp256-ecp384-esn-noesn",
 )

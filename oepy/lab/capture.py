@@ -135,7 +135,24 @@ def _serve(devices: Sequence[str], incoming_only: bool, path: str) -> dict[str, 
                     sys.stdout.flush()
         for sock in recorder.sockets:
             recorder.drain(sock)
-        return recorder.result()
+        result = recorder.result()
+    _sort_by_time(Path(path))
+    return result
+
+
+def _sort_by_time(path: Path) -> None:
+    """Several sockets are read in turn, so a request may stand behind its response: readers that follow a
+    protocol want the order of the wire."""
+    frames = list(read_pcap(path))
+    times = [frame.nanoseconds for frame in frames]
+    if times == sorted(times):
+        return
+    with path.open("wb") as out:
+        out.write(_FILE_HEADER.pack(_MAGIC_NS, 2, 4, 0, 0, SNAPLEN, 1))
+        for frame in sorted(frames, key=lambda frame: frame.nanoseconds):
+            seconds, nanoseconds = divmod(frame.nanoseconds, 1_000_000_000)
+            size = len(frame.data)
+            out.write(_FRAME_HEADER.pack(seconds, nanoseconds, size, size) + frame.data)
 
 
 class Capture:
@@ -192,10 +209,10 @@ class Capture:
         return self.result
 
     def frames(self) -> list[Frame]:
-        """All frames until now."""
+        """All frames until now, in the order of their times."""
         if not self.result:
             self.flush()
-        return list(read_pcap(self.path))
+        return sorted(read_pcap(self.path), key=lambda frame: frame.nanoseconds)
 
     def packets(self) -> list[Packet]:
         """All IP packets until now."""
