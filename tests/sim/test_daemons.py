@@ -210,3 +210,12 @@ def test_a_day_of_rekeying_keeps_one_tunnel() -> None:
         assert max(one.datapath.peak, other.datapath.peak) <= 4
 
     run_virtual(main())
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("loss", [0.0, 0.1])
+def test_a_thousand_simultaneous_starts(loss: float) -> None:
+    """Many seeds of the race that both sides start at once: always one tunnel, the same on both ends."""
+    for seed in range(1000, 1333):
+        test_both_sides_starting_at_once_end_with_one_tunnel(seed, loss)
