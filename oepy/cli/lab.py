@@ -200,7 +200,7 @@ def down() -> None:
     if pid is not None:
         os.kill(pid, signal.SIGTERM)
         deadline = time.monotonic() + 30
-        while _running_lab() is not None and time.monotonic() < deadline:
+        while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
     removed = remove_stale()
     _say("the lab is down" + (f"; {len(removed)} left-over namespaces removed" if removed else ""))

@@ -187,8 +187,10 @@ def explain(ctx: click.Context, destination: str, as_json: bool) -> None:
 
 def explain_lines(data: dict[str, Any]) -> list[str]:
     """The story for people; the first line alone is the summary."""
+    known = data["state"] != "new" or data["since"]
+    summary = f"is {coloured(data['disposition'])}: " if known else "has not been talked to: "
     lines = [
-        f"{data['destination']} is {coloured(data['disposition'])}: {data['reason']}",
+        f"{data['destination']} {summary}{data['reason']}",
         f"  policy   group {data['group']}, by {data['prefix']}",
     ]
     if data.get("trap"):
