@@ -258,7 +258,8 @@ class Engine:
         if entry.state is not State.NEGOTIATING:
             entry.move(State.NEGOTIATING, f"IKE with {candidate.gateway}", now)
         entry.reason = f"IKE with {candidate.gateway}"
-        self._set_expiry(entry, now, table.HELD_LIMIT)
+        if entry.group.fails_closed:  # the others have 30 s for everything, and go by the table then
+            self._set_expiry(entry, now, table.HELD_LIMIT)
         yield Report(
             "negotiate",
             {

@@ -558,3 +558,17 @@ def test_a_reload_keeps_the_tunnels_of_port_rules() -> None:
     machine.handle(TunnelUp(pair(0x7000), True, start.attempt), 1.0)
     assert without_reports(machine.handle(Reloaded(), 2.0)) == []
     assert machine.find(PEER, PRIVATE).state is State.PRIVATE
+
+
+@pytest.mark.parametrize(("group", "ends"), [(OE, True), (PRIVATE, False)])
+def test_many_dead_gateways_hold_nobody_for_longer_than_promised(group: PolicyGroup, ends: bool) -> None:
+    """30 s in all, not for each gateway, where the alternative is the clear; `private` tries them all."""
+    machine = engine(group)
+    gateways = [record(ip_address(f"198.18.7.{n}"), precedence=n) for n in range(1, 9)]
+    machine.handle(trapped(group), 0.0)
+    (start,) = without_reports(machine.handle(LookupDone(PEER, secure(*gateways)), 1.0))
+    for number in range(1, 4):
+        failure = NegotiationFailed(PEER, start.attempt, Failure.SILENT, "no answer")
+        (start,) = without_reports(machine.handle(failure, 1.0 + 9 * number))
+    actions = without_reports(machine.handle(Tick(), 30.1))
+    assert (Decide(OE, PEER, Verdict.CLEAR, 600) in actions) is ends
