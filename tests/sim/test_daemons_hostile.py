@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import random
 from collections.abc import Callable
 from typing import Any
@@ -11,8 +12,10 @@ import pytest
 
 from oepy.daemon import core
 from oepy.errors import OepyError
+from oepy.ike.events import Datagram
+from oepy.ike.header import Exchange
 from oepy.interfaces import DatapathEvent
-from oepy.model import KeyAnswer, PolicyGroup, SaCounters, Verdict
+from oepy.model import Endpoint, Flow, IpAddress, KeyAnswer, PolicyGroup, SaCounters, Verdict
 from tests.fakes.clock import run_virtual
 from tests.sim.world import Host, Router
 
@@ -178,5 +181,62 @@ def test_a_mistake_in_the_engine_is_told_and_its_timers_go_on() -> None:
         await asyncio.sleep(5)
         assert [event["reason"] for event in one.named("internal-error")] == ["a mistake"]
         assert one.verdict_for(other) is Verdict.PRIVATE
+
+    run_virtual(main())
+
+
+class SpoofingRouter(Router):
+    """Delivers what `forger` sends, from an exchange on, as if it came from `victim`."""
+
+    forger: IpAddress
+    victim: IpAddress
+    exchanges: tuple[Exchange, ...] = ()
+
+    def _deliver(self, datagram: Datagram) -> None:
+        if datagram.local.address == self.forger and datagram.data[18] in self.exchanges:
+            datagram = dataclasses.replace(datagram, local=Endpoint(self.victim, datagram.local.port))
+        super()._deliver(datagram)
+
+
+@pytest.mark.parametrize("exchanges", [(), (Exchange.IKE_AUTH,)])
+def test_a_null_peer_with_a_forged_source_never_speaks_for_another_address(
+    exchanges: tuple[Exchange, ...],
+) -> None:
+    """It gets the answer to IKE_SA_INIT at its own address and forges the victim's from IKE_AUTH on: with a
+    tunnel for the victim it would get (or blackhole) what we send there."""
+
+    async def main() -> None:
+        router = SpoofingRouter(random.Random(9))
+        us, victim, forger = (Host(router, f"198.18.0.{n}", {}) for n in (1, 2, 3))
+        us.publish()
+        forger.answers.update(us.answers)
+        router.forger, router.victim, router.exchanges = forger.address, victim.address, exchanges
+        group = PolicyGroup.PRIVATE_OR_CLEAR
+        forger.core.on_trapped(group, Flow(victim.address, us.address, 6, 40000, 80))
+        await asyncio.sleep(20)
+        assert not us.datapath.pairs
+        assert us.verdict_for(victim) is None
+        assert us.named("offer-refused")
+
+    run_virtual(main())
+
+
+def test_a_null_peer_is_not_followed_to_another_address() -> None:
+    """An established NULL tunnel stays with its address, whatever source a later message has."""
+
+    async def main() -> None:
+        router = SpoofingRouter(random.Random(9))
+        us, victim, forger = (Host(router, f"198.18.0.{n}", {}) for n in (1, 2, 3))
+        us.publish()
+        forger.answers.update(us.answers)
+        forger.send_to(us)
+        router.forger, router.victim = forger.address, victim.address
+        await asyncio.sleep(5)
+        (pair,) = us.datapath.pairs.values()
+        router.exchanges = (Exchange.INFORMATIONAL, Exchange.CREATE_CHILD_SA)
+        (spi,) = forger.datapath.pairs
+        forger.core.negotiator.rekey(spi)
+        await asyncio.sleep(5)
+        assert {p.remote.address for p in us.datapath.pairs.values()} == {pair.remote.address}
 
     run_virtual(main())
