@@ -42,6 +42,8 @@ class PolicyTable:
 
     def __init__(self, rules: Iterable[PolicyRule], default: PolicyGroup) -> None:
         self.default = default
+        rules = tuple(rules)
+        self._specific = tuple(rule for rule in rules if rule.protocol or rule.port)
         self._by_network: dict[int, dict[_Key, list[PolicyRule]]] = {4: {}, 6: {}}
         for rule in rules:
             network = rule.network
@@ -62,6 +64,12 @@ class PolicyTable:
     def match_address(self, address: IpAddress) -> Match:
         """The group of an address as such: rules that name a protocol or port do not count."""
         return self._match(address, None, 0)
+
+    def groups_of(self, address: IpAddress) -> frozenset[PolicyGroup]:
+        """All groups that flows to an address may have: its own, and those of rules for one protocol or port
+        that cover it."""
+        specific = {rule.group for rule in self._specific if address in rule.network}
+        return frozenset(specific | {self.match_address(address).group})
 
     def _match(self, address: IpAddress, protocol: int | None, port: int) -> Match:
         tables = self._by_network[address.version]

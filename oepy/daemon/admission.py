@@ -1,8 +1,10 @@
 """Whom we answer, and for which traffic: the responder's side of opportunistic encryption.
 
 A peer gets a SA for addresses that the DNS gives it: its own outer address when the key it proved stands at
-that address's reverse name, or an address whose record names it as gateway (delegation, RFC 4322 §3.2).
-A NULL peer gets its own outer address and nothing else.
+that address's reverse name, or an address whose record names it as gateway (delegation, RFC 4322 §3.2), by
+its outer address or (TXT with `@fqdn`, for gateways without a fixed address) by the name that it proved.
+A NULL peer gets its own outer address and nothing else, and that only where the DNS publishes no key for it:
+whoever can send from an address could otherwise stand in for the host that has a key there.
 """
 
 from __future__ import annotations
@@ -14,7 +16,11 @@ from oepy.daemon.addresses import own_addresses
 from oepy.engine import Engine
 from oepy.interfaces import KeySource
 from oepy.model import (
+    IKE_PORT,
+    NAT_T_PORT,
     Authenticated,
+    Bogus,
+    IdType,
     Insecure,
     IpAddress,
     KeyAnswer,
@@ -38,6 +44,8 @@ class Offer:
     key: PublicKey | None
     tsi: tuple[TrafficSelector, ...]  # the peer's side
     tsr: tuple[TrafficSelector, ...]  # ours
+    identity: PeerIdentity | None = None  # whose key that is
+    peer_port: int = NAT_T_PORT  # the outer one
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +110,24 @@ class Admissions:
         if policy:
             return policy
         if offer.authenticated is Authenticated.NULL:
-            return "" if address == offer.peer else "a NULL peer speaks for its own outer address only"
+            return await self._refuses_null(offer, address)
         answer = await self._source.peer_keys(address)
         for record in usable_keys(answer, self._engine.settings.use_insecure_keys):
-            if offer.peer in record.gateways and record.key == offer.key:
+            if record.key == offer.key and (offer.peer in record.gateways or _names(record, offer.identity)):
                 return ""
         return f"{answer.owner} does not name {offer.peer} with the proven key"
+
+    async def _refuses_null(self, offer: Offer, address: IpAddress) -> str:
+        if address != offer.peer:
+            return "a NULL peer speaks for its own outer address only"
+        if offer.peer_port not in (IKE_PORT, NAT_T_PORT):
+            return "a NULL peer behind a NAT shares its outer address with others"
+        answer = await self._source.peer_keys(address)
+        if isinstance(answer, Bogus):
+            return f"{answer.owner} is bogus: {answer.reason}"
+        if usable_keys(answer, self._engine.settings.use_insecure_keys):
+            return f"{answer.owner} publishes a key, which the peer must prove; AUTH NULL does not count"
+        return ""
 
     async def _ours(self, offer: Offer) -> tuple[TrafficSelector, ...]:
         """Our side: own addresses, and hosts whose records name this host as their gateway."""
@@ -122,6 +142,14 @@ class Admissions:
             if any(gateway in locals_of_host for record in keys for gateway in record.gateways):
                 found.append(_narrow(offer.tsr, address))
         return tuple(found)
+
+
+def _names(record: PeerKey, identity: PeerIdentity | None) -> bool:
+    """RFC 4322: a TXT record whose gateway is `@fqdn` authorises whoever proves its key under that name."""
+    if identity is None or identity.type is not IdType.FQDN or record.record != "TXT":
+        return False
+    name = record.gateway_text.removeprefix("@").rstrip(".").lower()
+    return record.gateway_text.startswith("@") and name == str(identity).rstrip(".").lower()
 
 
 def _hosts(selectors: Iterable[TrafficSelector], preferred: IpAddress) -> list[IpAddress]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from oepy.daemon.runtime import Daemon
 
 TERMINATE_SECONDS = 3.0
+ENTRIES_PER_TURN = 1000
 
 
 class ControlApi:
@@ -77,10 +78,12 @@ class ControlApi:
 
     async def peers(self) -> list[dict[str, Any]]:
         held, now = self._daemon.trap.held(), time.monotonic()
-        return [
-            views.entry_view(entry, held.get(entry.key, 0), now)
-            for entry in self._daemon.engine.entries.values()
-        ]
+        listed = []
+        for number, entry in enumerate(list(self._daemon.engine.entries.values()), 1):
+            listed.append(views.entry_view(entry, held.get(entry.key, 0), now))
+            if number % ENTRIES_PER_TURN == 0:
+                await asyncio.sleep(0)  # packets are held meanwhile
+        return listed
 
     async def sas(self) -> list[dict[str, Any]]:
         counters = {c.spi_in: c for c in await self._daemon.datapath.counters()}
@@ -129,6 +132,8 @@ class ControlApi:
         return data
 
     async def initiate(self, destination: IpAddress, seconds: float) -> dict[str, Any]:
+        if destination in self._daemon.given.own_addresses():
+            raise OepyError(f"{destination} is an address of this host", "name a peer's")
         match = self._daemon.policy.match_address(destination)
         if match.group in (PolicyGroup.CLEAR, PolicyGroup.BLOCK):
             raise OepyError(

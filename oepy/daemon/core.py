@@ -31,6 +31,8 @@ from oepy.model import Endpoint, Flow, IpAddress, PolicyGroup, SaPair, Unreachab
 from oepy.policy import PolicyTable
 
 TRAFFIC_SECONDS = 10.0  # between two looks at what came in
+RESTART_FIRST, RESTART_LONGEST = 2.0, 30.0  # seconds before the datapath process is started again
+MAX_WAITING_STEPS = 10_000  # behind a step that waits; beyond it datagrams are lost, and IKE sends them again
 LOOKUP_SECONDS = 12.0  # the DNS room bounds itself; this is the belt to its braces
 
 
@@ -61,6 +63,7 @@ class Core:
         self.engine = Engine(engine_settings(policy, insecure_keys, block))
         self.steps = Steps(self._internal_error)
         self._timer: asyncio.TimerHandle | None = None
+        self._datapath_since = float("-inf")  # when it was restarted last
         self._tasks: set[asyncio.Task[None]] = set()
 
     def wire(self, given: Surroundings) -> None:
@@ -124,7 +127,12 @@ class Core:
     # ------------------------------------------------------------ engine in, actions out
 
     def feed(self, message: Input) -> None:
-        for action in self.engine.handle(message, self.given.monotonic()):
+        try:
+            actions = self.engine.handle(message, self.given.monotonic())
+        except Exception as error:  # noqa: BLE001 - told as an alert; the timers must go on
+            self._internal_error(error)
+            actions = []
+        for action in actions:
             self.steps.do(lambda action=action: self._act(action))  # type: ignore[misc]
         self._arm()
 
@@ -168,10 +176,10 @@ class Core:
         try:
             await self.datapath.install(pair, outbound=outbound)
         except OepyError as error:
-            # Marked packets find no SA and are dropped; the destination is asked for anew.
+            # Marked packets find no SA and are dropped, until the table's row for this is in the trap.
             self.journal.add("install-failed", True, peer=str(pair.remote.address), reason=str(error))
+            self.feed(engine_messages.InstallFailed(pair.spi_in, str(error)))
             self.negotiator.close(pair.spi_in)
-            self.feed(TunnelDown(pair.spi_in, "the datapath refused the SA"))
 
     async def _look_up(self, destination: IpAddress) -> None:
         try:
@@ -188,7 +196,10 @@ class Core:
             await asyncio.sleep(TRAFFIC_SECONDS)
             if not self.engine.pairs:
                 continue
-            counters = await self.datapath.counters()
+            try:
+                counters = await self.datapath.counters()
+            except OepyError:
+                continue  # the process has ended: `failed` tells of it
             for counted in counters:
                 if counted.last_in > seen.get(counted.spi_in, 0.0):
                     self.negotiator.traffic_seen(counted.spi_in)
@@ -196,7 +207,11 @@ class Core:
             self.negotiator.pump()
 
     async def _read_counters(self, spis: tuple[int, ...]) -> None:
-        self.feed(engine_messages.Counters(await self.datapath.counters(spis)))
+        try:
+            counters = await self.datapath.counters(spis)
+        except OepyError:
+            return  # the process has ended, and all tunnels with it
+        self.feed(engine_messages.Counters(counters))
 
     # ------------------------------------------------------------ from the rooms
 
@@ -214,7 +229,8 @@ class Core:
             for datagram in datagrams:
                 self.given.send(datagram)
 
-        self.steps.do(step)
+        if len(self.steps) < MAX_WAITING_STEPS:
+            self.steps.do(step)
 
     def _log_ike_keys(self, event: IkeKeys) -> None:
         if self.given.key_log is not None:
@@ -247,11 +263,21 @@ class Core:
         """Sequence numbers are gone with the process, and an AEAD must never see one twice: all tunnels end
         and are negotiated anew."""
         self.journal.add("datapath-failed", alert=True, reason=detail)
+        lived = self.given.monotonic() - self._datapath_since
+        pause = 0.0 if lived > RESTART_LONGEST else RESTART_FIRST
         for spi_in in list(self.engine.pairs):
             self.negotiator.close(spi_in)
             self.feed(TunnelDown(spi_in, "the datapath process ended"))
         await self.steps.idle()
-        await self.datapath.start(self.on_datapath_event)
+        while True:
+            await asyncio.sleep(pause)
+            try:
+                await self.datapath.start(self.on_datapath_event)
+                break
+            except OepyError as error:
+                pause = min(max(2 * pause, RESTART_FIRST), RESTART_LONGEST)
+                self.journal.add("datapath-failed", alert=True, reason=f"{error}; again in {pause:.0f} s")
+        self._datapath_since = self.given.monotonic()
         self.journal.add("datapath-restarted", alert=True, reason="packets are trapped again")
 
 
@@ -260,4 +286,4 @@ def engine_settings(policy: PolicyTable, insecure_keys: bool, block: bool) -> En
         match = policy.match_address(address)
         return match.group, match.prefix
 
-    return EngineSettings(group_of, insecure_keys, block)
+    return EngineSettings(group_of, insecure_keys, block, policy.groups_of)

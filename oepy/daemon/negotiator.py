@@ -73,14 +73,19 @@ class Negotiator:
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._pumping = False
+        self._closing = False
 
     # ------------------------------------------------------------ from the network and the engine
 
     def receive(self, data: bytes, local: Endpoint, remote: Endpoint) -> None:
+        if self._closing and data[8:16] == bytes(8):
+            return  # nothing begins any more: the peer would keep a tunnel that has no other end
         self.endpoint.receive(data, local, remote, self._ports.monotonic())
         self.pump()
 
     def start(self, action: StartIke) -> None:
+        if self._closing:
+            return
         self._spawn(self._start(action))
 
     async def _start(self, action: StartIke) -> None:
@@ -145,6 +150,7 @@ class Negotiator:
 
     async def shutdown(self, seconds: float) -> int:
         """Send Deletes to everyone, wait a little for the answers. Returns how many sessions there were."""
+        self._closing = True
         now = self._ports.monotonic()
         sessions = self.endpoint.sessions()
         for info in sessions:
@@ -178,7 +184,10 @@ class Negotiator:
         try:
             while events := self.endpoint.events():
                 for event in events:
-                    self._handle(event)
+                    try:
+                        self._handle(event)
+                    except Exception as error:  # noqa: BLE001 - told; other sessions' events and timers go on
+                        self._internal_error(error)
         finally:
             self._pumping = False
         datagrams = self.endpoint.datagrams()
@@ -197,7 +206,10 @@ class Negotiator:
 
     def _timer_fired(self) -> None:
         self._timer = None
-        self.endpoint.handle_timer(self._ports.monotonic())
+        try:
+            self.endpoint.handle_timer(self._ports.monotonic())
+        except Exception as error:  # noqa: BLE001 - told; the timer must be set again
+            self._internal_error(error)
         self.pump()
 
     def _handle(self, event: ike.IkeEvent) -> None:
@@ -275,6 +287,8 @@ class Negotiator:
             return
         attempt, destination = known
         failure = _FAILURES.get(event.kind, Failure.REJECTED)
+        if failure is Failure.SILENT:
+            self._contacted.discard(event.remote.address)  # INITIAL_CONTACT may never have arrived
         self._ports.feed(NegotiationFailed(destination, attempt, failure, text))
 
     def _session_down(self, event: ike.SessionDown) -> None:
@@ -304,6 +318,8 @@ class Negotiator:
                 event.key,
                 event.remote_ts,
                 event.local_ts,
+                event.identity,
+                event.remote.port,
             )
         )
         if admission.refusal:
@@ -321,5 +337,10 @@ class Negotiator:
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            self._ports.report("internal-error", alert=True, reason=f"{type(error).__name__}: {error}")
-            raise error
+            self._internal_error(error)
+
+    def _internal_error(self, error: BaseException) -> None:
+        self._ports.report("internal-error", alert=True, reason=f"{type(error).__name__}: {error}")
+        asyncio.get_running_loop().call_exception_handler(
+            {"message": "a step of IKE failed", "exception": error}
+        )

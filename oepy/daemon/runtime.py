@@ -104,7 +104,7 @@ class Daemon(Core):
             asyncio.get_running_loop().add_reader(sock.fileno(), self._ike_readable, sock)
         self._control = ControlServer(ControlApi(self), self.config.socket)
         await self._control.start()
-        self.trap.start(self._trap_policy(), self.on_trapped)
+        self.trap.start(self._trap_policy(self.config), self.on_trapped)
         self.journal.add("started", datapath=self.datapath_name, key=fingerprint(self.host_key.public))
         self._spawn(self._learn_own_records())
         self._spawn(self.watch_traffic())
@@ -129,12 +129,12 @@ class Daemon(Core):
             key_log=self.config.key_log is not None,
         )
 
-    def _trap_policy(self) -> TrapPolicy:
+    def _trap_policy(self, config: Config) -> TrapPolicy:
         return TrapPolicy(
-            rules=self.config.rules,
-            default=self.config.default_group,
-            resolvers=self.config.resolvers,
-            tunnel_device=self.config.device,
+            rules=config.rules,
+            default=config.default_group,
+            resolvers=config.resolvers,
+            tunnel_device=config.device,
         )
 
     async def _learn_own_records(self) -> None:
@@ -187,12 +187,17 @@ class Daemon(Core):
             for problem in error.problems:
                 self.journal.add("reload-refused", alert=True, reason=f"{error.source}: {problem}")
             return
+        try:
+            # First: what the kernel refuses must not be what the engine goes by
+            self.trap.reload(self._trap_policy(config))
+        except OepyError as error:
+            self.journal.add("reload-refused", alert=True, reason=str(error))
+            return
         self.config = config
         self.policy = PolicyTable(config.rules, config.default_group)
         self.engine.settings = engine_settings(
             self.policy, config.insecure_keys, config.after_failed_ike_blocks
         )
-        self.trap.reload(self._trap_policy())
         self.feed(engine_messages.Reloaded())
         self.reloads += 1
         self.journal.add("reloaded", reason=config.source)

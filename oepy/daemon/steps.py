@@ -18,6 +18,9 @@ class Steps:
         self._task: asyncio.Task[None] | None = None
         self._on_error = on_error
 
+    def __len__(self) -> int:
+        return len(self._waiting)
+
     def do(self, step: Step) -> None:
         if self._task is not None:
             self._waiting.append(step)

@@ -22,6 +22,7 @@ from oepy.engine.messages import (
     Initiate,
     Input,
     Install,
+    InstallFailed,
     LookupDone,
     NegotiationFailed,
     NoSa,
@@ -64,11 +65,18 @@ _FAILURE_CAUSE = {
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
-    """`group_of` maps an address to its policy group and the text of the matching prefix."""
+    """`group_of` maps an address to its policy group and the text of the matching prefix; `groups_of` to all
+    groups that single ports or protocols may have there as well (None: only that one)."""
 
     group_of: Callable[[IpAddress], tuple[PolicyGroup, str]]
     use_insecure_keys: bool = False
     after_failed_ike_blocks: bool = False
+    groups_of: Callable[[IpAddress], frozenset[PolicyGroup]] | None = None
+
+    def possible(self, address: IpAddress) -> frozenset[PolicyGroup]:
+        if self.groups_of is not None:
+            return self.groups_of(address)
+        return frozenset((self.group_of(address)[0],))
 
 
 class Engine:
@@ -94,6 +102,7 @@ class Engine:
             OutboundReady: self._outbound_ready,
             TunnelMoved: self._tunnel_moved,
             TunnelDown: self._tunnel_down,
+            InstallFailed: self._install_failed,
             UnknownSpi: self._unknown_spi,
             NoSa: self._no_sa,
             Counters: self._counters,
@@ -127,10 +136,13 @@ class Engine:
             return ""
         if group not in table.RESPONDS_TO_NULL:
             return f"policy group {group.value} ({prefix}) wants an authenticated peer, not AUTH NULL"
+        if PolicyGroup.PRIVATE in self.settings.possible(peer):
+            # All groups share the address's tunnel
+            return "a port of this peer is in the group private, which wants proof; AUTH NULL does not count"
         entry = self.entries.get((group, peer))
         if entry is None:
             return ""
-        if isinstance(entry.answer, (Secure, Bogus)) and entry.state is not State.CLEAR:
+        if isinstance(entry.answer, (Secure, Bogus)):
             return "the peer publishes a key and must prove it; AUTH NULL does not count"
         if entry.tunnels and entry.authenticated is not Authenticated.NULL:
             return "a NULL peer never replaces an authenticated SA"
@@ -142,6 +154,8 @@ class Engine:
         self.counts["trapped"] += 1
         key = (message.group, message.flow.destination)
         entry = self.entries.get(key)
+        if entry is not None:
+            entry.wanted = True
         if entry is not None and entry.state in (State.LOOKUP, State.NEGOTIATING):
             return
         if entry is not None and entry.state is not State.NEW:
@@ -244,7 +258,8 @@ class Engine:
         if entry.state is not State.NEGOTIATING:
             entry.move(State.NEGOTIATING, f"IKE with {candidate.gateway}", now)
         entry.reason = f"IKE with {candidate.gateway}"
-        self._set_expiry(entry, now, table.HELD_LIMIT)
+        if entry.group.fails_closed:  # the others have 30 s for everything, and go by the table then
+            self._set_expiry(entry, now, table.HELD_LIMIT)
         yield Report(
             "negotiate",
             {
@@ -281,6 +296,11 @@ class Engine:
 
     def _settle(self, entry: Entry, cause: Cause, detail: str, now: float) -> Iterator[Action]:
         """The end of a lookup or negotiation that gave no tunnel: the table decides."""
+        if not entry.wanted:
+            # A stranger's datagram began this, whose source may be forged: it never closes (nor opens) an
+            # address that this host has sent nothing to.
+            del self.entries[entry.key]
+            return
         entry.failures += 1
         outcome = table.outcome_for(
             entry.group, cause, after_failed_ike_blocks=self.settings.after_failed_ike_blocks
@@ -317,6 +337,10 @@ class Engine:
         if any(_is_stronger(entry, pair) for entry in entries):
             yield CloseTunnel(pair.spi_in, "a NULL peer never replaces an authenticated SA")
             return
+        if pair.authenticated is Authenticated.NULL and any(self._wants_proof(e) for e in entries):
+            # A reload came between the offer and the tunnel
+            yield CloseTunnel(pair.spi_in, "the group private wants an authenticated peer")
+            return
         self.pairs[pair.spi_in] = (pair, now)
         self._by_spi[pair.spi_in] = [entry.key for entry in entries]
         yield Install(pair, message.outbound)
@@ -348,6 +372,9 @@ class Engine:
             if entry is not None and entry not in entries:
                 entries.append(entry)
         return entries
+
+    def _wants_proof(self, entry: Entry) -> bool:
+        return PolicyGroup.PRIVATE in self.settings.possible(entry.destination)
 
     def _became_private(self, entry: Entry, pair: SaPair, message: TunnelUp, now: float) -> Iterator[Action]:
         # An attempt of our own that still runs is not called off: the peer may be about to call off the one
@@ -392,14 +419,9 @@ class Engine:
 
     def _tunnel_down(self, message: TunnelDown, now: float) -> Iterator[Action]:
         keys = self._by_spi.pop(message.spi_in, [])
-        for key in keys:
-            entry = self.entries.get(key)
-            if entry is None:
-                continue
-            entry.tunnels = [t for t in entry.tunnels if t.spi_in != message.spi_in]
-            if entry.state is State.PRIVATE and not entry.tunnels:
-                # The trap first, the SA after it: no packet finds a gap between the two.
-                yield from self._reset(entry, f"tunnel down: {message.reason}", now)
+        for entry in self._left_by(message.spi_in, keys):
+            # The trap first, the SA after it: no packet finds a gap between the two.
+            yield from self._reset(entry, f"tunnel down: {message.reason}", now)
         if self.pairs.pop(message.spi_in, None) is not None:
             yield Remove(message.spi_in)
             yield Report(
@@ -410,6 +432,28 @@ class Engine:
                     "reason": message.reason,
                 },
             )
+
+    def _left_by(self, spi_in: int, keys: list[Key]) -> list[Entry]:
+        """Take the tunnel from its entries; those that were private by it alone."""
+        left = []
+        for key in keys:
+            entry = self.entries.get(key)
+            if entry is None:
+                continue
+            entry.tunnels = [t for t in entry.tunnels if t.spi_in != spi_in]
+            if entry.state is State.PRIVATE and not entry.tunnels:
+                left.append(entry)
+        return left
+
+    def _install_failed(self, message: InstallFailed, now: float) -> Iterator[Action]:
+        """The table decides, as for any negotiation that gave no tunnel: asking again at once would fail
+        again, and nobody may be locked out by a datapath that is broken."""
+        for entry in self._left_by(message.spi_in, self._by_spi.pop(message.spi_in, [])):
+            entry.move(State.NEW, message.reason, now)
+            entry.wanted = True
+            yield from self._settle(entry, Cause.NO_DATAPATH, message.reason, now)
+        if self.pairs.pop(message.spi_in, None) is not None:
+            yield Remove(message.spi_in)
 
     def _reset(self, entry: Entry, reason: str, now: float) -> Iterator[Action]:
         """Back to "ask": the next packet is trapped, held and looked up again."""
@@ -434,6 +478,8 @@ class Engine:
             return
         entry = self.entries.get((group, message.peer))
         if entry is not None and entry.state is not State.NEW:
+            return
+        if entry is None and len(self.entries) >= table.MAX_ENTRIES:
             return
         yield Report("unknown-spi", {"peer": str(message.peer), "group": group.value})
         yield from self._start((group, message.peer), prefix, now, forced=False)
@@ -544,8 +590,9 @@ class Engine:
     def _start(self, key: Key, prefix: str, now: float, *, forced: bool) -> Iterator[Action]:
         entry = self.entries.get(key) or self._new_entry(key, prefix, now)
         if entry.state in (State.LOOKUP, State.NEGOTIATING, State.PRIVATE):
+            entry.wanted = entry.wanted or forced
             return
-        entry.forced = forced
+        entry.forced = entry.wanted = forced
         yield from self._look_up(entry, now)
 
     def _terminate(self, message: Terminate, now: float) -> Iterator[Action]:
@@ -569,8 +616,11 @@ class Engine:
     def _reloaded(self, _message: Reloaded, now: float) -> Iterator[Action]:
         """Destinations that a new policy puts into another group start anew; others keep their tunnels."""
         for entry in list(self.entries.values()):
-            group, entry.prefix = self.settings.group_of(entry.destination)
+            group, prefix = self.settings.group_of(entry.destination)
             if group is entry.group:
+                entry.prefix = prefix
+            unproven = entry.authenticated is Authenticated.NULL and self._wants_proof(entry)
+            if entry.group in self.settings.possible(entry.destination) and not unproven:
                 continue
             spis = [tunnel.spi_in for tunnel in entry.tunnels]
             if entry.attempt:

@@ -29,8 +29,9 @@ def forecast(group: PolicyGroup, answer: KeyAnswer, *, use_insecure_keys: bool) 
     usable = answer.keys if isinstance(answer, Secure) else ()
     if isinstance(answer, Insecure) and use_insecure_keys:
         usable = answer.keys
-    if usable:
-        gateways = ", ".join(str(address) for address in usable[0].gateways)
+    reachable = [record for record in usable if record.gateways]  # not `@fqdn`: that one comes to us
+    if reachable:
+        gateways = ", ".join(str(address) for address in reachable[0].gateways)
         return f"the first packet is held while IKE is negotiated with {gateways}"
     cause = cause_of(answer)
     outcome = table.outcome_for(group, cause, after_failed_ike_blocks=False)

@@ -85,6 +85,14 @@ class TunnelDown:
 
 
 @dataclass(frozen=True, slots=True)
+class InstallFailed:
+    """The datapath did not take the pair: it carries nothing, whatever IKE agreed upon."""
+
+    spi_in: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class UnknownSpi:
     """The peer sends on a SA that we have lost."""
 
@@ -141,6 +149,7 @@ Input = (
     | OutboundReady
     | TunnelMoved
     | TunnelDown
+    | InstallFailed
     | UnknownSpi
     | NoSa
     | Counters

@@ -49,6 +49,7 @@ class Cause(enum.Enum):
     IKE_SILENT = "no gateway answered IKE"
     IKE_REJECTED = "the gateway refused"
     PROOF_FAILED = "the gateway could not prove the published key"
+    NO_DATAPATH = "the datapath refuses the tunnel"
     OVERLOAD = "too many destinations"
 
 
@@ -84,6 +85,7 @@ _PERMISSIVE = {
     Cause.IKE_SILENT: Outcome(_CLEAR, *_TEN_MINUTES),
     Cause.IKE_REJECTED: Outcome(_CLEAR, *_HOUR),
     Cause.PROOF_FAILED: Outcome(_BLOCK, *_RECORD, alert=True),
+    Cause.NO_DATAPATH: Outcome(_CLEAR, *_MINUTE),
     Cause.OVERLOAD: Outcome(_CLEAR, *_MINUTE),
 }
 
@@ -95,6 +97,7 @@ _STRICT = {
     Cause.IKE_SILENT: Outcome(_BLOCK, *_SOON),
     Cause.IKE_REJECTED: Outcome(_BLOCK, *_SOON),
     Cause.PROOF_FAILED: Outcome(_BLOCK, *_RECORD, alert=True),
+    Cause.NO_DATAPATH: Outcome(_BLOCK, *_SOON),
     Cause.OVERLOAD: Outcome(_BLOCK, *_SOON),
 }
 
@@ -103,6 +106,7 @@ OUTCOMES: dict[tuple[PolicyGroup, Cause], Outcome] = {
     **{(PolicyGroup.PRIVATE_OR_CLEAR, cause): outcome for cause, outcome in _PERMISSIVE.items()},
     **{(PolicyGroup.PRIVATE, cause): outcome for cause, outcome in _STRICT.items()},
 }
+_AFTER_FAILED_IKE = frozenset({Cause.IKE_SILENT, Cause.IKE_REJECTED, Cause.NO_DATAPATH})
 FAIL_CLOSED = Outcome(_BLOCK, *_MINUTE, alert=True)
 
 # Which groups start a negotiation for a packet, and which answer a peer's.
@@ -124,7 +128,7 @@ TRANSITIONS: dict[State, frozenset[State]] = {
 def outcome_for(group: PolicyGroup, cause: Cause, *, after_failed_ike_blocks: bool) -> Outcome:
     """The row of the table. `after_failed_ike: block` turns the permissive IKE rows into blocks."""
     outcome = OUTCOMES.get((group, cause), FAIL_CLOSED)
-    if after_failed_ike_blocks and cause in (Cause.IKE_SILENT, Cause.IKE_REJECTED):
+    if after_failed_ike_blocks and cause in _AFTER_FAILED_IKE:
         return Outcome(Verdict.BLOCK, outcome.life, outcome.seconds, outcome.alert)
     return outcome
 

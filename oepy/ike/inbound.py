@@ -15,7 +15,7 @@ from oepy.ike.notify import NotifyType, ProtocolError
 from oepy.ike.payloads import Chain, notify
 from oepy.ike.states import State
 from oepy.ike.window import digest
-from oepy.model import Endpoint
+from oepy.model import Authenticated, Endpoint
 
 if TYPE_CHECKING:
     from oepy.ike.session import Session
@@ -71,9 +71,18 @@ def _expects(session: Session, header: Header, data: bytes, local: Endpoint, rem
 
 
 def _heard(session: Session, local: Endpoint, remote: Endpoint) -> None:
-    """An authenticated message arrived: the peer lives, and is where it sends from (RFC 7296 §2.23)."""
+    """An authenticated message arrived: the peer lives, and is where it sends from (RFC 7296 §2.23).
+
+    To another address it is followed only when it has proved a key. A source is easily forged: the answer to
+    IKE_SA_INIT has shown that the peer receives at its address, and that is all that a NULL peer has. Else it
+    could come to speak for anybody's address, and have the traffic of that sent to itself.
+    """
     session.heard_at = session.context.now
     if remote == session.remote and local == session.local:
+        return
+    proven = session.established_at != _NEVER and session.authenticated is not Authenticated.NULL
+    if remote.address != session.remote.address and not proven:
+        session.context.counters["moves_refused"] += 1
         return
     if session.state in (State.HALF_OPEN, State.AUTHENTICATING) or session.nat_remote:
         if session.established_at != _NEVER:

@@ -8,6 +8,8 @@ Theory of operation. All stands in one table of the inet family:
         from the tunnel: accepted, the connection is remembered as private (bit in the ct mark)
         for this host:   exempt accepted, then dropped where the source's prefix fails closed
         to be forwarded: dropped where the source's prefix fails closed, then `sort`
+    leaving  (filter postrouting) a packet marked private that is about to leave by anything but the tunnel's
+             device is dropped: somebody has removed the mark's routing rule, or there is no datapath
     sort     one verdict map for each (protocol, port) named by a rule, then one for all others, of disjoint
              ranges (see prefixes.py): from here on a packet belongs to exactly one group
     group_*  what the group does with a packet. The order of its lines is the group's policy:
@@ -193,6 +195,7 @@ class Ruleset:
                 "goto sort",
             ],
             "arriving": self._arriving(),
+            **({} if self._guard else {"leaving": self._leaving()}),
         }
 
     def _group(self, group: PolicyGroup) -> list[str]:
@@ -258,6 +261,15 @@ class Ruleset:
             f"icmpv6 type packet-too-big {related}",
             *(_vmap(step, "saddr", "from") for step in self._steps if step.specific),
             "goto refuse_any",
+        ]
+
+    def _leaving(self) -> list[str]:
+        """Routes are not ours alone (systemd-networkd removes rules that it does not know when it starts, an
+        admin may flush them): a marked packet that finds the main table must not go out in the clear."""
+        device = json.dumps(self._policy.tunnel_device)
+        return [
+            "type filter hook postrouting priority -140; policy accept;",
+            f"meta mark & {MARK_MASK:#x} == {MARK_PRIVATE:#x} oifname != {device} drop",
         ]
 
     def _arriving(self) -> list[str]:

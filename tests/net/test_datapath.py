@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import signal
 import socket
@@ -379,6 +380,43 @@ async def test_a_start_that_fails_says_why(net: Wired) -> None:
             open_ike_sockets()
     await datapath.stop()
     sockets.close()
+
+
+async def test_the_process_imports_nothing_from_the_working_directory(
+    net: Wired, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root may start the daemon in a directory where anybody can write: no module of theirs is run."""
+    (tmp_path / "argparse.py").write_text(f"open({str(tmp_path / 'trapped')!r}, 'w')\nraise SystemExit(9)\n")
+    monkeypatch.chdir(tmp_path)
+    with net.a.entered():
+        sockets = open_ike_sockets()
+        datapath = TunDatapath(sockets.nat_t, lambda *_: None)
+        await datapath.start(lambda _: None)
+    await datapath.stop()
+    sockets.close()
+    assert not (tmp_path / "trapped").exists()
+
+
+async def test_a_pair_without_udp_encapsulation_is_refused(hosts: tuple[Host, Host]) -> None:
+    """This datapath speaks ESP in UDP only: installing a bare ESP pair would be a blackhole."""
+    a, _ = hosts
+    with pytest.raises(OepyError, match="UDP"):
+        await a.datapath.install(dataclasses.replace(pairs(A4, B4)[0], encap=False))
+
+
+async def test_a_process_that_does_not_answer_is_ended(
+    net: Wired, hosts: tuple[Host, Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hung process would block every decision: it is killed and told of as failed, and may be restarted."""
+    a, _ = hosts
+    monkeypatch.setattr("oepy.datapath.tun.datapath.ANSWER_SECONDS", 0.3)
+    assert a.datapath.process_id is not None
+    os.kill(a.datapath.process_id, signal.SIGSTOP)
+    with pytest.raises(OepyError, match="answer"):
+        await a.datapath.install(pairs(A4, B4)[0])
+    await until(lambda: "failed" in a.kinds())
+    await a.datapath.remove(0x1000)  # nothing to remove it from: no error
+    await a.start()
 
 
 async def test_an_unsupported_pair_is_refused(hosts: tuple[Host, Host]) -> None:

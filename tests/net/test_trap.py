@@ -271,6 +271,26 @@ async def test_a_private_verdict_never_leaks_without_a_tunnel(net: Wired) -> Non
         net.a.run("nft", "delete", "table", "inet", "test")
 
 
+@pytest.mark.parametrize("destination", [B4, B6])
+async def test_a_private_verdict_without_its_routing_rule_never_leaves_in_the_clear(
+    net: Wired, destination: str, tmp_path: Path
+) -> None:
+    """No rule leads marked packets anywhere (flushed by another program, or `datapath: none`): dropped."""
+    with (
+        trapping(net.a, policy(), Verdict.PRIVATE) as trap,
+        listen_udp(net.b, destination, 7011) as listener,
+        udp(net.a, destination, 7011) as sender,
+        Capture(net.b, "eth0", tmp_path / "b.pcap") as capture,
+    ):
+        for _ in range(5):
+            with contextlib.suppress(PermissionError):
+                sender.send(b"secret")
+            await asyncio.sleep(0.02)
+        assert trap.trap.statistics()["released_private"] >= 1
+        assert received(listener) == []
+        assert [packet for packet in capture.packets() if packet.kind == "clear"] == []
+
+
 async def test_an_overflowing_destination_keeps_its_first_and_its_last_packet(net: Wired) -> None:
     """Of 200 datagrams the bound's worth is kept: the first ones and the newest; the rest is counted."""
     limit = hold.MAX_PACKETS_PER_DESTINATION

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from ipaddress import ip_address
 
 import pytest
@@ -17,6 +18,7 @@ from oepy.model import (
     Authenticated,
     Bogus,
     GatewayType,
+    IdType,
     Insecure,
     IpAddress,
     KeyAlgorithm,
@@ -154,6 +156,49 @@ async def test_a_null_peer_gets_its_own_outer_address_only() -> None:
     assert "own outer address only" in other.refusal
     strict = await admissions({}, PolicyGroup.PRIVATE).decide(offer(PEER, Authenticated.NULL, None))
     assert "AUTH NULL" in strict.refusal
+
+
+@pytest.mark.parametrize(
+    "published", [answer(PEER, KEY, PEER), answer(PEER, KEY, HOST), Bogus(str(PEER), "owner.", 60, "expired")]
+)
+async def test_a_null_peer_never_stands_in_for_a_published_key(published: KeyAnswer) -> None:
+    """Who can send from an address gets no tunnel by AUTH NULL where the DNS says that a key lives there."""
+    refused = await admissions({str(PEER): published}).decide(offer(PEER, Authenticated.NULL, None))
+    assert refused.refusal
+    unsigned = await admissions({str(PEER): Insecure("x", "owner.", 60)}).decide(
+        offer(PEER, Authenticated.NULL, None)
+    )
+    assert not unsigned.refusal
+
+
+async def test_a_null_peer_behind_a_nat_is_refused() -> None:
+    """Its outer address is that of all its neighbours, whose traffic would be sent to it."""
+    shared = dataclasses.replace(offer(PEER, Authenticated.NULL, None), peer_port=31_000)
+    assert "NAT" in (await admissions({}).decide(shared)).refusal
+
+
+@pytest.mark.parametrize(
+    ("identity", "key", "admitted"),
+    [
+        (PeerIdentity.parse("road.example"), KEY, True),
+        (PeerIdentity(IdType.FQDN, b"Road.Example"), KEY, True),
+        (PeerIdentity.parse("other.example"), KEY, False),
+        (PeerIdentity.parse("road.example"), OTHER, False),
+        (PeerIdentity(IdType.RFC822_ADDR, b"road.example"), KEY, False),
+        (PeerIdentity.address(PEER), KEY, False),
+    ],
+)
+async def test_a_text_record_with_a_name_authorises_who_proves_it(
+    identity: PeerIdentity, key: PublicKey, admitted: bool
+) -> None:
+    """RFC 4322 `@fqdn`: that name as IDi and that record's key, from whatever outer address."""
+    record = PeerKey(KEY, (), GatewayType.NAME, "@road.example.", 10, "TXT", "owner.", 60)
+    source = admissions({str(HOST): Secure(str(HOST), "owner.", 60, keys=(record,))})
+    decision = await source.decide(dataclasses.replace(offer(HOST, key=key), identity=identity))
+    assert (not decision.refusal) is admitted
+    ipseckey = dataclasses.replace(record, record="IPSECKEY")
+    source = admissions({str(HOST): Secure(str(HOST), "owner.", 60, keys=(ipseckey,))})
+    assert (await source.decide(dataclasses.replace(offer(HOST, key=key), identity=identity))).refusal
 
 
 async def test_a_wide_offer_is_narrowed_to_hosts() -> None:

@@ -18,10 +18,12 @@ from oepy.engine.messages import (
     Forget,
     Initiate,
     Install,
+    InstallFailed,
     LookupDone,
     NegotiationFailed,
     NoSa,
     ReadCounters,
+    Reloaded,
     Remove,
     Report,
     StartIke,
@@ -487,3 +489,86 @@ def test_a_private_destination_is_never_clear_on_any_path() -> None:
                 assert not (isinstance(action, Decide) and action.verdict is Verdict.CLEAR)
             entry = machine.entries.get((PRIVATE, PEER))
             assert entry is None or (entry.state is State.PRIVATE) == bool(entry.tunnels)
+
+
+@pytest.mark.parametrize("answer", [ABSENT, BOGUS, SILENT_DNS])
+def test_a_strangers_datagram_decides_nothing(answer: KeyAnswer) -> None:
+    """ESP with a forged source begins a lookup of that address; it must not close it (or open it) to us."""
+    machine = engine()
+    machine.handle(UnknownSpi(PEER), 0.0)
+    assert without_reports(machine.handle(LookupDone(PEER, answer), 0.1)) == []
+    assert not machine.entries
+    machine.handle(UnknownSpi(PEER), 20.0)
+    assert machine.handle(trapped(), 20.1) == []
+    (decision,) = without_reports(machine.handle(LookupDone(PEER, answer), 20.2))
+    assert isinstance(decision, Decide)
+
+
+def test_a_strangers_datagram_and_a_failed_negotiation_decide_nothing() -> None:
+    """The same where a key is found and its gateway cannot prove it."""
+    machine = engine()
+    machine.handle(UnknownSpi(PEER), 0.0)
+    (start,) = without_reports(machine.handle(LookupDone(PEER, secure()), 0.1))
+    failure = NegotiationFailed(PEER, start.attempt, Failure.PROOF_FAILED, "bad AUTH")
+    assert without_reports(machine.handle(failure, 0.2)) == []
+    assert not machine.entries
+
+
+@pytest.mark.parametrize(("group", "verdict", "life"), [(OE, Verdict.CLEAR, 60), (PRIVATE, Verdict.BLOCK, 5)])
+def test_a_datapath_that_refuses_locks_nobody_out(group: PolicyGroup, verdict: Verdict, life: float) -> None:
+    """The table decides: asking, negotiating and failing again for each packet would be a lockout."""
+    machine, _ = private_engine(group)
+    spi = next(iter(machine.pairs))
+    actions = without_reports(machine.handle(InstallFailed(spi, "no room"), 2.0))
+    assert actions == [Decide(group, PEER, verdict, life), Remove(spi)]
+
+
+def test_a_refused_successor_leaves_the_older_tunnel() -> None:
+    """A rekeyed pair that the datapath refuses changes nothing for the destination."""
+    machine, _ = private_engine(PRIVATE)
+    old = next(iter(machine.pairs))
+    machine.handle(TunnelUp(pair(0x7000), True, replaces=old), 2.0)
+    assert without_reports(machine.handle(InstallFailed(0x7000, "no room"), 2.1)) == [Remove(0x7000)]
+    assert machine.find(PEER).state is State.PRIVATE
+
+
+def with_a_private_port() -> EngineSettings:
+    return EngineSettings(lambda _: (OE, "default"), groups_of=lambda _: frozenset({OE, PRIVATE}))
+
+
+def test_a_null_peer_never_carries_a_private_port() -> None:
+    """Tunnels belong to addresses: where one port is `private`, the address's tunnel wants proof."""
+    machine = Engine(with_a_private_port())
+    assert machine.refuses_responder(PEER, Authenticated.NULL)
+    assert not machine.refuses_responder(PEER, Authenticated.DNS)
+    late = without_reports(machine.handle(TunnelUp(pair(0x7000, Authenticated.NULL), False), 1.0))
+    assert [type(action) for action in late] == [CloseTunnel]
+    machine = engine()
+    machine.handle(TunnelUp(pair(0x7000, Authenticated.NULL), False), 1.0)
+    machine.settings = with_a_private_port()
+    actions = without_reports(machine.handle(Reloaded(), 2.0))
+    assert [type(action) for action in actions] == [Forget, CloseTunnel]
+
+
+def test_a_reload_keeps_the_tunnels_of_port_rules() -> None:
+    """An entry of a group that only one port has is still right after a reload that changes nothing."""
+    machine = Engine(with_a_private_port())
+    machine.handle(trapped(PRIVATE), 0.0)
+    (start,) = without_reports(machine.handle(LookupDone(PEER, secure()), 0.1))
+    machine.handle(TunnelUp(pair(0x7000), True, start.attempt), 1.0)
+    assert without_reports(machine.handle(Reloaded(), 2.0)) == []
+    assert machine.find(PEER, PRIVATE).state is State.PRIVATE
+
+
+@pytest.mark.parametrize(("group", "ends"), [(OE, True), (PRIVATE, False)])
+def test_many_dead_gateways_hold_nobody_for_longer_than_promised(group: PolicyGroup, ends: bool) -> None:
+    """30 s in all, not for each gateway, where the alternative is the clear; `private` tries them all."""
+    machine = engine(group)
+    gateways = [record(ip_address(f"198.18.7.{n}"), precedence=n) for n in range(1, 9)]
+    machine.handle(trapped(group), 0.0)
+    (start,) = without_reports(machine.handle(LookupDone(PEER, secure(*gateways)), 1.0))
+    for number in range(1, 4):
+        failure = NegotiationFailed(PEER, start.attempt, Failure.SILENT, "no answer")
+        (start,) = without_reports(machine.handle(failure, 1.0 + 9 * number))
+    actions = without_reports(machine.handle(Tick(), 30.1))
+    assert (Decide(OE, PEER, Verdict.CLEAR, 600) in actions) is ends

@@ -77,7 +77,8 @@ class TunDatapath:
         descriptors = [sock.fileno() for sock in children] + [sock.fileno() for sock in self._sockets]
         try:
             self._process = await asyncio.create_subprocess_exec(
-                *[sys.executable, "-m", "oepy.datapath.tun.process"],
+                # -P: the working directory, which may be anybody's, is no place to import from
+                *[sys.executable, "-P", "-m", "oepy.datapath.tun.process"],
                 *["--device", self.device, "--mtu", str(self.mtu)],
                 *["--control", str(descriptors[0]), "--ike", str(descriptors[1])],
                 *(word for number in descriptors[2:] for word in ("--outer", str(number))),
@@ -122,9 +123,10 @@ class TunDatapath:
         await self._ask("install", pair=control.encode_pair(pair), outbound=outbound)
 
     async def remove(self, spi_in: int) -> None:
-        """Of an unknown SPI: nothing. Also gives back an SPI that was only allocated."""
+        """Of an unknown SPI, or without a process: nothing. Also gives back an SPI that was only allocated."""
         self._spis.discard(spi_in)
-        await self._ask("remove", spi=spi_in)
+        if self._control is not None:
+            await self._ask("remove", spi=spi_in)
 
     async def counters(self, spis: Collection[int] | None = None) -> Sequence[SaCounters]:
         """Of all pairs, or of those of `spis` that exist."""
@@ -168,14 +170,19 @@ class TunDatapath:
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[object] = loop.create_future()
         self._answers[number] = answer
-        message = control.encode({"id": number, "op": operation, **arguments})
+        process = self._process
         try:
-            async with self._sending:
-                if self._control is not None:
-                    await loop.sock_sendall(self._control, message)
-            return await asyncio.wait_for(answer, ANSWER_SECONDS)
+            message = control.encode({"id": number, "op": operation, **arguments})
+            async with asyncio.timeout(ANSWER_SECONDS):
+                async with self._sending:
+                    if self._control is not None:
+                        await loop.sock_sendall(self._control, message)
+                return await answer
         except TimeoutError as error:
-            raise OepyError("the datapath process does not answer") from error
+            # It answers between any two packets: it hangs, and with it every decision. The watcher tells.
+            if process is not None and process.returncode is None:
+                process.kill()
+            raise OepyError("the datapath process does not answer", "it is ended and started anew") from error
         except OSError as error:
             raise OepyError("the datapath process is gone") from error
         finally:

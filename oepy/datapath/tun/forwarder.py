@@ -79,6 +79,8 @@ class Forwarder:
         OepyError for what is not supported, and ValueError where the SPI is in use by another pair."""
         if pair.remote.address.version not in self._outers:
             raise ValueError(f"no socket for IPv{pair.remote.address.version}")
+        if not pair.encap:
+            raise ValueError("the userland datapath speaks ESP in UDP only, and this pair has none")
         known = self.database.get(pair.spi_in)
         if known is None:
             known = EspPair(pair, now)

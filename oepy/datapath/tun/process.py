@@ -154,8 +154,10 @@ def main() -> None:
     parser.add_argument("--ike", type=int, required=True, help="descriptor of the channel for IKE messages")
     parser.add_argument("--outer", type=int, action="append", default=[], help="descriptor of a NAT-T socket")
     arguments = parser.parse_args()
-    # A Ctrl-C in the daemon's terminal reaches this process too; the daemon tells it when to end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A Ctrl-C in the daemon's terminal reaches this process too, and so does systemd's SIGTERM to the whole
+    # service. Ended by it, it would leave its rules behind; the daemon tells it when to end, or ends itself.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     try:
         _Process(arguments).run()
     except (OepyError, ParseError) as error:
