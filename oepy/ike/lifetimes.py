@@ -70,7 +70,7 @@ def _silent(session: Session) -> None:
 
 def live_timers(session: Session) -> None:
     now, settings = session.context.now, session.context.settings
-    if session.state is State.REPLACED and now >= session.childless_since + 2 * settings.childless_lifetime:
+    if session.state is State.REPLACED and now >= session.childless_since + settings.replaced_lifetime:
         session.end(DownReason.REKEYED)  # the peer forgot to delete it
         return
     if session.state is State.ESTABLISHED:
