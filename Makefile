@@ -10,6 +10,7 @@ help:
 	@echo "make demo       the main job, in a lab on this machine (root)"
 	@echo "make test       all tests that this machine can run (root)"
 	@echo "make test-long  the slow ones too"
+	@echo "make fuzz       the fuzzer, SECONDS=600 for each target in FUZZ"
 	@echo "make check      ruff, mypy, import contracts"
 	@echo "make dev        a virtual environment with everything, in $(VENV)"
 
@@ -47,6 +48,13 @@ test-long:
 	@scripts/install-system test
 	@$(MAKE) --no-print-directory check
 	@scripts/run-tests $(PYTEST)
+
+# Not part of the tests: SECONDS for each target, one after the other. A finding is a file `crash-…`.
+SECONDS ?= 600
+FUZZ ?= ike ike_sealed records dns_reply esp trap
+fuzz: $(VENV)/.dev
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check atheris
+	@for target in $(FUZZ); do $(BIN)/python -m tests.fuzz.run $$target $(SECONDS) || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -22,7 +22,8 @@ import dns.wire
 from oepy.errors import ParseError
 from oepy.wire import Writer
 
-MAX_RECORDS = 1000  # in one reply; a legitimate one has some dozens
+MAX_RECORDS = 500  # in one reply; a legitimate one has some dozens
+MAX_NAMED = 40  # of them with a name in their data: the library needs milliseconds for one of 127 labels
 EDNS_PAYLOAD = 1232  # what passes everywhere without fragments (DNS flag day 2020)
 _FLAG_QR = 0x8000
 _FLAG_TC = 0x0200
@@ -33,6 +34,9 @@ _IN = dns.rdataclass.IN
 
 NameKey = tuple[bytes, ...]
 _RecordKey = tuple[NameKey, int]  # owner and type
+_Record = tuple[
+    dns.name.Name, int, dns.rdata.Rdata, bytes
+]  # owner, TTL, data, and its bytes to tell duplicates
 
 
 def name_key(name: dns.name.Name) -> NameKey:
@@ -138,8 +142,9 @@ def _parse(parser: dns.wire.Parser, question: Question, identifier: int) -> Repl
     if answers + authorities + additionals > MAX_RECORDS:
         raise ParseError(f"the reply to {question} has more than {MAX_RECORDS} records")
     notes: list[str] = []
-    answer = _group(_records(parser, answers, names, notes))
-    authority = _group(_records(parser, authorities, names, notes))
+    reader = _RecordReader(parser, names, notes, question)
+    answer = _group(reader.pull(answers))
+    authority = _group(reader.pull(authorities))
     rcode = flags & 0xF
     for _ in range(additionals):
         rcode |= _extended_rcode(parser)
@@ -165,54 +170,74 @@ def _pull_name(parser: dns.wire.Parser, names: dict[int, dns.name.Name]) -> dns.
     return name
 
 
-def _records(
-    parser: dns.wire.Parser, count: int, names: dict[int, dns.name.Name], notes: list[str]
-) -> Iterator[tuple[dns.name.Name, int, dns.rdata.Rdata]]:
-    for _ in range(count):
-        name = _pull_name(parser, names)
-        rdtype, rdclass, ttl, length = parser.get_struct("!HHIH")
-        start = parser.current
-        raw = parser.get_bytes(length)
-        if rdclass != _IN or rdtype == dns.rdatatype.OPT:
-            continue
-        rdata = _rdata(parser, rdtype, start, raw)
-        if isinstance(rdata, dns.rdata.GenericRdata) and rdtype in _SIGNALS:
-            notes.append(f"{name}: a malformed {dns.rdatatype.to_text(rdtype)} record is ignored")
-            continue
-        # RFC 2181 §8: a TTL with the top bit set is 0.
-        yield name, ttl if ttl < 1 << 31 else 0, rdata
+class _RecordReader:
+    def __init__(
+        self, parser: dns.wire.Parser, names: dict[int, dns.name.Name], notes: list[str], question: Question
+    ) -> None:
+        self._parser, self._names, self._notes = parser, names, notes
+        self._read = _READ | {question.type}
+        self._named = 0
+
+    def pull(self, count: int) -> Iterator[_Record]:
+        parser = self._parser
+        for _ in range(count):
+            name = _pull_name(parser, self._names)
+            rdtype, rdclass, ttl, length = parser.get_struct("!HHIH")
+            start = parser.current
+            raw = parser.get_bytes(length)
+            if rdclass != _IN or rdtype == dns.rdatatype.OPT:
+                continue
+            rdata = self._rdata(rdtype, start, raw)
+            if isinstance(rdata, dns.rdata.GenericRdata) and rdtype in _SIGNALS:
+                self._notes.append(f"{name}: a malformed {dns.rdatatype.to_text(rdtype)} record is ignored")
+                continue
+            # RFC 2181 §8: a TTL with the top bit set is 0.
+            generic = rdtype in _NAMELESS or isinstance(rdata, dns.rdata.GenericRdata)
+            yield name, ttl if ttl < 1 << 31 else 0, rdata, raw if generic else rdata.to_digestable()
+
+    def _rdata(self, rdtype: int, start: int, raw: bytes) -> dns.rdata.Rdata:
+        kind = dns.rdatatype.RdataType.make(rdtype)
+        if rdtype in self._read and kind != dns.rdatatype.IPSECKEY:
+            if rdtype not in _NAMELESS:
+                self._named += 1
+                if self._named > MAX_NAMED:
+                    raise ParseError(f"the reply has more than {MAX_NAMED} records with names in them")
+            try:
+                return dns.rdata.from_wire(_IN, kind, self._parser.wire, start, len(raw))
+            except (dns.exception.DNSException, ValueError, OverflowError):
+                pass
+        return dns.rdata.GenericRdata(_IN, kind, raw)
 
 
 # Signatures and denials are worth nothing when they cannot be read, and nothing signs over an RRSIG.
 _SIGNALS = frozenset({dns.rdatatype.RRSIG})
 
 
-def _rdata(parser: dns.wire.Parser, rdtype: int, start: int, raw: bytes) -> dns.rdata.Rdata:
-    kind = dns.rdatatype.RdataType.make(rdtype)
-    if kind != dns.rdatatype.IPSECKEY:
-        try:
-            return dns.rdata.from_wire(_IN, kind, parser.wire, start, len(raw))
-        except (dns.exception.DNSException, ValueError, OverflowError):
-            pass
-    return dns.rdata.GenericRdata(_IN, kind, raw)
+# What anybody here looks into; the rest is kept unread, unless it was asked for.
+_T = dns.rdatatype.RdataType
+_NAMELESS = frozenset({_T.A, _T.AAAA, _T.TXT, _T.DS, _T.DNSKEY, _T.NSEC3, _T.RRSIG})
+_READ: frozenset[int] = _NAMELESS | {_T.CNAME, _T.DNAME, _T.SOA, _T.NSEC}
 
 
-def _group(records: Iterable[tuple[dns.name.Name, int, dns.rdata.Rdata]]) -> tuple[RRset, ...]:
-    """RRsets in order of appearance, without duplicates; the TTL of a set is its smallest (RFC 2181 §5)."""
+def _group(records: Iterable[_Record]) -> tuple[RRset, ...]:
+    """RRsets in order of appearance, without duplicates; the TTL of a set is its smallest (RFC 2181 §5).
+    Duplicates are found by their bytes, since the library's hash of a record with names is slow."""
     owners: dict[NameKey, dns.name.Name] = {}
-    data: dict[_RecordKey, dict[dns.rdata.Rdata, None]] = {}
+    data: dict[_RecordKey, dict[bytes, dns.rdata.Rdata]] = {}
     ttls: dict[_RecordKey, int] = {}
-    signatures: dict[_RecordKey, dict[dns.rdtypes.ANY.RRSIG.RRSIG, None]] = {}
-    for name, ttl, rdata in records:
+    signatures: dict[_RecordKey, dict[bytes, dns.rdtypes.ANY.RRSIG.RRSIG]] = {}
+    for name, ttl, rdata, raw in records:
         owner = name_key(name)
         owners.setdefault(owner, name)
         if isinstance(rdata, dns.rdtypes.ANY.RRSIG.RRSIG):
-            signatures.setdefault((owner, int(rdata.type_covered)), {})[rdata] = None
+            signatures.setdefault((owner, int(rdata.type_covered)), {})[raw] = rdata
             continue
         key = (owner, int(rdata.rdtype))
-        data.setdefault(key, {})[rdata] = None
+        data.setdefault(key, {})[raw] = rdata
         ttls[key] = min(ttl, ttls.get(key, ttl))
     return tuple(
-        RRset(owners[key[0]], key[1], ttls[key], tuple(rdatas), tuple(signatures.get(key, ())))
+        RRset(
+            owners[key[0]], key[1], ttls[key], tuple(rdatas.values()), tuple(signatures.get(key, {}).values())
+        )
         for key, rdatas in data.items()
     )

@@ -140,6 +140,7 @@ def verify(rrset: RRset, zone: dns.name.Name, keys: Iterable[ZoneKey], now: int,
     """
     reasons: list[str] = []
     keys = tuple(keys)
+    wires: list[bytes] = []
     if not rrset.signatures:
         raise SignatureFailure(f"{rrset} has no signature, though {zone} is signed")
     for signature in rrset.signatures[:MAX_SIGNATURES_PER_SET]:
@@ -152,7 +153,8 @@ def verify(rrset: RRset, zone: dns.name.Name, keys: Iterable[ZoneKey], now: int,
         if not reason and not candidates:
             reason = f"is by key {signature.key_tag}, which {zone} does not have"
         if not reason:
-            data = signed_data(rrset, signature)
+            wires = wires or canonical(rrset)
+            data = signed_data(rrset, signature, wires)
             if any(_holds(key, signature, data, budget) for key in candidates):
                 return _verified(rrset, signature, now)
             reason = "does not fit the records (they were changed, or signed with another key)"
@@ -196,14 +198,18 @@ def _verified(rrset: RRset, signature: Rrsig, now: int) -> Verified:
     return Verified(signature.signer, ttl, signature.key_tag, encloser)
 
 
-def signed_data(rrset: RRset, signature: Rrsig) -> bytes:
-    """What was signed: RFC 4034 §3.1.8.1, with the canonical form of §6.2 and order of §6.3."""
+def canonical(rrset: RRset) -> list[bytes]:
+    """The data of the records in canonical form (RFC 4034 §6.2) and order (§6.3)."""
+    return sorted({rdata.to_digestable() for rdata in rrset.rdatas})
+
+
+def signed_data(rrset: RRset, signature: Rrsig, wires: list[bytes]) -> bytes:
+    """What was signed: RFC 4034 §3.1.8.1. `wires` are the set's canonical ones, dear enough to be made once."""
     owner = rrset.name
     if signature.labels < len(owner.labels) - 1:
         owner = dns.name.Name((b"*", *owner.labels[-(signature.labels + 1) :]))
     head = owner.canonicalize().to_wire() or b""
     head += struct.pack("!HHI", rrset.type, dns.rdataclass.IN, signature.original_ttl)
-    wires = sorted({rdata.to_digestable() for rdata in rrset.rdatas})
     parts = [
         struct.pack(
             "!HBBIIIH",

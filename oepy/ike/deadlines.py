@@ -26,7 +26,7 @@ def next_deadline(session: Session) -> float:
         if settings.liveness_interval and session.window.outstanding is None:
             deadline = min(deadline, session.heard_at + settings.liveness_interval)
         if session.state is State.REPLACED:
-            deadline = min(deadline, session.childless_since + 2 * settings.childless_lifetime)
+            deadline = min(deadline, session.childless_since + settings.replaced_lifetime)
         if session.state is State.ESTABLISHED:
             deadline = min(
                 deadline, session.rekey_at, session.established_at + lifetimes.ike_rekey + lifetimes.ike_grace

@@ -16,7 +16,8 @@ from oepy.ike.states import Happening
 from oepy.model import Endpoint, Secret
 
 if TYPE_CHECKING:
-    from oepy.ike.algorithms import IkeSuite
+    from oepy.ike.algorithms import IkeSuite, Offer
+    from oepy.ike.key_exchange import Share
     from oepy.ike.message import Message
     from oepy.ike.session import Session
 
@@ -29,11 +30,18 @@ class Handshake:
     """Dropped as soon as the peer is authenticated."""
 
     __slots__ = (
+        "agreed",
+        "deferred",
         "message_i",
         "message_r",
         "nonce_i",
         "nonce_r",
+        "offers",
         "peer_hashes",
+        "refusal",
+        "rounds",
+        "sent",
+        "share",
         "sk_pi",
         "sk_pr",
     )
@@ -46,6 +54,14 @@ class Handshake:
         self.peer_hashes: frozenset[int] = frozenset()
         self.sk_pi: Secret | None = None
         self.sk_pr: Secret | None = None
+        # the initiator's, until IKE_SA_INIT is answered:
+        self.offers: tuple[Offer, ...] = ()
+        self.rounds = 0
+        self.share: Share | None = None
+        self.sent: dict[str, tuple[bytes, Share]] = {}  # by group: the last request with it
+        self.agreed: tuple[IkeSuite, bytes] | None = None  # and the shared secret
+        self.deferred: Message | None = None  # a COOKIE, not yet obeyed
+        self.refusal: tuple[str, str] | None = None  # text and notify; by whom, nobody knows
 
     def octets_of(self, session: Session, *, initiator: bool, id_body: bytes) -> bytes:
         """What the AUTH of the initiator or the responder covers."""

@@ -25,12 +25,13 @@ if TYPE_CHECKING:
 
 _HARMLESS = frozenset(("liveness", "confirm", "rekey-ike"))
 """Exchanges of ours during which the peer may rekey the IKE SA (§2.25.2)."""
+MAX_PREDECESSORS = 4  # a peer that rekeys on and on, and never deletes, fills no memory
 
 
 def serve_rekey_ike(session: Session, message: Message) -> PeerSteps:
     yield from ()  # a generator like the others, which asks nothing
     context = session.context
-    if session.own is not None and session.own.what not in _HARMLESS:
+    if session.candidate is not None or (session.own is not None and session.own.what not in _HARMLESS):
         return [notify(NotifyType.TEMPORARY_FAILURE)]
     ke = message.must(PayloadType.KE, KeyShareData)
     proposals = message.must(PayloadType.SA, SaPayload).proposals
@@ -113,6 +114,11 @@ def take_over(old: Session, new: Session) -> None:
     context.emit(IkeRekeyed(new.number, str(new.suite)))
     new.next_queued()
     new.reschedule()
+    alive = [*(one for one in old.predecessors if one.state is not State.CLOSED), old]
+    old.predecessors = ()
+    new.predecessors = tuple(alive[-MAX_PREDECESSORS:])
+    for superfluous in alive[:-MAX_PREDECESSORS]:
+        superfluous.end(DownReason.REKEYED)
 
 
 def resolve_candidate(session: Session) -> None:

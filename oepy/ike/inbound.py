@@ -10,6 +10,7 @@ from oepy.ike.dispatch import serve_request
 from oepy.ike.events import FailureKind, PeerMoved
 from oepy.ike.header import Exchange, Header, PayloadType
 from oepy.ike.informational import goodbye
+from oepy.ike.initiator import weigh_init_answer
 from oepy.ike.message import Fragment, Message, Reassembly, open_sealed, parse_inner
 from oepy.ike.notify import NotifyType, ProtocolError
 from oepy.ike.payloads import Chain, notify
@@ -164,10 +165,18 @@ def _receive_init(session: Session, header: Header, chain: Chain, data: bytes) -
         session.context.counters["out_of_window"] += 1
         return
     rules.check(Exchange.IKE_SA_INIT, True, chain)
-    assert session.handshake is not None
-    session.handshake.message_i = outstanding.datagrams[0]  # what AUTH covers is the last one sent (§2.6)
-    session.window.outstanding = None  # the next request, IKE_SA_INIT again or IKE_AUTH, sets its own ID
+    message = Message(header, chain, data)
+    if weigh_init_answer(session, message):
+        carry_init_on(session, message)
+    else:
+        session.reschedule()
+
+
+def carry_init_on(session: Session, message: Message) -> None:
     flow = session.own
     assert flow is not None
-    session.drive(flow, Message(header, chain, data))
+    assert session.handshake is not None
+    session.handshake.deferred = None
+    session.window.outstanding = None  # the next request, IKE_SA_INIT again or IKE_AUTH, sets its own ID
+    session.drive(flow, message)
     session.reschedule()

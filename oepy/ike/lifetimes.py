@@ -23,6 +23,11 @@ def handle_timer(session: Session) -> None:
         if outstanding.exhausted(now):
             _silent(session)
             return
+        if session.handshake is not None and session.handshake.deferred is not None:
+            from oepy.ike.inbound import carry_init_on
+
+            carry_init_on(session, session.handshake.deferred)
+            return
         outstanding.sent_again(now)
         session.context.counters["retransmits"] += 1
         session.send(outstanding.datagrams)
@@ -55,13 +60,17 @@ def _silent(session: Session) -> None:
         session.end(DownReason.LOCAL)
     else:
         assert session.window.outstanding is not None
+        refusal = session.handshake.refusal if session.handshake else None
+        if session.state is State.INIT_SENT and refusal is not None:
+            session.fail(FailureKind.REJECTED, *refusal)
+            return
         name = Exchange(session.window.outstanding.exchange).name
         session.give_up(FailureKind.SILENT, f"no answer to {name}")
 
 
 def live_timers(session: Session) -> None:
     now, settings = session.context.now, session.context.settings
-    if session.state is State.REPLACED and now >= session.childless_since + 2 * settings.childless_lifetime:
+    if session.state is State.REPLACED and now >= session.childless_since + settings.replaced_lifetime:
         session.end(DownReason.REKEYED)  # the peer forgot to delete it
         return
     if session.state is State.ESTABLISHED:

@@ -59,6 +59,9 @@ def receive_init(context: Context, message: Message, local: Endpoint, remote: En
     """An IKE_SA_INIT request that belongs to no session. Raises ParseError for a malformed one."""
     rules.check(Exchange.IKE_SA_INIT, False, message.chain)
     settings, header = context.settings, message.header
+    if header.spi_i in context.by_spi:
+        context.counters["reflected"] += 1  # our own request, thrown back: nobody else would draw this SPI
+        return
     nonce = message.must(PayloadType.NONCE, bytes)
     if not _admitted(context, message, nonce, local, remote):
         return

@@ -85,6 +85,7 @@ class Session:
         "own",
         "own_proof",
         "peer_fragments",
+        "predecessors",
         "queue",
         "reassembly",
         "rekey_at",
@@ -151,6 +152,7 @@ class Session:
         """The SA that the peer's simultaneous rekey made, and the lower nonce of that exchange."""
         self.candidate_for: Session | None = None  # the same, seen from the new SA
         self.moved_to: Session | None = None  # the SA that replaced this one
+        self.predecessors: tuple[Session, ...] = ()  # replaced ones that await their Delete
         self.half_open_key: HalfOpenKey | None = None
         self.retransmission: Retransmission | None = None
         self.last_error = ""

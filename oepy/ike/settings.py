@@ -55,9 +55,11 @@ class IkeSettings:
     handshake: Retransmission = Retransmission()
     established: Retransmission = Retransmission(0.5, 1.8, 20.0)
     liveness_interval: float = 30.0  # nothing heard for so long: ask; 0 = never by itself
+    refusal_patience: float = 2.0  # after a refusal that anybody may have forged: wait for a good answer
     half_open_lifetime: float = 15.0
     question_timeout: float = 30.0  # an unanswered question ends its exchange
     childless_lifetime: float = 15.0  # an established session without a child ends
+    replaced_lifetime: float = 180.0  # a rekeyed IKE SA awaits its Delete: longer than peers retransmit
     cookie_threshold: int = 64  # half-open sessions from which on cookies are demanded
     max_half_open: int = 4096
     max_half_open_per_prefix: int = 64  # of one IPv4 /24 or IPv6 /56

@@ -15,6 +15,8 @@ from oepy.ike.events import (
     SessionDown,
     SessionFailed,
 )
+from oepy.ike.header import Exchange, parse_header
+from oepy.ike.ike_rekey import MAX_PREDECESSORS
 from oepy.ike.settings import IkeSettings, Lifetimes, Retransmission
 from oepy.model import Authenticated
 from tests.sim.ike_net import Host, Net, assert_mirror, assert_one_tunnel, request, two_hosts
@@ -327,3 +329,28 @@ def test_a_mirror_is_checked_by_the_tests_themselves() -> None:
     pair = next(iter(a.pairs.values()))
     with pytest.raises(AssertionError):
         assert_mirror(pair, pair)
+
+
+def test_a_peer_that_rekeys_on_and_on_and_deletes_nothing_fills_no_memory() -> None:
+    """Of the IKE SAs that await their Delete only a few are kept; the tunnel stays as it is."""
+    a, b, net = connected(QUIET)
+    net.filter = lambda _, __, data: parse_header(data).exchange != Exchange.INFORMATIONAL
+    for _ in range(12):
+        a.ike.rekey_ike(a.ike.sessions()[0].session, net.now)
+        net.run(1)
+        assert len(b.ike._context.by_spi) <= 1 + MAX_PREDECESSORS
+    assert len(b.of(IkeRekeyed)) == 12
+    net.run(400)
+    assert len(b.ike._context.by_spi) == len(a.ike._context.by_spi) == 1
+    assert_one_tunnel(a, b)
+
+
+def test_a_replaced_ike_sa_outlives_the_retransmissions_of_its_peer() -> None:
+    """Its Delete may come late: strongSwan repeats a request for 165 s."""
+    a, b, net = connected(QUIET)
+    net.filter = lambda _, __, data: parse_header(data).exchange != Exchange.INFORMATIONAL
+    a.ike.rekey_ike(only_session(a), net.now)
+    net.run(170)
+    assert len(b.ike._context.by_spi) == 2
+    net.run(20)
+    assert len(b.ike._context.by_spi) == 1

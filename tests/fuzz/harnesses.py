@@ -1,0 +1,229 @@
+"""What the fuzzer calls, one function a target: bytes in, nothing out. Each promises what its first line says;
+any other exception, or a failed assertion, is a finding. Nothing here needs the fuzzer itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import dns.name
+import dns.rdatatype
+
+from oepy.datapath.esp.inner import inner_length
+from oepy.datapath.esp.mss import clamp
+from oepy.datapath.esp.sa import EspPair
+from oepy.dns.message import Question, parse_reply
+from oepy.dns.records import build_ipseckey, build_oe_text, is_oe_text, parse_ipseckey, parse_oe_text
+from oepy.errors import KeyFormatError, ParseError, RemoteError
+from oepy.ike.endpoint import SessionInfo
+from oepy.ike.header import FLAG_INITIATOR, FLAG_RESPONSE, VERSION_2, Exchange, Header, PayloadType
+from oepy.ike.message import _seal
+from oepy.ike.session import Session
+from oepy.ike.settings import IkeSettings
+from oepy.keys import from_public_key
+from oepy.model import Direction, SaPair
+from oepy.trap import netlink, queue
+from oepy.trap.packet import parse_flow
+from tests.fakes.datapath import pairs
+from tests.sim.ike_net import Host, Net, request, two_hosts
+
+# ---- IKE ---------------------------------------------------------------------------------------------------
+
+_QUIET = IkeSettings(liveness_interval=0.0)
+SCENES = ("fresh", "init-sent", "half-open", "auth-sent", "established", "responder")
+
+
+class Scene:
+    """`host` is attacked, `peer` holds the other end. Rebuilt when an attack has changed anything."""
+
+    def __init__(self, name: str, seed: int = 1) -> None:
+        a, b = two_hosts(_QUIET)
+        for host in (a, b):  # other keys and nonces than those of the seeds, whose proofs must not fit
+            host.random.seed(f"{seed} {name} {host.name}")
+        self.net = Net([a, b])
+        self.host, self.peer = (b, a) if name in ("fresh", "half-open", "responder") else (a, b)
+        rounds = {"fresh": 0, "init-sent": 0, "half-open": 1, "auth-sent": 2}.get(name)
+        self.net.filter = lambda *_: rounds is None or len(self.net.carried) <= rounds
+        if name != "fresh":
+            a.ike.initiate(request(a, b), self.net.now)
+        self.net.run(0.3)
+        self.net.filter = lambda *_: False
+        self.was = self.look()
+
+    def look(self) -> tuple[list[SessionInfo], dict[int, SaPair]]:
+        return self.host.ike.sessions(), dict(self.host.pairs)
+
+    def session(self, host: Host) -> Session | None:
+        return next(iter(host.ike._context.by_number.values()), None)
+
+    def throw(self, data: bytes) -> None:
+        self.host.ike.receive(data, self.host.at, self.peer.at, self.net.now)
+        self.net.flush(self.host)
+        del self.net.carried[8:]
+        self.host.events.clear()
+        self.host.ike._context.counters.clear()
+
+
+_scenes: dict[str, Scene] = {}
+
+
+def _scene(choice: int) -> tuple[str, Scene]:
+    name = SCENES[choice % len(SCENES)]
+    if name not in _scenes:
+        _scenes[name] = Scene(name)
+    return name, _scenes[name]
+
+
+def ike(data: bytes) -> None:
+    """Datagrams by anybody, into an endpoint in several states: no exception, and no session that is
+    established, or was begun by us, ends or changes its keys, its children or its peer.
+
+    First byte: the state; second: 0 raw, 1 behind the live SPIs."""
+    if len(data) < 2:
+        return
+    name, scene = _scene(data[0])
+    body = data[2:]
+    session = scene.session(scene.host)
+    if data[1] & 1 and session is not None:
+        body = session.spi_i + session.spi_r + body
+    scene.throw(body)
+    if name in ("auth-sent", "established", "responder", "half-open"):
+        sessions, children = scene.look()
+        assert all(info in sessions for info in scene.was[0])
+        assert children == scene.was[1]
+    if name == "init-sent":
+        assert scene.host.ike.sessions()
+    if scene.look() != scene.was:
+        del _scenes[name]
+
+
+def ike_sealed(data: bytes) -> None:
+    """Messages by a hostile peer that holds the keys of the session, so that all inside of SK is its choice: no
+    exception, and no IKE SA is established without proof.
+
+    State, exchange, flags, type of the first payload; then the bytes inside."""
+    if len(data) < 4:
+        return
+    name, scene = _scene(2 + data[0] % 4)
+    ours, theirs = scene.session(scene.host), scene.session(scene.peer)
+    exchange = (Exchange.IKE_AUTH, Exchange.CREATE_CHILD_SA, Exchange.INFORMATIONAL, 99)[data[1] & 3]
+    is_response = bool(data[2] & 1)
+    if ours is None or ours.unprotect is None or ours.suite is None:
+        return
+    keys = theirs.transmit if theirs is not None and theirs.transmit is not None else None
+    if keys is None:
+        return
+    number = ours.window.next_own if is_response else ours.window.next_peer
+    flags = (0 if ours.initiator else FLAG_INITIATOR) | (FLAG_RESPONSE if is_response else 0)
+    header = Header(ours.spi_i, ours.spi_r, 0, VERSION_2, exchange, flags, number)
+    scene.throw(_seal(header, keys, kind=PayloadType.SK, first=data[3], fields=b"", plain=data[4:]))
+    for info in scene.host.ike.sessions():
+        if name in ("half-open", "auth-sent"):
+            assert info.state != "established"
+    if scene.look() != scene.was:
+        del _scenes[name]
+
+
+# ---- DNS ---------------------------------------------------------------------------------------------------
+
+_QUESTION = Question(dns.name.from_text("1.2.0.192.in-addr.arpa."), int(dns.rdatatype.IPSECKEY))
+
+
+def records(data: bytes) -> None:
+    """IPSECKEY rdata and TXT strings: a record that builds the same bytes again and whose key loads, or
+    ParseError or KeyFormatError.
+
+    First byte: 0 IPSECKEY, 1 TXT in pieces of up to 255 bytes, 2 the same behind our tag."""
+    if not data:
+        return
+    kind, body = data[0] % 3, data[1:]
+    with contextlib.suppress(ParseError, KeyFormatError):
+        if kind == 0:
+            record = parse_ipseckey(body)
+            assert build_ipseckey(record) == body
+            from_public_key(record.public_key())
+            return
+        if kind == 2:
+            body = b"X-IPsec-Server(10)=" + body
+        strings = [body[at : at + 255] for at in range(0, len(body), 255)]
+        is_oe_text(body)
+        text = parse_oe_text(strings)
+        assert parse_oe_text(build_oe_text(text)) == text
+
+
+def dns_reply(data: bytes) -> None:
+    """A resolver's datagram: a Reply to our very question, or ParseError. First byte: 1 puts our header and
+    question in front."""
+    if not data:
+        return
+    wire = data[1:]
+    if data[0] & 1:
+        wire = b"\x12\x34\x81\x80\x00\x01" + wire[:6].ljust(6, b"\0")
+        wire += (_QUESTION.name.to_wire() or b"") + b"\x00\x2d\x00\x01" + data[7:]
+    with contextlib.suppress(ParseError):
+        reply = parse_reply(wire, _QUESTION, 0x1234)
+        assert reply.question == _QUESTION
+        for rrset in (*reply.answer, *reply.authority):
+            for rdata in rrset.rdatas:
+                rdata.to_digestable()
+
+
+# ---- ESP ---------------------------------------------------------------------------------------------------
+
+
+def esp(data: bytes) -> None:
+    """ESP from outside and inner packets of a peer that holds the keys: an IP packet within the selectors, a
+    dummy, or RemoteError.
+
+    First byte: 0 a datagram, 1 the plaintext inside of an authentic one, 2 a packet outward."""
+    if not data:
+        return
+    one, other = pairs()
+    ours, theirs = EspPair(one, 0.0), EspPair(other, 0.0)
+    kind, body = data[0] % 3, data[1:]
+    with contextlib.suppress(RemoteError):
+        if kind == 0:
+            ours.open(memoryview(body), 1.0)
+            raise AssertionError("nobody without the key makes an authentic packet")
+        if kind == 1:
+            header = other.spi_out.to_bytes(4, "big") + (1).to_bytes(4, "big")
+            sealed = header + theirs._outward.seal(header, 1, body)
+            packet = ours.open(memoryview(sealed), 1.0)
+            assert packet is None or ours.selectors.allow_inward(packet)
+            return
+        inner_length(body, {4: 4, 6: 41}.get(body[0] >> 4 if body else 0, 0))
+        clamped = clamp(body, 1400)
+        assert len(clamped) == len(body)
+        assert theirs.open(memoryview(ours.seal(body, 1.0)), 1.0) is not None
+
+
+# ---- trap --------------------------------------------------------------------------------------------------
+
+
+def trap(data: bytes) -> None:
+    """Netlink messages, queued packets and the flows in them: values, or ParseError.
+
+    First byte: 0 a netlink datagram, 1 attributes, 2 an IP packet."""
+    if not data:
+        return
+    kind, body = data[0] % 3, data[1:]
+    with contextlib.suppress(ParseError):
+        if kind == 0:
+            for message in netlink.parse_messages(body):
+                packet = queue.parse_packet(message)
+                parse_flow(packet.payload, Direction.OUTPUT)
+        elif kind == 1:
+            queue.parse_packet(netlink.Message(0, 0, 0, body=body))
+        else:
+            parse_flow(body, Direction.FORWARD)
+
+
+HARNESSES: dict[str, Callable[[bytes], None]] = {
+    "ike": ike,
+    "ike_sealed": ike_sealed,
+    "records": records,
+    "dns_reply": dns_reply,
+    "esp": esp,
+    "trap": trap,
+}

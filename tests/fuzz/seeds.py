@@ -1,0 +1,89 @@
+"""`python -m tests.fuzz.seeds`: write the corpus's first files, made from real messages (`seed-…`)."""
+
+from __future__ import annotations
+
+import pathlib
+
+import dns.rdata
+import dns.rdatatype
+
+from oepy.dns.records import IpsecKey, OeText, build_ipseckey, build_oe_text
+from oepy.ike.header import parse_header
+from oepy.ike.message import open_sealed
+from oepy.ike.payloads import parse_chain
+from oepy.keys import to_public_key
+from oepy.trap import netlink
+from tests.fakes.datapath import ipv4_packet, ipv6_packet
+from tests.fuzz.harnesses import SCENES, Scene
+from tests.sim.ike_net import rsa_key, two_hosts
+
+CORPUS = pathlib.Path(__file__).parent / "corpus"
+
+
+def seeds() -> dict[str, list[bytes]]:
+    made: dict[str, list[bytes]] = {name: [] for name in ("ike", "ike_sealed", "records", "dns_reply", "esp")}
+    scene = Scene("established", seed=2)
+    datagrams = [data for *_, data in scene.net.carried]
+    for state in range(len(SCENES)):
+        made["ike"] += [bytes((state, 0)) + data for data in datagrams[:2]]
+        made["ike"] += [bytes((state, 1)) + data[16:] for data in datagrams[2:]]
+    host, peer = scene.session(scene.host), scene.session(scene.peer)
+    assert host is not None
+    assert peer is not None
+    for data in datagrams[2:]:
+        header = parse_header(data)
+        encrypted = parse_chain(data, header.next_payload, 28).encrypted
+        assert encrypted is not None
+        plain = open_sealed(data, encrypted, (host if header.is_response else peer).unprotect)  # type: ignore[arg-type]
+        assert isinstance(plain, bytes)
+        for state in range(4):
+            response = int(header.is_response)
+            made["ike_sealed"].append(bytes((state, 0, response, encrypted.first_inner)) + plain)
+            made["ike_sealed"].append(bytes((state, 1, response, encrypted.first_inner)) + plain)
+    for exchange, first, plain in ((2, 42, "0000000801000000"), (2, 42, "0000000c0304000100001001")):
+        made["ike_sealed"] += [bytes((s, exchange, 0, first)) + bytes.fromhex(plain) for s in range(4)]
+    _records(made)
+    for packet in (ipv4_packet("192.0.2.2", "192.0.2.1"), ipv6_packet("2001:db8::2", "2001:db8::1")):
+        version = 4 if packet[0] >> 4 == 4 else 41
+        made["esp"] += [b"\0" + b"\0\0\x10\1\0\0\0\1" + packet, b"\1" + packet + bytes((0, version))]
+        made["esp"].append(b"\2" + packet)
+        made.setdefault("trap", []).append(b"\2" + packet)
+        body = netlink.attribute(1, bytes(7)) + netlink.attribute(10, packet)
+        made["trap"] += [b"\1" + body, b"\0" + netlink.message(0x300, 0, body)]
+    return made
+
+
+def _records(made: dict[str, list[bytes]]) -> None:
+    a, b = two_hosts()
+    for key in (a.public[0], b.public[0], to_public_key(rsa_key().public_key())):
+        for gateway in (None, a.at.address):
+            rdata = build_ipseckey(IpsecKey(10, key.algorithm, gateway, key.data))
+            made["records"].append(b"\0" + rdata)
+            answer = b"\xc0\x0c\x00\x2d\x00\x01\0\0\x0e\x10" + len(rdata).to_bytes(2, "big") + rdata
+            made["dns_reply"].append(b"\1\0\1\0\0\0\0" + answer)
+    text = OeText(10, a.at.address, to_public_key(rsa_key().public_key()))
+    made["records"] += [b"\1" + b"".join(build_oe_text(text)), b"\2192.0.2.1 AQPBroken"]
+    for kind, words in (
+        ("NSEC", "a.example. A NS SOA RRSIG NSEC"),
+        ("NSEC3", "1 1 10 aabb 2t7b4g4vsa5smi47k61mv5bv1a22bojr A RRSIG"),
+        ("DS", "12345 13 2 " + "ab" * 32),
+        ("DNSKEY", "257 3 15 " + "q" * 43 + "="),
+        ("CNAME", "1.0-25.2.0.192.in-addr.arpa."),
+        ("SOA", "a. b. 1 2 3 4 5"),
+    ):
+        wire = dns.rdata.from_text("IN", kind, words).to_wire() or b""
+        number = int(dns.rdatatype.RdataType.make(kind)).to_bytes(2, "big")
+        answer = b"\xc0\x0c" + number + b"\x00\x01\0\0\x0e\x10" + len(wire).to_bytes(2, "big") + wire
+        made["dns_reply"].append(b"\1\0\0\0\1\0\0" + answer)
+
+
+def main() -> None:
+    for target, files in seeds().items():
+        directory = CORPUS / target
+        directory.mkdir(parents=True, exist_ok=True)
+        for number, data in enumerate(dict.fromkeys(files)):
+            (directory / f"seed-{number:02}").write_bytes(data)
+
+
+if __name__ == "__main__":
+    main()
