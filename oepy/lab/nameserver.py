@@ -49,7 +49,10 @@ BROKEN_ZONES = frozenset({"2.18.198.in-addr.arpa.", "2.0.0.0.0.0.0.0.2.0.0.0.1.0
 NSEC3_ZONES = frozenset(
     {"0.0.0.0.2.0.0.0.1.0.0.2.ip6.arpa.", "2.0.0.0.0.0.0.0.2.0.0.0.1.0.0.2.ip6.arpa.", "example."}
 )
-_ZONES_DIRECTORY = Path(__file__).resolve().parents[2] / "zones"
+_INSTALLED_ZONES = Path(__file__).resolve().parent / "zones"
+_ZONES_DIRECTORY = (
+    _INSTALLED_ZONES if _INSTALLED_ZONES.is_dir() else Path(__file__).resolve().parents[2] / "zones"
+)
 _CLONE_NEWNET = 0x40000000
 _START_SECONDS = 30.0
 
