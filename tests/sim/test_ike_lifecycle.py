@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from oepy.ike.algorithms import to_proposals
 from oepy.ike.events import (
     ChildDown,
     ChildUp,
@@ -16,8 +17,11 @@ from oepy.ike.events import (
     SessionDown,
     SessionFailed,
 )
-from oepy.ike.header import Exchange, parse_header
+from oepy.ike.header import Exchange, PayloadType, parse_header
 from oepy.ike.ike_rekey import MAX_PREDECESSORS
+from oepy.ike.key_exchange import generate
+from oepy.ike.payload_sa import PROTOCOL_IKE, SaPayload, build_sa
+from oepy.ike.payloads import build_ke
 from oepy.ike.settings import IkeSettings, Lifetimes, Retransmission
 from oepy.model import Authenticated
 from tests.sim.ike_net import Host, Net, assert_mirror, assert_one_tunnel, request, two_hosts
@@ -388,3 +392,26 @@ def test_a_refused_rekey_of_the_peer_does_not_end_ours() -> None:
         net.run(20)
         assert_one_tunnel(a, b)
         assert only_pair(a) != before
+
+
+def test_a_peer_that_rekeys_again_and_again_into_ours_makes_one_candidate() -> None:
+    """While our own IKE rekey is unanswered, only one of the peer's is kept beside it."""
+    a, b, net = connected(QUIET)
+    net.filter = lambda *_: False
+    a.ike.rekey_ike(only_session(a), net.now)
+    net.flush(a)
+    hostile = b.ike._context.by_number[only_session(b)]
+    offers = QUIET.ike_offers
+    for number in range(6):
+        spi = bytes((number + 1,)) * 8
+        share = generate("x25519", b.random.randbytes)
+        payloads = [
+            (PayloadType.SA, build_sa(SaPayload(to_proposals(offers, PROTOCOL_IKE, spi)))),
+            (PayloadType.NONCE, b.random.randbytes(32)),
+            (PayloadType.KE, build_ke(31, share.public)),
+        ]
+        [data] = hostile.build(Exchange.CREATE_CHILD_SA, number, payloads, response=False)
+        ports = hostile.remote, hostile.local
+        a.ike.receive(data, *ports, net.now)
+        net.flush(a)
+    assert len(a.ike._context.by_spi) == 2
