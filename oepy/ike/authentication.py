@@ -155,12 +155,18 @@ def _sign_ecdsa(
 
 
 def _sign_rsa(key: rsa.RSAPrivateKey, data: bytes, peer_hashes: Collection[int]) -> tuple[int, bytes]:
-    for hash_id in (HashId.SHA2_256, HashId.SHA2_512, HashId.SHA2_384):
-        if hash_id in peer_hashes:
-            digest = _HASHES[hash_id]
-            scheme = padding.PSS(padding.MGF1(digest), digest.digest_size)
-            identifier = _pss_identifier(hash_id, null=True)
-            return AuthMethod.SIGNATURE, _pack(identifier, key.sign(data, scheme, digest))
+    common = [h for h in (HashId.SHA2_256, HashId.SHA2_512, HashId.SHA2_384) if h in peer_hashes]
+    for hash_id in common:
+        digest = _HASHES[hash_id]
+        if (
+            key.key_size - 1 + 7
+        ) // 8 < 2 * digest.digest_size + 2:  # RFC 8017 §9.1.1: 1024 bits and SHA2-512
+            continue
+        scheme = padding.PSS(padding.MGF1(digest), digest.digest_size)
+        identifier = _pss_identifier(hash_id, null=True)
+        return AuthMethod.SIGNATURE, _pack(identifier, key.sign(data, scheme, digest))
+    if common:
+        raise KeyFormatError(f"an RSA key of {key.key_size} bits is too short for the peer's hashes")
     return AuthMethod.RSA, key.sign(data, padding.PKCS1v15(), _HASHES[HashId.SHA1])
 
 

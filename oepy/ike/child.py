@@ -72,8 +72,8 @@ class ChildSa:
         self.deleting = False  # our Delete is on its way
         self.replaced = False  # a successor is up
         self.usable = True  # we may send on it
-        self.peer_rekey: tuple[int, bytes] | None = None
-        """The successor (its spi_in) that the peer's simultaneous rekey made, and the lower nonce of that."""
+        self.peer_rekey = b""
+        """Of the peer's rekey, from the moment that it is being served: the lower of its two nonces."""
 
     def same_selectors(self, other: ChildSa) -> bool:
         return set(self.local_ts) == set(other.local_ts) and set(self.remote_ts) == set(other.remote_ts)

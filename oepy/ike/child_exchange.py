@@ -47,31 +47,48 @@ def serve_create_child(session: Session, message: Message) -> PeerSteps:
 
 
 def _serve_child(session: Session, message: Message) -> PeerSteps:
-    context = session.context
     if session.own is not None and session.own.what == "rekey-ike":  # §2.25.2
         raise ChildRefused(NotifyType.TEMPORARY_FAILURE, "the IKE SA is being rekeyed")
     old = _rekeyed(session, message)
     if len(session.children) >= MAX_CHILDREN:
         raise ChildRefused(NotifyType.NO_ADDITIONAL_SAS, f"{MAX_CHILDREN} children are enough")
+    nonces = message.must(PayloadType.NONCE, bytes), session.context.random(NONCE_SIZE)
+    if old is not None:
+        # before any question: a rekey of ours may end while the daemon still thinks about the peer's
+        old.peer_rekey = min(nonces)
+    try:
+        return (yield from _make_successor(session, message, old, nonces))
+    except ChildRefused:
+        if old is not None:
+            old.peer_rekey = b""
+            if not old.rekeying and not old.replaced:  # ours may just have given way to it
+                retry = session.context.now + session.context.settings.lifetimes.rekey_retry
+                old.rekey_at = min(old.rekey_at, retry)
+        raise
+
+
+def _make_successor(
+    session: Session, message: Message, old: ChildSa | None, nonces: tuple[bytes, bytes]
+) -> PeerSteps:
     narrowed = yield from ask_narrowing(session, message, old.spi_in if old else None)
     chosen, share, peer_share = _choose(session, message, narrowed.offers)
     shared = share.shared_secret(peer_share) if share else b""
     child = yield from make_child(session, narrowed, chosen)
-    nonce_i, nonce_r = message.must(PayloadType.NONCE, bytes), context.random(NONCE_SIZE)
     sa, tsi, tsr = child_payloads(child, chosen)
-    answer: list[Payload] = [sa, (PayloadType.NONCE, nonce_r)]
+    answer: list[Payload] = [sa, (PayloadType.NONCE, nonces[1])]
     if share is not None:
         group = chosen.transforms[TransformType.KE].id
         answer.append((PayloadType.KE, build_ke(group, share.public)))
     answer += [tsi, tsr]
-    if old is not None and old.spi_in in session.children:
+    if old is not None and old.replaced:
+        # ours was done first, and won: the peer will see that and delete this one, which it never sends on
+        install(session, child, shared, nonces, outbound=False)
+    elif old is not None and old.spi_in in session.children:
         old.replaced = True
-        if old.rekeying:
-            old.peer_rekey = (child.spi_in, min(nonce_i, nonce_r))
         # what the peer sent on the old SA is still on its way, and it may not have the new one yet (§2.8)
-        install(session, child, shared, (nonce_i, nonce_r), replaces=old.spi_in, outbound=False)
+        install(session, child, shared, nonces, replaces=old.spi_in, outbound=False)
     else:
-        install(session, child, shared, (nonce_i, nonce_r))
+        install(session, child, shared, nonces)
     return answer
 
 
@@ -127,18 +144,19 @@ def rekey_child(session: Session, spi_in: int) -> OwnSteps:
         return
     finally:
         old.rekeying = False
-    if old.peer_rekey is not None and min(nonces) < old.peer_rekey[1]:
+    if old.peer_rekey and min(nonces) < old.peer_rekey:
         # §2.8.1: the lowest of the four nonces is ours, so ours is the one too many
         session.context.counters["rekey_collisions_lost"] += 1
         spis = (child.spi_in.to_bytes(4, "big"),)
         yield Send(Exchange.INFORMATIONAL, [(PayloadType.DELETE, build_delete(Delete(PROTOCOL_ESP, spis)))])
         return
-    if old.peer_rekey is not None:
+    if old.peer_rekey:
         session.context.counters["rekey_collisions_won"] += 1
     install(session, child, shared, nonces, replaces=spi_in)
+    old.replaced = True
     if spi_in not in session.children:
         return  # the peer deleted the old one meanwhile
-    old.replaced = old.deleting = True
+    old.deleting = True
     spis = (spi_in.to_bytes(4, "big"),)
     yield Send(Exchange.INFORMATIONAL, [(PayloadType.DELETE, build_delete(Delete(PROTOCOL_ESP, spis)))])
     session.child_down(spi_in, DownReason.REKEYED)

@@ -22,6 +22,8 @@ and no exchange can block another session.
 
 What keeps the rest simple:
 - A message that fails its integrity check has no effect but a counter.
+- An answer to IKE_SA_INIT may be anybody's: a refusal counts only where `refusal_patience` brings nothing better,
+  a COOKIE is obeyed a little later, and what cannot be right is no answer (`initiator.weigh_init_answer`).
 - Only an authenticated message moves the peer's address, the window, or the liveness clock.
 - A response is kept as bytes until the next request, and sent again only for the identical request.
 - Old SAs stay usable until their Delete: the new one is announced (`ChildUp`) before.

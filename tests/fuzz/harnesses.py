@@ -43,7 +43,7 @@ class Scene:
             host.random.seed(f"{seed} {name} {host.name}")
         self.net = Net([a, b])
         self.host, self.peer = (b, a) if name in ("fresh", "half-open", "responder") else (a, b)
-        rounds = {"fresh": 0, "init-sent": 0, "half-open": 1, "auth-sent": 2}.get(name)
+        rounds = {"fresh": 0, "init-sent": 0, "half-open": 2, "auth-sent": 2}.get(name)
         self.net.filter = lambda *_: rounds is None or len(self.net.carried) <= rounds
         if name != "fresh":
             a.ike.initiate(request(a, b), self.net.now)

@@ -6,17 +6,22 @@ from dataclasses import replace
 
 import pytest
 
+from oepy.ike.algorithms import to_proposals
 from oepy.ike.events import (
     ChildDown,
     ChildUp,
     DownReason,
     FailureKind,
     IkeRekeyed,
+    Refused,
     SessionDown,
     SessionFailed,
 )
-from oepy.ike.header import Exchange, parse_header
+from oepy.ike.header import Exchange, PayloadType, parse_header
 from oepy.ike.ike_rekey import MAX_PREDECESSORS
+from oepy.ike.key_exchange import generate
+from oepy.ike.payload_sa import PROTOCOL_IKE, SaPayload, build_sa
+from oepy.ike.payloads import build_ke
 from oepy.ike.settings import IkeSettings, Lifetimes, Retransmission
 from oepy.model import Authenticated
 from tests.sim.ike_net import Host, Net, assert_mirror, assert_one_tunnel, request, two_hosts
@@ -354,3 +359,59 @@ def test_a_replaced_ike_sa_outlives_the_retransmissions_of_its_peer() -> None:
     assert len(b.ike._context.by_spi) == 2
     net.run(20)
     assert len(b.ike._context.by_spi) == 1
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_simultaneous_child_rekeys_end_in_one_pair_also_with_a_slow_daemon(seed: int) -> None:
+    """Our own rekey may be over while the daemon still thinks about the peer's (§2.8.1): the loser is known
+    all the same, and neither side is left with two tunnels."""
+    a, b, net = connected(QUIET, seed)
+    a.random.seed(seed)
+    b.random.seed(seed + 99)
+    a.delay, b.delay = (seed % 3) * 0.15, (seed % 7) * 0.1
+    a.ike.rekey_child(only_pair(a), net.now)
+    net.run((seed % 5) * 0.02)
+    b.ike.rekey_child(next(iter(b.pairs)), net.now)
+    net.run(30)
+    assert_one_tunnel(a, b)
+    assert_never_without_a_tunnel(a, b)
+
+
+def test_a_refused_rekey_of_the_peer_does_not_end_ours() -> None:
+    """Ours gave way to the peer's, which the daemon then refused: the child is rekeyed later, not never."""
+    settings = replace(QUIET, lifetimes=Lifetimes(rekey_retry=2.0))
+    for seed in range(12):
+        a, b, net = connected(settings, seed)
+        a.random.seed(seed)
+        before = only_pair(a)
+        a.delay, a.refuse = 0.4, Refused("not now")
+        a.ike.rekey_child(before, net.now)
+        b.ike.rekey_child(only_pair(b), net.now)
+        net.run(1.5)
+        a.delay, a.refuse = 0.0, None
+        net.run(20)
+        assert_one_tunnel(a, b)
+        assert only_pair(a) != before
+
+
+def test_a_peer_that_rekeys_again_and_again_into_ours_makes_one_candidate() -> None:
+    """While our own IKE rekey is unanswered, only one of the peer's is kept beside it."""
+    a, b, net = connected(QUIET)
+    net.filter = lambda *_: False
+    a.ike.rekey_ike(only_session(a), net.now)
+    net.flush(a)
+    hostile = b.ike._context.by_number[only_session(b)]
+    offers = QUIET.ike_offers
+    for number in range(6):
+        spi = bytes((number + 1,)) * 8
+        share = generate("x25519", b.random.randbytes)
+        payloads = [
+            (PayloadType.SA, build_sa(SaPayload(to_proposals(offers, PROTOCOL_IKE, spi)))),
+            (PayloadType.NONCE, b.random.randbytes(32)),
+            (PayloadType.KE, build_ke(31, share.public)),
+        ]
+        [data] = hostile.build(Exchange.CREATE_CHILD_SA, number, payloads, response=False)
+        ports = hostile.remote, hostile.local
+        a.ike.receive(data, *ports, net.now)
+        net.flush(a)
+    assert len(a.ike._context.by_spi) == 2

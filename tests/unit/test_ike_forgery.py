@@ -3,18 +3,30 @@ turn a negotiation while the true peer answers as well (RFC 7296 §2.21.1)."""
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
 
+from oepy.errors import KeyFormatError
+from oepy.ike.authentication import (
+    _ECDSA_IDENTIFIERS,
+    _PKCS1_IDENTIFIERS,
+    _PSS_IDENTIFIERS,
+    ED25519_IDENTIFIER,
+    sign_auth,
+    verify_auth,
+)
 from oepy.ike.events import FailureKind, SessionFailed
 from oepy.ike.header import FLAG_RESPONSE, Exchange, Header, PayloadType, parse_header
 from oepy.ike.message import build_plain
 from oepy.ike.notify import NotifyType
 from oepy.ike.payloads import Payload, build_ke, notify
 from oepy.ike.settings import IkeSettings
-from oepy.model import Endpoint
-from tests.sim.ike_net import Host, Net, assert_one_tunnel, request, two_hosts
+from oepy.keys import to_public_key
+from oepy.model import Endpoint, KeyAlgorithm, PublicKey
+from tests.sim.ike_net import ED25519_A, P256, P384, Host, Net, assert_one_tunnel, request, two_hosts
 
 QUIET = IkeSettings(liveness_interval=0.0)
 
@@ -139,3 +151,51 @@ def test_our_own_request_thrown_back_begins_nothing() -> None:
     assert a.ike.counters["reflected"] == 3
     assert len(a.ike.sessions()) == 1
     assert a.ike.datagrams() == []
+
+
+@pytest.fixture(scope="module")
+def short_rsa() -> rsa.RSAPrivateKey:
+    return rsa.generate_private_key(65537, 1024)
+
+
+def test_a_peer_cannot_make_a_short_rsa_key_fail(short_rsa: rsa.RSAPrivateKey) -> None:
+    """1024 bits hold no RSASSA-PSS with SHA2-512: another hash where there is one, else a refusal of our
+    kind and not the library's ValueError."""
+    with pytest.raises(KeyFormatError):
+        sign_auth(short_rsa, b"octets", {4})
+    method, proof = sign_auth(short_rsa, b"octets", {4, 3})
+    public = to_public_key(short_rsa.public_key())
+    assert verify_auth([public], method, proof, b"octets") == public
+
+
+def _signature_octets() -> list[bytes]:
+    endings = (b"", b"0", b"\x30\x80", b"\x30\x84" + b"\xff" * 4, b"\xff" * 128, bytes(64), b"\xff" * 64)
+    zeros = (bytes.fromhex("3006020100020100"), bytes.fromhex("300602010102010000"))
+    return [*endings, *zeros, *(bytes(n) for n in (1, 127, 128, 129))]
+
+
+@pytest.mark.parametrize("method", [0, 1, 2, 9, 10, 11, 12, 13, 14, 255])
+def test_malformed_proofs_prove_nothing_and_raise_nothing(method: int, short_rsa: rsa.RSAPrivateKey) -> None:
+    """Every method with every kind of key: empty, cut-off, all-zero and all-one signatures, broken DER, an
+    identifier longer than the proof."""
+    keys = [to_public_key(key.public_key()) for key in (short_rsa, P256, P384, ED25519_A)]
+    identifiers = [b"", *_ECDSA_IDENTIFIERS, *_PKCS1_IDENTIFIERS, *_PSS_IDENTIFIERS, ED25519_IDENTIFIER]
+    for signature in _signature_octets():
+        for identifier in identifiers:
+            for data in (signature, bytes((len(identifier),)) + identifier + signature, b"\xff" + signature):
+                assert verify_auth(keys, method, data, b"octets", allow_sha1=True) is None
+
+
+@pytest.mark.parametrize("exponent", [0, 1, 2, 4, 65536])
+def test_rsa_keys_whose_exponent_proves_nothing_are_not_used(
+    exponent: int, short_rsa: rsa.RSAPrivateKey
+) -> None:
+    """With exponent 1 everybody can sign: the signature is the padded digest itself."""
+    modulus = short_rsa.public_key().public_numbers().n
+    data = b"\x03" + exponent.to_bytes(3, "big") + modulus.to_bytes(128, "big")
+    prefix = bytes.fromhex("3031300d060960864801650304020105000420")
+    padded = b"\x00\x01" + b"\xff" * 74 + b"\x00" + prefix + hashlib.sha256(b"octets").digest()
+    key = PublicKey(KeyAlgorithm.RSA, data)
+    identifier = next(iter(_PKCS1_IDENTIFIERS))
+    for method, proof in ((1, padded), (14, bytes((len(identifier),)) + identifier + padded)):
+        assert verify_auth([key], method, proof, b"octets") is None
