@@ -11,6 +11,7 @@ import dataclasses
 import os
 import signal
 import socket
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
@@ -417,6 +418,21 @@ async def test_a_process_that_does_not_answer_is_ended(
     await until(lambda: "failed" in a.kinds())
     await a.datapath.remove(0x1000)  # nothing to remove it from: no error
     await a.start()
+
+
+async def test_a_loop_that_stood_still_is_not_the_processes_fault(
+    net: Wired, hosts: tuple[Host, Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer had come in time, only we were late to read it: nobody is ended for that."""
+    a, _ = hosts
+    monkeypatch.setattr("oepy.datapath.tun.datapath.ANSWER_SECONDS", 0.2)
+    process = a.datapath.process_id
+    asking = asyncio.ensure_future(a.datapath.statistics())
+    await asyncio.sleep(0)
+    time.sleep(0.6)  # noqa: ASYNC251 - that is the point
+    assert isinstance(await asking, dict)
+    assert a.datapath.process_id == process
+    assert a.events == []
 
 
 @pytest.mark.parametrize(
