@@ -70,7 +70,8 @@ class Negotiator:
         self._ports = ports
         self._attempt_of: dict[int, tuple[int, IpAddress]] = {}  # session → attempt, destination
         self._session_of: dict[int, int] = {}  # attempt → session
-        self._cancelled: set[int] = set()  # attempts called off before their session began
+        self._starting: set[int] = set()  # attempts whose session has not begun
+        self._cancelled: set[int] = set()  # of those the ones called off
         self._contacted: set[IpAddress] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -89,7 +90,15 @@ class Negotiator:
     def start(self, action: StartIke) -> None:
         if self._closing:
             return
-        self._spawn(self._start(action))
+        self._starting.add(action.attempt)
+        self._spawn(self._begin(action))
+
+    async def _begin(self, action: StartIke) -> None:
+        try:
+            await self._start(action)
+        finally:
+            self._starting.discard(action.attempt)
+            self._cancelled.discard(action.attempt)
 
     async def _start(self, action: StartIke) -> None:
         gateway = action.gateway
@@ -97,7 +106,6 @@ class Negotiator:
         if local is None or local.version != gateway.version or not self._is_ours(local):
             local = self._ports.source_towards(gateway)
         if local is None:
-            self._cancelled.discard(action.attempt)
             self._ports.feed(
                 NegotiationFailed(
                     action.destination, action.attempt, Failure.SILENT, f"no route to gateway {gateway}"
@@ -106,7 +114,6 @@ class Negotiator:
             return
         own = await self._own.get(self._identity or local)
         if action.attempt in self._cancelled:
-            self._cancelled.discard(action.attempt)
             return
         inner = action.source if action.source is not None else local
         now = self._ports.monotonic()
@@ -134,9 +141,8 @@ class Negotiator:
     def cancel(self, attempt: int) -> None:
         session = self._session_of.pop(attempt, None)
         if session is None:
-            self._cancelled.add(attempt)
-            if len(self._cancelled) > MAX_QUESTIONS:
-                self._cancelled.clear()
+            if attempt in self._starting:
+                self._cancelled.add(attempt)
             return
         self._attempt_of.pop(session, None)
         self.endpoint.terminate(session, self._ports.monotonic())

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from oepy.daemon import core, negotiator
+from oepy.engine.messages import StartIke
 from oepy.errors import OepyError
 from oepy.ike.events import Datagram, NeedSignature
 from oepy.ike.header import Exchange
@@ -284,5 +285,26 @@ def test_peers_that_cannot_read_our_signature_do_not_fill_the_log() -> None:
             await asyncio.sleep(0.1)
         assert len(one.named("cannot-sign")) == 1000
         assert len([event for event in one.named("cannot-sign") if event.get("alert")]) == 2
+
+    run_virtual(main())
+
+
+def test_calling_off_what_is_over_leaves_nothing_behind() -> None:
+    """An attempt that is called off before its session begins never begins; a finished one costs no memory."""
+
+    async def main() -> None:
+        one, other = pair_of_hosts()
+        one.send_to(other)
+        await asyncio.sleep(5)
+        one.core.negotiator.cancel(1)
+        assert not one.core.negotiator._cancelled
+        assert one.datapath.pairs
+        gone = StartIke(77, other.address, other.address, (other.key.public,), one.address)
+        one.core.negotiator.start(gone)
+        one.core.negotiator.cancel(77)
+        before = one.router.carried
+        await asyncio.sleep(5)
+        assert one.router.carried == before
+        assert not one.core.negotiator._cancelled | one.core.negotiator._starting
 
     run_virtual(main())
