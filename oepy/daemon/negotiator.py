@@ -7,7 +7,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from oepy.daemon.admission import Admissions, Offer
+from oepy.daemon.admission import Admission, Admissions, Offer
 from oepy.daemon.own import OwnRecords
 from oepy.engine.messages import (
     Failure,
@@ -33,6 +33,8 @@ _FAILURES = {
 }
 MAX_CONTACTED = 100_000
 MAX_QUESTIONS = 4096  # running DNS questions of responders
+ADMISSION_SECONDS = 20.0  # for all lookups of one offer; IKE waits for 30
+SIGN_ALERT_SECONDS = 60.0  # between two alerts about peers that cannot read our signature
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +70,14 @@ class Negotiator:
         self._ports = ports
         self._attempt_of: dict[int, tuple[int, IpAddress]] = {}  # session → attempt, destination
         self._session_of: dict[int, int] = {}  # attempt → session
-        self._cancelled: set[int] = set()  # attempts called off before their session began
+        self._starting: set[int] = set()  # attempts whose session has not begun
+        self._cancelled: set[int] = set()  # of those the ones called off
         self._contacted: set[IpAddress] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._pumping = False
         self._closing = False
+        self._sign_alert_at = float("-inf")
 
     # ------------------------------------------------------------ from the network and the engine
 
@@ -86,7 +90,15 @@ class Negotiator:
     def start(self, action: StartIke) -> None:
         if self._closing:
             return
-        self._spawn(self._start(action))
+        self._starting.add(action.attempt)
+        self._spawn(self._begin(action))
+
+    async def _begin(self, action: StartIke) -> None:
+        try:
+            await self._start(action)
+        finally:
+            self._starting.discard(action.attempt)
+            self._cancelled.discard(action.attempt)
 
     async def _start(self, action: StartIke) -> None:
         gateway = action.gateway
@@ -94,7 +106,6 @@ class Negotiator:
         if local is None or local.version != gateway.version or not self._is_ours(local):
             local = self._ports.source_towards(gateway)
         if local is None:
-            self._cancelled.discard(action.attempt)
             self._ports.feed(
                 NegotiationFailed(
                     action.destination, action.attempt, Failure.SILENT, f"no route to gateway {gateway}"
@@ -103,7 +114,6 @@ class Negotiator:
             return
         own = await self._own.get(self._identity or local)
         if action.attempt in self._cancelled:
-            self._cancelled.discard(action.attempt)
             return
         inner = action.source if action.source is not None else local
         now = self._ports.monotonic()
@@ -131,9 +141,8 @@ class Negotiator:
     def cancel(self, attempt: int) -> None:
         session = self._session_of.pop(attempt, None)
         if session is None:
-            self._cancelled.add(attempt)
-            if len(self._cancelled) > MAX_QUESTIONS:
-                self._cancelled.clear()
+            if attempt in self._starting:
+                self._cancelled.add(attempt)
             return
         self._attempt_of.pop(session, None)
         self.endpoint.terminate(session, self._ports.monotonic())
@@ -218,6 +227,8 @@ class Negotiator:
                 self._answer(event.token, self._ports.allocate_spi())
             case ike.NeedSignature():
                 self._answer(event.token, self._sign(event))
+            case ike.NeedPeerKey() | ike.NeedNarrowing() if len(self._tasks) >= MAX_QUESTIONS:
+                self._answer(event.token, None)
             case ike.NeedPeerKey():
                 self._spawn(self._find_key(event))
             case ike.NeedNarrowing():
@@ -254,7 +265,11 @@ class Negotiator:
         try:
             return sign_auth(self._key.private, event.data, event.peer_hashes)
         except KeyFormatError as error:  # the peer knows no hash that suits our key
-            self._ports.report("cannot-sign", alert=True, reason=str(error))
+            now = self._ports.monotonic()
+            alert = now >= self._sign_alert_at  # any stranger can have this: it must not fill the log
+            if alert:
+                self._sign_alert_at = now + SIGN_ALERT_SECONDS
+            self._ports.report("cannot-sign", alert=alert, reason=str(error))
             return None
 
     def traffic_seen(self, spi_in: int) -> None:
@@ -310,18 +325,21 @@ class Negotiator:
         self.pump()
 
     async def _narrow(self, event: ike.NeedNarrowing) -> None:
-        admission = await self._admissions.decide(
-            Offer(
-                event.remote.address,
-                event.local.address,
-                event.authenticated,
-                event.key,
-                event.remote_ts,
-                event.local_ts,
-                event.identity,
-                event.remote.port,
-            )
+        offer = Offer(
+            event.remote.address,
+            event.local.address,
+            event.authenticated,
+            event.key,
+            event.remote_ts,
+            event.local_ts,
+            event.identity,
+            event.remote.port,
         )
+        try:
+            async with asyncio.timeout(ADMISSION_SECONDS):
+                admission = await self._admissions.decide(offer)
+        except TimeoutError:
+            admission = Admission(refusal="the lookups for this offer took too long")
         if admission.refusal:
             self._ports.report("offer-refused", peer=str(event.remote.address), reason=admission.refusal)
             self._answer(event.token, ike.Refused(admission.refusal))

@@ -11,6 +11,7 @@ import dataclasses
 import os
 import signal
 import socket
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
@@ -417,6 +418,47 @@ async def test_a_process_that_does_not_answer_is_ended(
     await until(lambda: "failed" in a.kinds())
     await a.datapath.remove(0x1000)  # nothing to remove it from: no error
     await a.start()
+
+
+async def test_a_loop_that_stood_still_is_not_the_processes_fault(
+    net: Wired, hosts: tuple[Host, Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer had come in time, only we were late to read it: nobody is ended for that."""
+    a, _ = hosts
+    monkeypatch.setattr("oepy.datapath.tun.datapath.ANSWER_SECONDS", 0.2)
+    process = a.datapath.process_id
+    asking = asyncio.ensure_future(a.datapath.statistics())
+    await asyncio.sleep(0)
+    time.sleep(0.6)  # noqa: ASYNC251 - that is the point
+    assert isinstance(await asking, dict)
+    assert a.datapath.process_id == process
+    assert a.events == []
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        ("ip rule del pref 1773", "ip -6 rule del pref 1773"),
+        ("ip link set oe0 down",),
+        ("ip route flush table 17733", "ip -6 route flush table 17733"),
+    ],
+    ids=["rules", "device", "routes"],
+)
+async def test_rules_and_routes_that_others_remove_come_back(
+    net: Wired, hosts: tuple[Host, Host], tmp_path: Path, damage: tuple[str, ...]
+) -> None:
+    """systemd-networkd flushes foreign rules when it starts: nothing leaves in the clear, nobody is locked out."""
+    a, b = hosts
+    await _join(a, b, pairs(A4, B4)[0])
+    assert await pinged(a.namespace, B4) == 1
+    with Capture(net.wire.namespace, net.wire.ports, tmp_path / "wire.pcap", incoming_only=True) as capture:
+        for command in damage:
+            a.namespace.run(*command.split())
+        assert await pinged(a.namespace, B4, count=2, within=0.1) == 0
+        await asyncio.sleep(6)
+        assert await pinged(a.namespace, B4) == 1
+        assert _clear(capture) == []
+    assert (await a.datapath.statistics())["routes_mended"] == 1
 
 
 async def test_an_unsupported_pair_is_refused(hosts: tuple[Host, Host]) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from oepy.daemon import core
+from oepy.daemon import core, negotiator
+from oepy.engine.messages import StartIke
 from oepy.errors import OepyError
-from oepy.ike.events import Datagram
+from oepy.ike.events import Datagram, NeedSignature
 from oepy.ike.header import Exchange
 from oepy.interfaces import DatapathEvent
 from oepy.model import Endpoint, Flow, IpAddress, KeyAnswer, PolicyGroup, SaCounters, Verdict
@@ -238,5 +239,72 @@ def test_a_null_peer_is_not_followed_to_another_address() -> None:
         forger.core.negotiator.rekey(spi)
         await asyncio.sleep(5)
         assert {p.remote.address for p in us.datapath.pairs.values()} == {pair.remote.address}
+
+    run_virtual(main())
+
+
+def test_an_offer_whose_lookups_take_for_ever_is_refused() -> None:
+    """Names of the peer's choice are looked up: it must not keep our questions running without end."""
+
+    async def main() -> None:
+        one, other = pair_of_hosts()
+
+        async def slow(_: object) -> None:
+            await asyncio.sleep(1000)
+
+        other.core.negotiator._admissions.decide = slow  # type: ignore[method-assign, assignment]
+        one.send_to(other)
+        await asyncio.sleep(25)
+        assert len(other.named("offer-refused")) >= 1
+        assert not other.core.negotiator._tasks
+
+    run_virtual(main())
+
+
+def test_no_more_questions_than_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond it peers are refused at once."""
+
+    async def main() -> None:
+        monkeypatch.setattr(negotiator, "MAX_QUESTIONS", 0)
+        one, other = pair_of_hosts()
+        one.send_to(other)
+        await asyncio.sleep(5)
+        assert not other.datapath.pairs
+        assert not other.core.negotiator._tasks
+
+    run_virtual(main())
+
+
+def test_peers_that_cannot_read_our_signature_do_not_fill_the_log() -> None:
+    """Any stranger can offer hashes that do not suit: one alert a minute."""
+
+    async def main() -> None:
+        one, _ = pair_of_hosts()
+        for _number in range(1000):
+            one.core.negotiator._sign(NeedSignature(1, 1, b"octets", frozenset({1})))
+            await asyncio.sleep(0.1)
+        assert len(one.named("cannot-sign")) == 1000
+        assert len([event for event in one.named("cannot-sign") if event.get("alert")]) == 2
+
+    run_virtual(main())
+
+
+def test_calling_off_what_is_over_leaves_nothing_behind() -> None:
+    """An attempt that is called off before its session begins never begins; a finished one costs no memory."""
+
+    async def main() -> None:
+        one, other = pair_of_hosts()
+        one.send_to(other)
+        await asyncio.sleep(5)
+        one.core.negotiator.cancel(1)
+        assert not one.core.negotiator._cancelled
+        assert one.datapath.pairs
+        gone = StartIke(77, other.address, other.address, (other.key.public,), one.address)
+        one.core.negotiator.start(gone)
+        one.core.negotiator.cancel(77)
+        before = one.router.carried
+        await asyncio.sleep(5)
+        assert one.router.carried == before
+        assert not one.core.negotiator._cancelled | one.core.negotiator._starting
 
     run_virtual(main())

@@ -179,6 +179,8 @@ class TunDatapath:
                         await loop.sock_sendall(self._control, message)
                 return await answer
         except TimeoutError as error:
+            if answer.done() and not answer.cancelled():
+                return answer.result()  # it was our own loop that stood still, under a long `nft` say
             # It answers between any two packets: it hangs, and with it every decision. The watcher tells.
             if process is not None and process.returncode is None:
                 process.kill()

@@ -26,6 +26,7 @@ from oepy.model import Endpoint
 PACKETS_PER_TURN = 128
 MAX_WAITING = 1024  # messages for a daemon that does not read
 _TICK_SECONDS = 1.0
+ROUTES_SECONDS = 5.0  # between two looks whether device, rules and routes are as they were made
 
 
 class _Process:
@@ -38,6 +39,7 @@ class _Process:
         self._waiting: deque[bytes] = deque()
         self._poll = select.epoll()
         self.ended = False
+        self._name, self._mtu = arguments.device, arguments.mtu
         self._device = TunDevice(arguments.device)
         settle(arguments.device)
         routes.set_up(arguments.device, arguments.mtu)
@@ -113,6 +115,16 @@ class _Process:
         interest = select.EPOLLIN | (select.EPOLLOUT if self._waiting else 0)
         self._poll.modify(self._control.fileno(), interest)
 
+    def _mend_routes(self) -> None:
+        """Other programs flush rules, and a device that is set down loses its routes: until they are back,
+        what is marked goes nowhere."""
+        try:
+            if not routes.stand(self._name):
+                self._forwarder.counters["routes_mended"] += 1
+                routes.set_up(self._name, self._mtu)
+        except OepyError:
+            self._forwarder.counters["routes_failed"] += 1
+
     def _on_ike(self, data: bytes, local: Endpoint, remote: Endpoint) -> None:
         try:
             self._ike.send(control.encode_ike(data, local, remote))
@@ -130,6 +142,7 @@ class _Process:
         control_descriptor, device_descriptor = self._control.fileno(), self._device.fileno()
         self._tell(control.encode({"event": "ready", "spi": 0, "peer": None, "detail": ""}))
         forwarder, next_tick = self._forwarder, time.monotonic() + _TICK_SECONDS
+        next_routes = time.monotonic() + ROUTES_SECONDS
         while not self.ended:
             ready = self._poll.poll(max(0.0, next_tick - time.monotonic()))
             now = time.monotonic()
@@ -144,6 +157,9 @@ class _Process:
             if now >= next_tick:
                 forwarder.tick(now)
                 next_tick = now + _TICK_SECONDS
+            if now >= next_routes:
+                self._mend_routes()
+                next_routes = now + ROUTES_SECONDS
 
 
 def main() -> None:

@@ -29,6 +29,9 @@ _SCOPE_HOST = 254
 _METRIC_DEVICE = 100
 _METRIC_UNREACHABLE = 4_000_000
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)
+# Documentation's addresses (RFC 5737, RFC 3849): nobody has a route of their own for them
+_PROBE: dict[int, str] = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}
+_UNREACHABLE = frozenset((errno.EHOSTUNREACH, errno.ENETUNREACH))
 _ABSENT = frozenset((errno.ENOENT, errno.ESRCH, errno.ENODEV))
 
 
@@ -96,6 +99,23 @@ def set_up(device: str, mtu: int) -> None:
                     fwmask=MARK_MASK,
                     protocol=PROTOCOL,
                 )
+
+
+def stand(device: str) -> bool:
+    """Whether a marked packet would go to the device, in every family: the kernel is asked for one route, as
+    the host's whole table may be long. Raises OepyError."""
+    with _netlink() as route:
+        index = next(iter(route.link_lookup(ifname=device)), 0)
+        for family in _families(route):
+            try:
+                (found,) = route.route("get", family=family, dst=_PROBE[family], mark=MARK_PRIVATE)
+            except NetlinkError as error:
+                if error.code not in _UNREACHABLE:
+                    raise
+                return False
+            if found.get_attr("RTA_OIF") != index:
+                return False
+    return True
 
 
 def tear_down() -> None:
