@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
 from oepy.model import MARK_OWN, IpAddress
@@ -19,6 +19,7 @@ _HEADER = struct.Struct("=IHHII")
 _PLACEHOLDERS = frozenset({IPv4Address("192.0.0.8")})  # RFC 7600 §4.8: on the tunnel device, and no host's
 _DUMP_BUFFER = 1 << 16
 _DUMP_SECONDS = 2.0
+_RECENT_SECONDS = 0.2
 
 
 def own_addresses() -> frozenset[IpAddress]:
@@ -43,6 +44,22 @@ def own_addresses() -> frozenset[IpAddress]:
                     found.update(_addresses_in(data[_HEADER.size : length]))
                 data = data[(length + 3) & ~3 :]
     return frozenset(found)
+
+
+class RecentAddresses:
+    """`own_addresses`, asked of the kernel at most five times a second however many flows begin."""
+
+    def __init__(self, monotonic: Callable[[], float]) -> None:
+        self._now = monotonic
+        self._until = float("-inf")
+        self._known: frozenset[IpAddress] = frozenset()
+
+    def __call__(self) -> frozenset[IpAddress]:
+        now = self._now()
+        if now >= self._until:
+            self._known = own_addresses()
+            self._until = now + _RECENT_SECONDS
+        return self._known
 
 
 def _addresses_in(message: bytes) -> Iterator[IpAddress]:

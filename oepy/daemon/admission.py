@@ -131,9 +131,9 @@ class Admissions:
 
     async def _ours(self, offer: Offer) -> tuple[TrafficSelector, ...]:
         """Our side: own addresses, and hosts whose records name this host as their gateway."""
-        locals_of_host = self._locals()
         found = []
         for address in _hosts(offer.tsr, offer.local):
+            locals_of_host = self._locals()
             if address in locals_of_host:
                 found.append(_narrow(offer.tsr, address))
                 continue

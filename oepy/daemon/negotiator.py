@@ -177,10 +177,7 @@ class Negotiator:
 
     def session_with(self, spi_in: int) -> SessionInfo | None:
         """The IKE SA that this CHILD SA belongs to."""
-        for info in self.endpoint.sessions():
-            if any(child.spi_in == spi_in for child in info.children):
-                return info
-        return None
+        return self.endpoint.session_with_child(spi_in)
 
     # ------------------------------------------------------------ what the endpoint wants
 

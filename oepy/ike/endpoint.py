@@ -263,6 +263,9 @@ class IkeEndpoint:
         session = self._context.by_number.get(number)
         return None if session is None else _info(session)
 
+    def session_with_child(self, spi_in: int) -> SessionInfo | None:
+        return self.session(self._context.by_child.get(spi_in, 0))
+
 
 def _begins(header: Header) -> bool:
     return (
