@@ -13,6 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+import cryptography.hazmat.backends.openssl.backend  # noqa: F401 - else the first handshake loads it (7 ms)
+
+import oepy.ike.duplicates  # noqa: F401 - the same
 from oepy import config as configuration
 from oepy.config import Config
 from oepy.control.server import ControlServer
