@@ -1,8 +1,8 @@
-"""How many destinations a second the trap can take through: first packet trapped, decided, released.
+"""How many destinations a second trap and engine take through: first packet trapped, decided, released.
 
 Two hosts are made, each a process in a namespace of its own with the real trap and a cable to nowhere that
 answers (a static neighbour). One has 100 destinations decided beforehand, the other many. In turns each sends
-one UDP datagram to each of a block of new destinations and decides `clear` at once for whatever it is asked;
+one UDP datagram to each of a block of new destinations, for which the engine gets "no key published" at once;
 a turn ends when all have been released. So both sizes see the same machine at the same time.
 """
 
@@ -21,13 +21,16 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
+from oepy.engine.messages import Decide, Flush, LookupDone, Trapped
 from oepy.errors import OepyError
 from oepy.lab.namespaces import Lab, Namespace
+from oepy.model import Absent, Flow
 
 FEW = 100
 FLATNESS = 0.2
 _BLOCK = 500  # destinations of one turn
 _WINDOW = 32  # sent ahead: below any bound of the trap
+_SOURCE = IPv4Address("198.18.0.1")
 _FIRST_NEW = int(IPv4Address("198.19.0.0"))
 _FIRST_OLD = int(IPv4Address("20.0.0.0"))
 _ANSWER_SECONDS = 120.0
@@ -148,14 +151,16 @@ class _Host:
 
 
 class _Measured:
-    """The trap and its sender, in one process as the daemon has them."""
+    """The trap, the engine and the sender, in one process as the daemon has them. The DNS answers at once."""
 
     def __init__(self) -> None:
+        from oepy.engine import Engine, EngineSettings
         from oepy.interfaces import TrapPolicy
         from oepy.model import PolicyGroup
         from oepy.trap import NfqueueTrap
 
         self._group = PolicyGroup.PRIVATE_OR_CLEAR
+        self._engine = Engine(EngineSettings(lambda _: (self._group, "default")))
         self._trap = NfqueueTrap()
         self._trap.start(TrapPolicy((), self._group, ()), self._on_trapped)
         self._sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -166,20 +171,24 @@ class _Measured:
         self._more = asyncio.Event()
 
     def _on_trapped(self, group: Any, flow: Any) -> None:
-        from oepy.model import Verdict
-
-        self._trap.decide(group, flow.destination, Verdict.CLEAR, 600.0)
+        self._take_through(flow)
         self._asked += 1
         self._more.set()
 
+    def _take_through(self, flow: Flow) -> None:
+        """What the daemon does for a destination without a key."""
+        now = time.monotonic()
+        self._engine.handle(Trapped(self._group, flow), now)
+        answer = Absent(str(flow.destination), "owner.", 86_400)
+        for action in self._engine.handle(LookupDone(flow.destination, answer), now):
+            if isinstance(action, Decide):
+                self._trap.decide(action.group, action.destination, action.verdict, action.lifetime)
+
     async def fill(self, count: int) -> dict[str, float]:
         """Decide `count` destinations that nobody sends to."""
-        from oepy.model import Verdict
-
         before, begun = _resident(), time.perf_counter()
         for number in range(count):
-            address = IPv4Address(self._next_old + number)
-            self._trap.decide(self._group, address, Verdict.CLEAR, 86_400.0)
+            self._take_through(Flow(_SOURCE, IPv4Address(self._next_old + number), 17, 9, 9))
             if number % 500 == 499:
                 await asyncio.sleep(0)
         self._next_old += count
@@ -201,7 +210,10 @@ class _Measured:
         elapsed = time.perf_counter() - begun
         if self._trap.statistics()["released_clear"] - released != count:
             raise OepyError("the trap lost packets", "this is a mistake in oepy")
-        self._trap.forget((self._group, IPv4Address(self._next_new + number)) for number in range(count))
+        for number in range(count):
+            destination = IPv4Address(self._next_new + number)
+            self._engine.handle(Flush(destination), time.monotonic())
+            self._trap.forget([(self._group, destination)])
         self._next_new += count
         await asyncio.sleep(0)
         return {"seconds": elapsed}

@@ -606,7 +606,8 @@ class Engine:
 
     def _flush(self, message: Flush, now: float) -> Iterator[Action]:
         wanted = message.destination
-        for entry in [e for e in self.entries.values() if wanted is None or e.destination == wanted]:
+        known = self.entries.items() if wanted is None else self._at(wanted)
+        for _, entry in list(known):
             if entry.state in (State.CLEAR, State.BLOCKED):
                 entry.failures = 0
                 yield from self._reset(entry, "flushed by command", now)
