@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from oepy.daemon.addresses import own_addresses
+from oepy.daemon.addresses import is_own
 from oepy.engine import Engine
 from oepy.interfaces import KeySource
 from oepy.model import (
@@ -70,14 +70,11 @@ class Admissions:
         self,
         source: KeySource,
         engine: Engine,
-        locals_of_host: Callable[[], frozenset[IpAddress]] = own_addresses,
+        is_own: Callable[[IpAddress], bool] = is_own,
     ) -> None:
         self._source = source
         self._engine = engine
-        self._locals = locals_of_host
-
-    def own_addresses(self) -> frozenset[IpAddress]:
-        return self._locals()
+        self.is_own = is_own
 
     async def keys_of(self, identity: PeerIdentity) -> tuple[tuple[PublicKey, ...], str]:
         """The keys that this identity may prove, and why there are none. RFC 4322 §3.2: an FQDN is looked up
@@ -133,13 +130,12 @@ class Admissions:
         """Our side: own addresses, and hosts whose records name this host as their gateway."""
         found = []
         for address in _hosts(offer.tsr, offer.local):
-            locals_of_host = self._locals()
-            if address in locals_of_host:
+            if self.is_own(address):
                 found.append(_narrow(offer.tsr, address))
                 continue
             answer = await self._source.peer_keys(address)
             keys = usable_keys(answer, self._engine.settings.use_insecure_keys)
-            if any(gateway in locals_of_host for record in keys for gateway in record.gateways):
+            if any(self.is_own(gateway) for record in keys for gateway in record.gateways):
                 found.append(_narrow(offer.tsr, address))
         return tuple(found)
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from oepy import __version__
 from oepy.daemon import views
-from oepy.daemon.addresses import own_addresses
 from oepy.daemon.forecast import foretell
 from oepy.engine import messages as engine_messages
 from oepy.engine.table import State
@@ -127,12 +126,16 @@ class ControlApi:
                 ike = {"state": session.state, "algorithms": session.suite, "peer_id": str(session.identity)}
                 ike["last_error"] = session.last_error or entry.last_error
             data = views.explanation(entry, held, time.monotonic(), sa, ike)
-        where = "own traffic and forwarded" if destination not in own_addresses() else "own address: never"
+        where = (
+            "own traffic and forwarded"
+            if not self._daemon.given.is_own(destination)
+            else "own address: never"
+        )
         data["trap"] = f"{type(self._daemon.trap).__name__}, {where}"
         return data
 
     async def initiate(self, destination: IpAddress, seconds: float) -> dict[str, Any]:
-        if destination in self._daemon.given.own_addresses():
+        if self._daemon.given.is_own(destination):
             raise OepyError(f"{destination} is an address of this host", "name a peer's")
         match = self._daemon.policy.match_address(destination)
         if match.group in (PolicyGroup.CLEAR, PolicyGroup.BLOCK):

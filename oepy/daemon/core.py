@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from oepy.daemon.addresses import own_addresses, source_towards
+from oepy.daemon.addresses import is_own, source_towards
 from oepy.daemon.admission import Admissions
 from oepy.daemon.journal import Journal
 from oepy.daemon.negotiator import Negotiator, Ports
@@ -50,7 +50,7 @@ class Surroundings:
     ike_settings: IkeSettings
     key_log: KeyLog | None = None
     random: Callable[[int], bytes] = os.urandom
-    own_addresses: Callable[[], frozenset[IpAddress]] = own_addresses
+    is_own: Callable[[IpAddress], bool] = is_own
     source_towards: Callable[[IpAddress], IpAddress | None] = source_towards
 
 
@@ -76,7 +76,7 @@ class Core:
             given.host_key,
             given.identity,
             self.own,
-            Admissions(given.keys, self.engine, given.own_addresses),
+            Admissions(given.keys, self.engine, given.is_own),
             Ports(
                 feed=self.feed,
                 send=self._send,

@@ -136,7 +136,7 @@ class Negotiator:
         self.pump()
 
     def _is_ours(self, address: IpAddress) -> bool:
-        return address in self._admissions.own_addresses()
+        return self._admissions.is_own(address)
 
     def cancel(self, attempt: int) -> None:
         session = self._session_of.pop(attempt, None)

@@ -19,7 +19,7 @@ import oepy.ike.duplicates  # noqa: F401 - the same
 from oepy import config as configuration
 from oepy.config import Config
 from oepy.control.server import ControlServer
-from oepy.daemon.addresses import RecentAddresses, own_addresses
+from oepy.daemon.addresses import own_addresses
 from oepy.daemon.api import ControlApi
 from oepy.daemon.core import Core, Surroundings, engine_settings
 from oepy.daemon.datapaths import open_datapath
@@ -98,7 +98,6 @@ class Daemon(Core):
                 identity=self.config.identity,
                 ike_settings=self._ike_settings(),
                 key_log=self.key_log,
-                own_addresses=RecentAddresses(time.monotonic),
             )
         )
         await self.datapath.start(self.on_datapath_event)

@@ -89,7 +89,7 @@ class Host:
                 identity=None,
                 ike_settings=IkeSettings(force_encap=True),
                 random=dice.randbytes,
-                own_addresses=lambda: frozenset({self.address}),
+                is_own=lambda address: address == self.address,
                 source_towards=lambda _: self.address,
             )
         )

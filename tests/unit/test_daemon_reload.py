@@ -44,7 +44,7 @@ def daemon_of(path: Path, trap: FakeTrap) -> Daemon:
             host_key=daemon.host_key,
             identity=None,
             ike_settings=IkeSettings(),
-            own_addresses=lambda: frozenset({US}),
+            is_own=lambda address: address == US,
             source_towards=lambda _: US,
         )
     )
