@@ -8,21 +8,20 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from ipaddress import IPv6Address, ip_address, ip_network
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from oepy.configfile import DEFAULT_PATH, DEFAULT_SOCKET
+from oepy.configfile import DEFAULT_PATH, DEFAULT_SOCKET, RESOLV_CONF, system_resolvers
 from oepy.errors import ConfigError
 from oepy.interfaces import PolicyRule
 from oepy.model import IpAddress, PolicyGroup
 from oepy.policy import PROTOCOL_NUMBERS
 
 DEFAULT_KEY = Path("/var/lib/oepy/host.key")
-RESOLV_CONF = Path("/etc/resolv.conf")
 MAX_CONFIG_BYTES = 16 * 1024 * 1024
 
 
@@ -322,22 +321,3 @@ def _build(model: _File, source: str, resolvers: tuple[IpAddress, ...]) -> Confi
         socket=model.control.socket,
         key_log=model.debug.key_log,
     )
-
-
-def system_resolvers(path: Path = RESOLV_CONF) -> tuple[IpAddress, ...]:
-    """The `nameserver` lines of resolv.conf; lines that hold no address are passed over as the libc does."""
-    found: list[IpAddress] = []
-    try:
-        text = path.read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return ()
-    for line in text.splitlines():
-        words = line.split()
-        if len(words) >= 2 and words[0] == "nameserver":
-            try:
-                address = ip_address(words[1])
-            except ValueError:
-                continue
-            if not (isinstance(address, IPv6Address) and address.scope_id):
-                found.append(address)
-    return tuple(found[:3])

@@ -7,10 +7,13 @@ import os
 import random
 import time
 from collections.abc import Sequence
+from ipaddress import ip_address
+from pathlib import Path
 
+from oepy.configfile import RESOLV_CONF, system_resolvers
 from oepy.dns.anchors import TrustAnchors
 from oepy.dns.peers import DnsKeySource
-from oepy.dns.transport import DNS_PORT, UdpTransport, system_resolvers
+from oepy.dns.transport import DNS_PORT, UdpTransport
 from oepy.dns.validator import Validator
 from oepy.errors import UsageError
 from oepy.model import IpAddress
@@ -29,9 +32,14 @@ def make_validator(
     `resolvers` empty means those of /etc/resolv.conf, `trust_anchors` empty the IANA root; `mark` is the
     SO_MARK of its sockets; `at` fixes the time for signatures (seconds since 1970). Raises ConfigError.
     """
-    transport = UdpTransport(resolvers or system_resolvers(), port, mark)
+    transport = UdpTransport(resolvers or default_resolvers(), port, mark)
     clock = time.time if at is None else lambda: float(at)
     return Validator(transport, TrustAnchors.load(trust_anchors), clock, time.monotonic)
+
+
+def default_resolvers(path: Path = RESOLV_CONF) -> tuple[IpAddress, ...]:
+    """Those of resolv.conf; 127.0.0.1 where it names none, as the C library does."""
+    return system_resolvers(path) or (ip_address("127.0.0.1"),)
 
 
 def make_key_source(validator: Validator) -> DnsKeySource:

@@ -6,13 +6,12 @@ This is the room's only file with sockets. A question ends within `TOTAL_SECONDS
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import secrets
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from ipaddress import IPv6Address, ip_address
+from ipaddress import IPv6Address
 from typing import Protocol
 
 import dns.rcode
@@ -158,15 +157,3 @@ async def _receive_exactly(channel: socket.socket, count: int) -> bytes:
             raise ParseError("the resolver closed the connection early")
         received += piece
     return bytes(received)
-
-
-def system_resolvers(path: str = "/etc/resolv.conf") -> list[IpAddress]:
-    """The name servers of resolv.conf; 127.0.0.1 where it names none, as the C library does."""
-    found: list[IpAddress] = []
-    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as stream:
-        for line in stream:
-            words = line.split()
-            if len(words) >= 2 and words[0] == "nameserver" and len(found) < MAX_RESOLVERS:
-                with contextlib.suppress(ValueError):
-                    found.append(ip_address(words[1]))
-    return found or [ip_address("127.0.0.1")]

@@ -592,7 +592,7 @@ class Engine:
         if entry.state in (State.LOOKUP, State.NEGOTIATING, State.PRIVATE):
             entry.wanted = entry.wanted or forced
             return
-        entry.forced = entry.wanted = forced
+        entry.wanted = forced
         yield from self._look_up(entry, now)
 
     def _terminate(self, message: Terminate, now: float) -> Iterator[Action]:

@@ -69,7 +69,6 @@ class Entry:
     dns_seconds: float | None = None  # how long the last lookup kept packets waiting
     ike_seconds: float | None = None  # and the last negotiation, all gateways together
     wanted: bool = True  # by a packet or a command of this host, not only by what a stranger sent
-    forced: bool = False  # by `oepy initiate`, whatever the group would do by itself
     tunnels: list[Tunnel] = field(default_factory=list)  # newest last
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from oepy.ike.algorithms import Chosen, Offer, esp_suite
+from oepy.ike.algorithms import Chosen, Offer
 from oepy.ike.crypto import derive_child_keys
 from oepy.ike.events import ChildUp
 from oepy.ike.flow import ChildRefused
@@ -150,10 +150,6 @@ def install(
     )
     context.counters["children"] += 1
     context.emit(ChildUp(session.number, pair, child.initiator, replaces, outbound, session.label))
-
-
-def suite_of(chosen: Chosen) -> EspSuite:
-    return esp_suite(chosen)
 
 
 __all__ = ["PROTOCOL_ESP", "ChildSa", "install", "read_selectors", "spi_of", "within"]

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from oepy.ike.settings import Retransmission
 
 MAX_MESSAGE_ID = 0xFFFFFFFF
-MAX_SEEN_DIGESTS = 64
 
 
 def digest(data: bytes) -> bytes:

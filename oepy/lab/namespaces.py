@@ -42,11 +42,6 @@ def _start_ticks(pid: int) -> int | None:
     return int(stat[stat.rindex(")") + 2 :].split()[19])
 
 
-def _is_of(name: str, pid: int, start: int | None) -> bool:
-    match = _NAME.match(name)
-    return match is not None and (int(match[1], 16), int(match[2], 16)) == (pid, start)
-
-
 def namespaces_here() -> list[str]:
     """The names of all namespaces that some run of oepy made, dead or alive."""
     try:

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oepy.config import load, parse, parse_rule, system_resolvers
+from oepy.config import load, parse, parse_rule
+from oepy.configfile import system_resolvers
 from oepy.errors import ConfigError
 from oepy.model import PolicyGroup
 

@@ -19,8 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oepy.dns import transport
+from oepy.dns.build import default_resolvers
 from oepy.dns.message import MAX_RECORDS, Question, Reply, build_query, parse_reply
-from oepy.dns.transport import NoReply, UdpTransport, system_resolvers
+from oepy.dns.transport import NoReply, UdpTransport
 from oepy.errors import ConfigError, ParseError
 
 QUESTION = Question(dns.name.from_text("www.example."), int(dns.rdatatype.A))
@@ -265,7 +266,7 @@ def test_resolv_conf(tmp_path):
     """Name servers in order; comments and junk ignored; localhost where there is none."""
     path = tmp_path / "resolv.conf"
     path.write_text("# x\nsearch a\nnameserver 192.0.2.1\nnameserver junk\nnameserver 2001:db8::1\n")
-    assert [str(a) for a in system_resolvers(str(path))] == ["192.0.2.1", "2001:db8::1"]
-    assert [str(a) for a in system_resolvers(str(tmp_path / "none"))] == ["127.0.0.1"]
+    assert [str(a) for a in default_resolvers(path)] == ["192.0.2.1", "2001:db8::1"]
+    assert [str(a) for a in default_resolvers(tmp_path / "none")] == ["127.0.0.1"]
     with pytest.raises(ConfigError):
         UdpTransport([])
