@@ -252,9 +252,7 @@ class Engine:
     def _next_gateway(self, entry: Entry, now: float) -> Iterator[Action]:
         candidate = entry.candidates[entry.tried]
         entry.tried += 1
-        entry.attempt = self._next_attempt
-        self._next_attempt += 1
-        self._by_attempt[entry.attempt] = entry.key
+        entry.attempt = self._new_attempt(entry)
         if entry.state is not State.NEGOTIATING:
             entry.move(State.NEGOTIATING, f"IKE with {candidate.gateway}", now)
         entry.reason = f"IKE with {candidate.gateway}"
@@ -270,6 +268,12 @@ class Engine:
             },
         )
         yield StartIke(entry.attempt, entry.destination, candidate.gateway, candidate.keys, entry.source)
+
+    def _new_attempt(self, entry: Entry) -> int:
+        attempt = self._next_attempt
+        self._next_attempt += 1
+        self._by_attempt[attempt] = entry.key
+        return attempt
 
     def _negotiation_failed(self, message: NegotiationFailed, now: float) -> Iterator[Action]:
         key = self._by_attempt.pop(message.attempt, None)
@@ -507,9 +511,7 @@ class Engine:
         candidates = candidates_of(self._usable_keys(answer), source)
         if entry.state is not State.PRIVATE or not candidates:
             return
-        attempt = self._next_attempt
-        self._next_attempt += 1
-        self._by_attempt[attempt] = entry.key
+        attempt = self._new_attempt(entry)
         yield Report(
             "negotiate", {"peer": str(entry.destination), "reason": f"no tunnel for source {source}"}
         )
