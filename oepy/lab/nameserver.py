@@ -38,6 +38,7 @@ from oepy.dns.inventory import Inventory
 from oepy.dns.zonefile import file_name, generate
 from oepy.errors import OepyError
 from oepy.keys import encode
+from oepy.lab.namespaces import join_namespace
 from oepy.model import PublicKey
 
 T = TypeVar("T")
@@ -53,7 +54,6 @@ _INSTALLED_ZONES = Path(__file__).resolve().parent / "zones"
 _ZONES_DIRECTORY = (
     _INSTALLED_ZONES if _INSTALLED_ZONES.is_dir() else Path(__file__).resolve().parents[2] / "zones"
 )
-_CLONE_NEWNET = 0x40000000
 _START_SECONDS = 30.0
 
 
@@ -338,13 +338,8 @@ def in_namespace(namespace: str, function: Callable[[], T]) -> T:
 
 def enter_namespace(namespace: str) -> None:
     """Move the calling thread into a named network namespace. Raises OSError."""
-    import ctypes
-
-    libc = ctypes.CDLL(None, use_errno=True)
     descriptor = os.open(f"/var/run/netns/{namespace}", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        if libc.setns(descriptor, _CLONE_NEWNET):
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number), namespace)
+        join_namespace(descriptor)
     finally:
         os.close(descriptor)

@@ -173,11 +173,11 @@ class Namespace:
     def entered(self) -> Iterator[None]:
         """The calling thread is in the namespace: sockets made here stay there."""
         with open("/proc/thread-self/ns/net") as home, open(_NETNS_DIRECTORY / self.name) as there:
-            _setns(there.fileno())
+            join_namespace(there.fileno())
             try:
                 yield
             finally:
-                _setns(home.fileno())
+                join_namespace(home.fileno())
 
     def end_processes(self) -> None:
         """End what `popen` started and is still there, by its id: SIGTERM, then SIGKILL."""
@@ -198,7 +198,8 @@ class Namespace:
         _remove(self.name)
 
 
-def _setns(descriptor: int) -> None:
+def join_namespace(descriptor: int) -> None:
+    """Move the calling thread into the network namespace of an open descriptor. Raises OSError."""
     # os.setns came with Python 3.12
     if _libc.setns(descriptor, _CLONE_NEWNET):
         number = ctypes.get_errno()
