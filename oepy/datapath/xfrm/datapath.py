@@ -7,9 +7,10 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 from oepy.datapath import routes
 from oepy.datapath.xfrm import device, plan, requests, sockets
@@ -26,6 +27,8 @@ from oepy.interfaces import DatapathEvent
 from oepy.model import IpAddress, SaCounters, SaPair
 from oepy.netlink import Frame
 from oepy.udp import UdpSocket
+
+_Result = TypeVar("_Result")
 
 ROUTES_SECONDS = 5.0  # between two looks at whether our routes still stand
 READS_PER_WAKEUP = 64
@@ -121,8 +124,7 @@ class XfrmDatapath:
         self._kernel = self._open_xfrm()
         try:
             if self.scheme.if_id:
-                device.make(self.device, self.scheme.if_id)
-                routes.set_up(self.device, self.mtu)
+                await _apart(self._make_way)
             self._remove_leftovers()
             self._must([requests.new_policy(policy) for policy in self._closing()])
             for sock in (*self._ike, *self._nat_t):
@@ -219,8 +221,22 @@ class XfrmDatapath:
         self._kernel = None
         self._forget()
         if self.scheme.if_id:
-            device.remove(self.device, self.scheme.if_id)
-            routes.tear_down()
+            await _apart(self._unmake_way)
+
+    def _make_way(self) -> None:
+        device.make(self.device, self.scheme.if_id)
+        routes.set_up(self.device, self.mtu)
+
+    def _unmake_way(self) -> None:
+        device.remove(self.device, self.scheme.if_id)
+        routes.tear_down()
+
+    def _mend_way(self) -> bool:
+        """Whether it was broken."""
+        if routes.stand(self.device):
+            return False
+        self._make_way()
+        return True
 
     # -- SAs and policies ----------------------------------------------------------------------------
 
@@ -439,12 +455,17 @@ class XfrmDatapath:
         while True:
             await asyncio.sleep(ROUTES_SECONDS)
             try:
-                if not routes.stand(self.device):
+                if await _apart(self._mend_way):
                     self._own["routes_mended"] += 1
-                    device.make(self.device, self.scheme.if_id)
-                    routes.set_up(self.device, self.mtu)
             except OepyError:
                 self._own["routes_failed"] += 1
+
+
+async def _apart(work: Callable[[], _Result]) -> _Result:
+    """pyroute2 has an event loop of its own, and wants a thread where none is running. A new one is in the
+    network namespace that its maker is in."""
+    with ThreadPoolExecutor(1) as thread:
+        return await asyncio.get_running_loop().run_in_executor(thread, work)
 
 
 def _asks(policy: v.Policy) -> bool:
