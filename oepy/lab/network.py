@@ -31,7 +31,7 @@ from oepy.lab.nameserver import ExtraHost, LabDns
 from oepy.lab.namespaces import Lab, Namespace, Wire
 from oepy.model import PublicKey
 
-START_SECONDS = 20.0
+START_SECONDS = 240.0  # an emulated machine takes a minute for six daemons
 PAGE_PORT = 80
 
 
@@ -118,7 +118,7 @@ class LabHost:
             assert self.process is not None
             if self.process.poll() is not None or time.monotonic() > deadline:
                 raise OepyError(f"the daemon of {self.plan.name} did not start", self.log_end())
-            time.sleep(0.02)
+            time.sleep(0.1)
 
     def log_end(self) -> str:
         return (self.directory / "daemon.log").read_text(errors="replace")[-2000:]
