@@ -17,7 +17,8 @@ from oepy.datapath.xfrm import device, plan, requests, sockets
 from oepy.datapath.xfrm import pieces as p
 from oepy.datapath.xfrm import values as v
 from oepy.datapath.xfrm.answers import Counted, counted, parse
-from oepy.datapath.xfrm.ids import AUTOMATIC_REQIDS, TRAP_REQID
+from oepy.datapath.xfrm.ids import AUTOMATIC_REQIDS
+from oepy.datapath.xfrm.leftovers import asks, remove_entries
 from oepy.datapath.xfrm.plan import BARE, BY_DEVICE, Scheme
 from oepy.datapath.xfrm.requests import Request
 from oepy.datapath.xfrm.socket import EventSocket, Refused, Xfrm, XfrmSocket, explained, read
@@ -125,7 +126,9 @@ class XfrmDatapath:
         try:
             if self.scheme.if_id:
                 await _apart(self._make_way)
-            self._remove_leftovers()
+            else:
+                await _apart(routes.tear_down)  # an earlier run's, with a device
+            remove_entries(self._kernel)
             self._must([requests.new_policy(policy) for policy in self._closing()])
             for sock in (*self._ike, *self._nat_t):
                 sockets.bypass(sock)
@@ -216,7 +219,7 @@ class XfrmDatapath:
         if self._kernel is None:
             return
         with contextlib.suppress(Refused):
-            self._remove_leftovers()
+            remove_entries(self._kernel)
         self._kernel.close()
         self._kernel = None
         self._forget()
@@ -326,30 +329,6 @@ class XfrmDatapath:
             families.append(v.Selector(v.ANY_NETWORK_6, v.ANY_NETWORK_6))
         return list(plan.closing_policies(self.scheme, families))
 
-    def _remove_leftovers(self) -> None:
-        """Everything that this or an earlier run has made."""
-        kernel = self._running()
-        policies = [
-            found.id
-            for frame in kernel.dump(requests.dump_policies())
-            if isinstance(found := read(frame), v.Policy) and self._is_ours(found)
-        ]
-        kernel.carry_out([requests.delete_policy(name) for name in policies])
-        sas = [
-            found.id
-            for frame in kernel.dump(requests.dump_sas())
-            # An SA of SPI 0 waits for an ACQUIRE's answer: nothing but time removes it alone
-            if (told := counted(frame)).reqid in AUTOMATIC_REQIDS
-            and told.spi
-            and isinstance(found := read(frame), v.Sa)
-        ]
-        kernel.carry_out([requests.delete_sa(name) for name in sas])
-
-    def _is_ours(self, policy: v.Policy) -> bool:
-        if policy.if_id and policy.if_id == BY_DEVICE.if_id:
-            return True
-        return _asks(policy) or any(item.reqid in AUTOMATIC_REQIDS for item in policy.templates)
-
     # -- counters ------------------------------------------------------------------------------------
 
     def _counted(self, spis: Collection[int]) -> dict[tuple[bytes, int, int], Counted]:
@@ -417,7 +396,7 @@ class XfrmDatapath:
             spi = self._owner(event.sa.id)
             if spi is not None:
                 self._tell(spi, "hard-expire" if event.hard else "soft-expire")
-        elif isinstance(event, v.Acquire) and _asks(event.policy):
+        elif isinstance(event, v.Acquire) and asks(event.policy):
             source = event.selector.source.network_address
             peer = event.selector.destination.network_address
             self._on_event(DatapathEvent("no-sa", peer=peer, source=source))
@@ -466,10 +445,6 @@ async def _apart(work: Callable[[], _Result]) -> _Result:
     network namespace that its maker is in."""
     with ThreadPoolExecutor(1) as thread:
         return await asyncio.get_running_loop().run_in_executor(thread, work)
-
-
-def _asks(policy: v.Policy) -> bool:
-    return any(template.reqid == TRAP_REQID for template in policy.templates)
 
 
 def _key(name: v.SaId) -> tuple[IpAddress, int, int]:

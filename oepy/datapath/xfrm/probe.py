@@ -33,12 +33,13 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Abilities:
-    trials: tuple[Trial, ...]
+    esp: tuple[Trial, ...]  # of each family that the kernel has
+    interface: Trial
 
     @property
     def missing(self) -> OepyError | None:
-        """The first thing that the datapath cannot do without."""
-        return next((trial.error for trial in self.trials if trial.error is not None), None)
+        """Why the kernel's ESP is not to be used; None where it is."""
+        return next((trial.error for trial in self.esp if trial.error is not None), None)
 
 
 def probe() -> Abilities:
@@ -46,12 +47,12 @@ def probe() -> Abilities:
     try:
         xfrm: Xfrm = XfrmSocket()
     except OepyError as error:
-        return Abilities((Trial("XFRM", error),))
+        return Abilities((Trial("ESP", error),), Trial("XFRM interface", error))
     try:
         trials = [Trial(what, _try_sa(xfrm, *ends)) for what, ends in _ENDS.items() if _has(ends[0])]
     finally:
         xfrm.close()
-    return Abilities((*trials, Trial("XFRM interface", _try_interface())))
+    return Abilities(tuple(trials), Trial("XFRM interface", _try_interface()))
 
 
 def _has(address: IpAddress) -> bool:
