@@ -37,7 +37,8 @@ PAGE_PORT = 80
 
 @dataclass(frozen=True, slots=True)
 class HostPlan:
-    """`daemon`: runs oepy. `publishes`: own (its own key), other (somebody else's), none."""
+    """`daemon`: runs oepy. `publishes`: own (its own key), other (somebody else's), given (of `public_keys`),
+    none."""
 
     name: str
     v4: str
@@ -173,6 +174,8 @@ class LabNetwork:
         extra_dns: Sequence[ExtraHost] = (),
         host_keys: Mapping[str, HostKey] | None = None,
         odd_records: Mapping[str, Sequence[str]] | None = None,
+        public_keys: Mapping[str, PublicKey] | None = None,
+        gateway: str = "self",
     ) -> None:
         self.directory = directory
         self._key_log = key_log
@@ -180,6 +183,8 @@ class LabNetwork:
         self._plans = hosts
         self._extra_dns = extra_dns
         self._host_keys = host_keys or {}
+        self._public_keys = public_keys or {}
+        self._gateway = gateway
         self._odd_records = odd_records or {}  # by zone, for tests
         self.lab = Lab()
         self.hosts: dict[str, LabHost] = {}
@@ -216,6 +221,7 @@ class LabNetwork:
             keys,
             extra_hosts=self._extra_dns,
             resource_records=self._odd_records,
+            gateway=self._gateway,
         )
         self.dns.start()
         for host in self.hosts.values():
@@ -244,6 +250,8 @@ class LabNetwork:
                 published[plan.name] = key.public
             elif plan.publishes == "other":
                 published[plan.name] = HostKey.generate("ed25519").public
+            elif plan.publishes == "given":
+                published[plan.name] = self._public_keys[plan.name]
         return published
 
     def start_daemons(self) -> None:
