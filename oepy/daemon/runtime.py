@@ -25,7 +25,7 @@ from oepy.daemon.core import Core, Surroundings, engine_settings
 from oepy.daemon.datapaths import open_datapath
 from oepy.daemon.forecast import key_source
 from oepy.daemon.journal import Event, Journal
-from oepy.daemon.traps import open_trap
+from oepy.daemon.traps import choose_trap, open_trap
 from oepy.engine import messages as engine_messages
 from oepy.errors import ConfigError, OepyError
 from oepy.ike.events import Datagram
@@ -86,11 +86,16 @@ class Daemon(Core):
                 "remove debug.key_log from the configuration when done",
             )
         self.sockets = open_ike_sockets()
-        self.chosen = chosen = await asyncio.to_thread(open_datapath, self.config, self.sockets, self.on_ike)
+        self.trap_name, self.trap_reason = await asyncio.to_thread(
+            choose_trap, self.config.trap, self.config.datapath
+        )
+        self.chosen = chosen = await asyncio.to_thread(
+            open_datapath, self.config, self.sockets, self.on_ike, bare=self.trap_name == "acquire"
+        )
         self.wire(
             Surroundings(
                 keys=key_source(self.config),
-                trap=open_trap(self.config),
+                trap=open_trap(self.trap_name),
                 datapath=chosen.datapath,
                 send=self._send_datagram,
                 monotonic=time.monotonic,
