@@ -18,8 +18,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from oepy.configfile import DEFAULT_PATH, DEFAULT_SOCKET, RESOLV_CONF, system_resolvers
 from oepy.errors import ConfigError
 from oepy.interfaces import PolicyRule
+from oepy.manual.checks import read_manual
+from oepy.manual.model import NOTHING, ManualSet
+from oepy.manual.reading import KeyFiles, Problem
 from oepy.model import IpAddress, PolicyGroup
 from oepy.policy import PROTOCOL_NUMBERS
+from oepy.privatefile import read_private_file
 
 DEFAULT_KEY = Path("/var/lib/oepy/host.key")
 MAX_CONFIG_BYTES = 16 * 1024 * 1024
@@ -43,6 +47,7 @@ class Config:
     device: str
     socket: Path
     key_log: Path | None
+    manual: ManualSet = NOTHING
 
 
 def _address(value: object) -> IpAddress:
@@ -142,6 +147,7 @@ class _File(_Section):
     device: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,15}$")] = "oe0"
     control: _Control = Field(default_factory=_Control)
     debug: _Debug = Field(default_factory=_Debug)
+    manual: Any = None  # read by manual/reading.py
     connections: dict[str, Any] = Field(default={}, max_length=0)
     secrets: list[Any] = Field(default=[], max_length=0)
 
@@ -192,6 +198,8 @@ def parse(text: str, source: str = "oepy.yaml") -> Config:
     # An empty section (`dns:` with nothing under it) means its defaults.
     data = {key: value for key, value in data.items() if value is not None}
     problems += _cross_checks(data, lines)
+    manual, wrong = read_manual(_manual_section(text, data), _key_files(source))
+    problems += [_manual_problem(problem, lines) for problem in wrong]
     model = None
     try:
         model = _File.model_validate(data)
@@ -205,7 +213,28 @@ def parse(text: str, source: str = "oepy.yaml") -> Config:
         line = lines.get(("dns", "resolvers"), lines.get(("dns",), 1))
         mend = f"none is named here nor in {RESOLV_CONF}; name at least one address"
         raise ConfigError(source, [f"line {line}: dns.resolvers: {mend}"])
-    return _build(model, source, found)
+    return _build(model, source, found, manual)
+
+
+def _manual_section(text: str, data: dict[str, Any]) -> object:
+    """As texts: YAML would read a key such as 0x0012 as a number and lose its zeros."""
+    if data.get("manual") is None:
+        return None
+    return yaml.load(text, Loader=yaml.BaseLoader)["manual"]  # noqa: S506 - makes texts, lists and mappings only
+
+
+def _key_files(source: str) -> KeyFiles:
+    def read(name: str) -> bytes:
+        return read_private_file(Path(source).parent / name, "put the key there in hexadecimal, mode 0600")
+
+    return read
+
+
+def _manual_problem(problem: Problem, lines: dict[tuple[str | int, ...], int]) -> str:
+    path = known = ("manual", *problem.path)
+    while known not in lines and len(known) > 1:
+        known = known[:-1]
+    return f"line {lines.get(known, 1)}: {_dotted(path)}: {problem.text}"
 
 
 def _line_of(problem: str) -> int:
@@ -299,7 +328,7 @@ def _group_lines(data: dict[str, Any]) -> Iterator[tuple[str, int, object]]:
             yield str(name), index, text
 
 
-def _build(model: _File, source: str, resolvers: tuple[IpAddress, ...]) -> Config:
+def _build(model: _File, source: str, resolvers: tuple[IpAddress, ...], manual: ManualSet) -> Config:
     return Config(
         source=source,
         identity=model.identity.id,
@@ -320,4 +349,5 @@ def _build(model: _File, source: str, resolvers: tuple[IpAddress, ...]) -> Confi
         device=model.device,
         socket=model.control.socket,
         key_log=model.debug.key_log,
+        manual=manual,
     )
