@@ -20,7 +20,7 @@ from oepy.errors import ConfigError
 from oepy.interfaces import PolicyRule
 from oepy.manual.checks import read_manual
 from oepy.manual.model import NOTHING, ManualSet
-from oepy.manual.reading import KeyFiles, Problem
+from oepy.manual.reading import KeyFiles, Problem, inline_keys
 from oepy.model import IpAddress, PolicyGroup
 from oepy.policy import PROTOCOL_NUMBERS
 from oepy.privatefile import read_private_file
@@ -164,6 +164,23 @@ _MENDS = {
 def load(path: Path | str | None = None) -> Config:
     """Read and check a file; the default path may be missing, which means all defaults. Raises ConfigError
     with every mistake."""
+    text, file = _text_of(path)
+    return parse(text, file)
+
+
+def load_manual(path: Path | str | None = None) -> ManualSet:
+    """The `manual:` section alone, whatever else the file holds. Raises ConfigError with every mistake in it."""
+    text, file = _text_of(path)
+    data, lines, problems = _compose(text, file)
+    manual, wrong = _read_manual(text, data, file, lines)
+    problems += wrong
+    if problems:
+        raise ConfigError(file, sorted(problems, key=_line_of))
+    return manual
+
+
+def _text_of(path: Path | str | None) -> tuple[str, str]:
+    """Text and name of a file."""
     explicit = path is not None
     file = Path(path) if path is not None else DEFAULT_PATH
     try:
@@ -176,30 +193,15 @@ def load(path: Path | str | None = None) -> Config:
         text = ""
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(str(file), [f"cannot be read: {error}"]) from None
-    return parse(text, str(file))
+    return text, str(file)
 
 
 def parse(text: str, source: str = "oepy.yaml") -> Config:
     """Check the text of a configuration. Raises ConfigError with every mistake."""
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}: " if mark else ""
-        problem = getattr(error, "problem", None) or str(error)
-        raise ConfigError(source, [f"{where}not YAML ({problem}); check indentation and quotes"]) from None
-    if data is None:
-        data = {}
-    if not isinstance(data, dict):
-        raise ConfigError(source, ["line 1: the file must be a mapping such as `policy: {…}`"])
-    lines: dict[tuple[str | int, ...], int] = {}
-    problems = list(_index_lines(node, (), lines)) if node is not None else []
-    # An empty section (`dns:` with nothing under it) means its defaults.
-    data = {key: value for key, value in data.items() if value is not None}
+    data, lines, problems = _compose(text, source)
     problems += _cross_checks(data, lines)
-    manual, wrong = read_manual(_manual_section(text, data), _key_files(source))
-    problems += [_manual_problem(problem, lines) for problem in wrong]
+    manual, wrong = _read_manual(text, data, source, lines)
+    problems += wrong
     model = None
     try:
         model = _File.model_validate(data)
@@ -216,11 +218,41 @@ def parse(text: str, source: str = "oepy.yaml") -> Config:
     return _build(model, source, found, manual)
 
 
-def _manual_section(text: str, data: dict[str, Any]) -> object:
-    """As texts: YAML would read a key such as 0x0012 as a number and lose its zeros."""
+def _compose(text: str, source: str) -> tuple[dict[str, Any], dict[tuple[str | int, ...], int], list[str]]:
+    """The sections, the lines of all paths, and what is wrong with the form as such."""
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}: " if mark else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise ConfigError(source, [f"{where}not YAML ({problem}); check indentation and quotes"]) from None
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise ConfigError(source, ["line 1: the file must be a mapping such as `policy: {…}`"])
+    lines: dict[tuple[str | int, ...], int] = {}
+    problems = list(_index_lines(node, (), lines)) if node is not None else []
+    # An empty section (`dns:` with nothing under it) means its defaults.
+    data = {key: value for key, value in data.items() if value is not None}
+    return data, lines, problems
+
+
+def _read_manual(
+    text: str, data: dict[str, Any], source: str, lines: dict[tuple[str | int, ...], int]
+) -> tuple[ManualSet, list[str]]:
     if data.get("manual") is None:
-        return None
-    return yaml.load(text, Loader=yaml.BaseLoader)["manual"]  # noqa: S506 - makes texts, lists and mappings only
+        return NOTHING, []
+    # As texts: YAML would read a key such as 0x0012 as a number and lose its zeros
+    section = yaml.load(text, Loader=yaml.BaseLoader)["manual"]  # noqa: S506 - makes texts, lists and mappings only
+    manual, wrong = read_manual(section, _key_files(source))
+    if Path(source).is_file() and Path(source).stat().st_mode & 0o077:
+        wrong += [
+            Problem(path, f"{source} can be read by others than its owner: chmod 600 it, or name a file")
+            for path in inline_keys(section)
+        ]
+    return manual, [_manual_problem(problem, lines) for problem in wrong]
 
 
 def _key_files(source: str) -> KeyFiles:

@@ -29,6 +29,8 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "initiate": ("oepy.cli.control", "initiate", "Bring a tunnel up now."),
     "terminate": ("oepy.cli.control", "terminate", "Take a tunnel down."),
     "flush": ("oepy.cli.control", "flush", "Forget what was decided."),
+    "sa": ("oepy.cli.manual", "sa", "SAs keyed by hand."),
+    "policy": ("oepy.cli.manual", "policy", "Policies made by hand."),
     "convert": ("oepy.cli.convert", "convert", "Other systems' configuration to oepy's."),
     "guard": (
         "oepy.cli.guard",

@@ -135,7 +135,7 @@ def without_sa(policies: _Numbered, sas: Sequence[ManualSa]) -> list[Problem]:
 
 
 def _no_sa(template: Template, sas: Sequence[ManualSa]) -> str:
-    ends = f"{template.src} to {template.dst}" if template.src else "addresses of the selector"
+    ends = f"{template.src} to {template.dst}" if template.src else "between addresses of the selector"
     wanted = f"{template.protocol} {template.mode} {ends} with reqid {template.reqid}"
     if template.spi:
         wanted += f" and SPI {template.spi:#x}"

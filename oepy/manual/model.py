@@ -5,7 +5,7 @@ SPIs, ports and reqids are integers in host order; 0 is any port, any protocol, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import ip_network
 
 from oepy.model import IpAddress, IpNetwork, Lifetime, Secret
@@ -54,7 +54,7 @@ class ManualSa:
     replay_window: int = 0
     esn: bool = False
     lifetime: Lifetime = NO_LIFETIME
-    allow_weak: bool = False
+    allow_weak: bool = field(default=False, compare=False)  # a word to the reader, no property of the SA
 
     @property
     def key(self) -> SaKey:

@@ -460,3 +460,15 @@ def read_lists(
     sas = [(i, read_sa(item, ("sas", i), problems, key_files)) for i, item in enumerate(lists["sas"])]
     policies = [(i, read_policy(item, ("policies", i), problems)) for i, item in enumerate(lists["policies"])]
     return [(i, sa) for i, sa in sas if sa is not None], [(i, p) for i, p in policies if p is not None]
+
+
+def inline_keys(value: object) -> list[Path]:
+    """Where in a `manual:` section keys stand themselves, and not in files."""
+    sas = value.get("sas") if isinstance(value, Mapping) else None
+    return [
+        ("sas", index, name)
+        for index, sa in enumerate(sas if isinstance(sas, list) else ())
+        if isinstance(sa, Mapping)
+        for name in ("encryption_key", "integrity_key", "aead_key")
+        if sa.get(name)
+    ]
