@@ -33,7 +33,7 @@ CIPHERS = _table(
     Algorithm("aes128", 16),
     Algorithm("aes192", 24),
     Algorithm("aes256", 32),
-    *(Algorithm(f"aes{bits}ctr", bits // 8 + 4, _STATIC_KEY, userland=False) for bits in (128, 192, 256)),
+    *(Algorithm(f"aes{bits}ctr", bits // 8 + 4, _STATIC_KEY) for bits in (128, 192, 256)),
     Algorithm("null", 0),
     Algorithm("3des", 24, _OLD.format("aes256"), userland=False),
 )
