@@ -22,12 +22,13 @@ _WHERE = """A running daemon is asked to do it; without one it is done in the ke
 
 @contextlib.contextmanager
 def _kernel() -> Iterator[ManualKernel]:
+    from oepy.daemon.addresses import is_own
     from oepy.datapath.xfrm.manual import ManualKernel
     from oepy.datapath.xfrm.socket import XfrmSocket
 
     sock = XfrmSocket()
     try:
-        yield ManualKernel(sock)
+        yield ManualKernel(sock, is_own)
     finally:
         sock.close()
 

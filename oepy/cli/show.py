@@ -120,9 +120,15 @@ def policies(ctx: click.Context, as_json: bool) -> None:
         return
     print_table(
         ["prefix", "protocol", "port", "group"],
-        [[row["prefix"], row["protocol"], row["port"], row["group"]] for row in data],
+        [[row["prefix"], row["protocol"], row["port"], _group_text(row)] for row in data],
         "no policy",
     )
+
+
+def _group_text(row: dict[str, Any]) -> str:
+    if row["group"] != "manual":
+        return str(row["group"])
+    return f"manual: {row['action']} {row['direction']}, from {row['source']}"
 
 
 def _event_line(event: dict[str, Any]) -> str:

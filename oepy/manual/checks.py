@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from oepy.manual.model import NOTHING, ManualPolicy, ManualSa, ManualSet, Selector, Template
+from oepy.manual.model import NOTHING, ManualPolicy, ManualSa, ManualSet, SaIndex, Selector, Template
 from oepy.manual.reading import KeyFiles, Path, Problem, read_lists
 
 _Numbered = Sequence[tuple[int, ManualPolicy]]
@@ -114,18 +114,10 @@ def _conflict(one: int, first: ManualPolicy, two: int, second: ManualPolicy) -> 
 def without_sa(policies: _Numbered, sas: Sequence[ManualSa]) -> list[Problem]:
     """Templates that no SA fits."""
     problems = []
-    by_kind: dict[tuple[str, str, int], list[ManualSa]] = {}
-    for sa in sas:
-        by_kind.setdefault((sa.protocol, sa.mode, sa.reqid), []).append(sa)
-    by_ends = {(sa.protocol, sa.mode, sa.reqid, sa.src, sa.dst, sa.spi) for sa in sas}
-    by_ends |= {(*ends[:5], 0) for ends in by_ends}
+    index_of_sas = SaIndex(sas)
     for index, policy in policies:
         for number, template in enumerate(policy.templates):
-            kind = (template.protocol, template.mode, template.reqid)
-            if template.src is not None and template.dst is not None:
-                if (*kind, template.src, template.dst, template.spi) in by_ends:
-                    continue
-            elif any(template.fits(sa, policy.selector) for sa in by_kind.get(kind, ())):
+            if index_of_sas.fitting(template, policy.selector):
                 continue
             at: Path = ("policies", index, "template")
             if len(policy.templates) > 1:

@@ -5,6 +5,7 @@ SPIs, ports and reqids are integers in host order; 0 is any port, any protocol, 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from ipaddress import ip_network
 
@@ -193,3 +194,28 @@ class ManualSet:
 
 
 NOTHING = ManualSet()
+
+
+class SaIndex:
+    """Finds the SAs that a template fits, at a cost that does not grow with their number."""
+
+    def __init__(self, sas: Iterable[ManualSa]) -> None:
+        self._by_ends: dict[tuple[object, ...], list[ManualSa]] = {}
+        self._by_dst: dict[tuple[object, ...], list[ManualSa]] = {}
+        self._by_kind: dict[tuple[object, ...], list[ManualSa]] = {}
+        for sa in sas:
+            kind = (sa.protocol, sa.mode, sa.reqid)
+            self._by_ends.setdefault((*kind, sa.src, sa.dst), []).append(sa)
+            self._by_dst.setdefault((*kind, sa.dst), []).append(sa)
+            self._by_kind.setdefault(kind, []).append(sa)
+
+    def fitting(self, template: Template, selector: Selector) -> list[ManualSa]:
+        """In the order in which they were given."""
+        kind = (template.protocol, template.mode, template.reqid)
+        if template.src is not None:
+            near = self._by_ends.get((*kind, template.src, template.dst), [])
+        elif selector.dst.prefixlen == selector.dst.max_prefixlen:
+            near = self._by_dst.get((*kind, selector.dst.network_address), [])
+        else:
+            near = self._by_kind.get(kind, [])
+        return [sa for sa in near if template.fits(sa, selector)]

@@ -278,7 +278,7 @@ class Ruleset:
         return [
             f"ip6 hoplimit 255 {_NEIGHBOUR_DISCOVERY} accept",
             *([f"udp dport {{ {ports} }} accept"] if ports else []),
-            "meta l4proto 50 accept",
+            "meta l4proto { 50, 51 } accept",  # ESP and AH: what is not authentic, their SAs drop
             *_dhcp(("67", "68"), ("547", "546")),
             *self._resolver("saddr", "sport", "ct direction reply "),
         ]

@@ -41,7 +41,7 @@ from oepy.manual.model import (
     Template,
 )
 from oepy.manual.presenting import policy_mapping, sa_view
-from oepy.model import EspSuite, Lifetime, SaKeys, Secret
+from oepy.model import MARK_MASK, MARK_OWN, EspSuite, IpAddress, Lifetime, SaKeys, Secret
 
 _DIRECTIONS = {
     "in": v.PolicyDirection.IN,
@@ -62,8 +62,15 @@ PolicyKey = tuple[str, Selector]
 class ManualKernel:
     """The manual part of the kernel's SAD and SPD. Whatever the kernel refuses is an OepyError with the mend."""
 
-    def __init__(self, xfrm: Xfrm, random: Callable[[int], bytes] = os.urandom) -> None:
+    def __init__(
+        self,
+        xfrm: Xfrm,
+        is_own: Callable[[IpAddress], bool],
+        random: Callable[[int], bytes] = os.urandom,
+    ) -> None:
+        """`is_own`: whether an address is this host's, which makes an SA from it an outbound one."""
         self._xfrm = xfrm
+        self._is_own = is_own
         self._random = random
 
     # ---- looking -------------------------------------------------------------------------------------------
@@ -114,12 +121,14 @@ class ManualKernel:
         before = {policy.key: policy for policy in old.policies}
         changed = [policy for policy in new.policies if before.get(policy.key) != policy]
         after = {policy.key for policy in new.policies}
-        self._check_policies(changed)
+        self.check(ManualSet(policies=tuple(changed)))
         done: list[Request] = []  # what takes back what was done
         try:
             self._all([delete_sa(_sa_id(sa.key)) for sa in replaced], [], done)
             self._all(
-                [new_sa(kernel_sa(sa)) for sa in fresh], [delete_sa(_sa_id(s.key)) for s in fresh], done
+                [new_sa(kernel_sa(sa, outbound=self._is_own(sa.src))) for sa in fresh],
+                [delete_sa(_sa_id(s.key)) for s in fresh],
+                done,
             )
             indexes = self._free_indexes(len(changed))
             for policy, index in zip(changed, indexes, strict=True):
@@ -144,8 +153,9 @@ class ManualKernel:
             if refused is not None and not _already_gone(refused):
                 raise explained(refused)
 
-    def _check_policies(self, policies: Sequence[ManualPolicy]) -> None:
-        for policy in policies:
+    def check(self, manual: ManualSet) -> None:
+        """Raises OepyError for policies that the kernel is known to refuse."""
+        for policy in manual.policies:
             for template in policy.templates:
                 if (policy.direction, template.level, template.mode) == ("out", "use", "tunnel"):
                     raise OepyError(
@@ -207,8 +217,9 @@ def is_manual_policy(policy: v.Policy) -> bool:
 # ---- to the kernel -----------------------------------------------------------------------------------------
 
 
-def kernel_sa(sa: ManualSa) -> v.Sa:
-    """Raises OepyError for what the kernel has not."""
+def kernel_sa(sa: ManualSa, *, outbound: bool) -> v.Sa:
+    """Raises OepyError for what the kernel has not. What an outbound SA has made is marked as our own, so that a
+    trap lets it pass."""
     keys = SaKeys(sa.encryption_key, sa.integrity_key)
     chosen = transforms(sa.protocol, EspSuite(sa.encryption, sa.integrity, sa.esn), keys)
     wide = sa.esn or sa.replay_window > _LEGACY_WINDOW
@@ -240,6 +251,7 @@ def kernel_sa(sa: ManualSa) -> v.Sa:
         replay=v.Replay(sa.replay_window) if wide else None,
         replay_window=0 if wide else sa.replay_window,
         flags=flags,
+        set_mark=v.Mark(MARK_OWN, MARK_MASK) if outbound else None,
     )
 
 
