@@ -37,7 +37,7 @@ demo:
 demo-kernel:
 	@scripts/install-system kernel
 	@$(MAKE) --no-print-directory $(VENV)/.oepy
-	@scripts/second-kernel $(BIN)/oepy lab run $(DEMO)
+	@scripts/second-kernel --cpus 2 $(BIN)/oepy lab run $(DEMO)
 
 check: $(VENV)/.dev
 	@$(BIN)/ruff check .

@@ -31,13 +31,14 @@ from oepy.lab.nameserver import ExtraHost, LabDns
 from oepy.lab.namespaces import Lab, Namespace, Wire
 from oepy.model import PublicKey
 
-START_SECONDS = 20.0
+START_SECONDS = 240.0  # an emulated machine takes a minute for six daemons
 PAGE_PORT = 80
 
 
 @dataclass(frozen=True, slots=True)
 class HostPlan:
-    """`daemon`: runs oepy. `publishes`: own (its own key), other (somebody else's), none."""
+    """`daemon`: runs oepy. `publishes`: own (its own key), other (somebody else's), given (of `public_keys`),
+    none."""
 
     name: str
     v4: str
@@ -118,7 +119,7 @@ class LabHost:
             assert self.process is not None
             if self.process.poll() is not None or time.monotonic() > deadline:
                 raise OepyError(f"the daemon of {self.plan.name} did not start", self.log_end())
-            time.sleep(0.02)
+            time.sleep(0.1)
 
     def log_end(self) -> str:
         return (self.directory / "daemon.log").read_text(errors="replace")[-2000:]
@@ -170,12 +171,16 @@ class LabNetwork:
         extra_dns: Sequence[ExtraHost] = (),
         host_keys: Mapping[str, HostKey] | None = None,
         odd_records: Mapping[str, Sequence[str]] | None = None,
+        public_keys: Mapping[str, PublicKey] | None = None,
+        gateway: str = "self",
     ) -> None:
         self.directory = directory
         self._key_log = key_log
         self._plans = hosts
         self._extra_dns = extra_dns
         self._host_keys = host_keys or {}
+        self._public_keys = public_keys or {}
+        self._gateway = gateway
         self._odd_records = odd_records or {}  # by zone, for tests
         self.lab = Lab()
         self.hosts: dict[str, LabHost] = {}
@@ -212,6 +217,7 @@ class LabNetwork:
             keys,
             extra_hosts=self._extra_dns,
             resource_records=self._odd_records,
+            gateway=self._gateway,
         )
         self.dns.start()
         for host in self.hosts.values():
@@ -239,6 +245,8 @@ class LabNetwork:
                 published[plan.name] = key.public
             elif plan.publishes == "other":
                 published[plan.name] = HostKey.generate("ed25519").public
+            elif plan.publishes == "given":
+                published[plan.name] = self._public_keys[plan.name]
         return published
 
     def start_daemons(self) -> None:
