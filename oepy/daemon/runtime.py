@@ -89,12 +89,12 @@ class Daemon(Core):
                 "remove debug.key_log from the configuration when done",
             )
         self.sockets = open_ike_sockets()
-        self.datapath_name, datapath = open_datapath(self.config, self.sockets, self.on_ike)
+        self.chosen = chosen = await asyncio.to_thread(open_datapath, self.config, self.sockets, self.on_ike)
         self.wire(
             Surroundings(
                 keys=key_source(self.config),
                 trap=open_trap(self.config),
-                datapath=datapath,
+                datapath=chosen.datapath,
                 send=self._send_datagram,
                 monotonic=time.monotonic,
                 host_key=self.host_key,
@@ -104,17 +104,22 @@ class Daemon(Core):
             )
         )
         await self.datapath.start(self.on_datapath_event)
-        self.manual = ManualKeying(open_backend(self.datapath_name, self.datapath, time.monotonic))
+        self.manual = ManualKeying(open_backend(chosen.name, self.datapath, time.monotonic))
         self._check_manual(self.config.manual)
         await self.manual.start(self.config.manual)
-        # Port 4500 is read by the datapath process, where there is one.
-        read_here = self.sockets.ike if self.datapath_name != "none" else self._all_sockets()
+        read_here = self.sockets.ike if chosen.reads_nat_t else self._all_sockets()
         for sock in read_here:
             asyncio.get_running_loop().add_reader(sock.fileno(), self._ike_readable, sock)
         self._control = ControlServer(ControlApi(self), self.config.socket)
         await self._control.start()
         self.trap.start(self._trap_policy(self.config), self.on_trapped)
-        self.journal.add("started", datapath=self.datapath_name, key=fingerprint(self.host_key.public))
+        self.journal.add(
+            "started",
+            datapath=chosen.name,
+            mode=chosen.mode,
+            reason=chosen.reason,
+            key=fingerprint(self.host_key.public),
+        )
         self._spawn(self._learn_own_records())
         self._spawn(self.watch_traffic())
 
@@ -134,7 +139,7 @@ class Daemon(Core):
     def _ike_settings(self) -> IkeSettings:
         return IkeSettings(
             identity=PeerIdentity.parse(self.config.identity) if self.config.identity else None,
-            force_encap=True,  # the userland datapath speaks ESP in UDP only
+            force_encap=self.chosen.encap_only,
             key_log=self.config.key_log is not None,
         )
 
@@ -143,13 +148,14 @@ class Daemon(Core):
             rules=config.rules,
             default=config.default_group,
             resolvers=config.resolvers,
-            tunnel_device=config.device,
+            tunnel_device=self.chosen.device,
+            kernel_ipsec=self.chosen.kernel_ipsec,
             configured=self.manual.rules(),
         )
 
     def _check_manual(self, manual: ManualSet) -> None:
         """Raises UsageError."""
-        if manual.policies and self.config.trap == "none" and self.datapath_name == "tun":
+        if manual.policies and self.config.trap == "none" and self.chosen.name == "tun":
             raise UsageError("manual policies need the trap in userland", "remove `trap: none`")
 
     async def change_manual(self, operation: str, entry: object) -> tuple[ManualSet, ManualSet]:

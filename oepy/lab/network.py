@@ -71,6 +71,7 @@ class LabHost:
     resolv_conf: Path
     policy: dict[str, Any] = field(default_factory=dict)
     key_log: Path | None = None
+    datapath: str = "auto"
     process: subprocess.Popen[Any] | None = None
 
     @property
@@ -92,6 +93,7 @@ class LabHost:
             "dns": {"resolvers": [NS_V4], "trust_anchors": [str(self.anchors)]},
             "policy": self.policy,
             "control": {"socket": str(self.directory / "oepy.sock")},
+            "datapath": self.datapath,
         }
         if self.key_log is not None:
             config["debug"] = {"key_log": str(self.key_log)}
@@ -167,6 +169,7 @@ class LabNetwork:
         directory: Path,
         *,
         key_log: bool = False,
+        datapath: str = "auto",
         hosts: tuple[HostPlan, ...] = HOSTS,
         extra_dns: Sequence[ExtraHost] = (),
         host_keys: Mapping[str, HostKey] | None = None,
@@ -176,6 +179,7 @@ class LabNetwork:
     ) -> None:
         self.directory = directory
         self._key_log = key_log
+        self._datapath = datapath
         self._plans = hosts
         self._extra_dns = extra_dns
         self._host_keys = host_keys or {}
@@ -236,6 +240,7 @@ class LabNetwork:
             resolv_conf.write_text(f"nameserver {NS_V4}\noptions timeout:2 attempts:2\n")
             (directory / "nsswitch.conf").write_text("hosts: files dns\n")
             host = LabHost(plan, namespace, directory, directory / "anchors.key", resolv_conf)
+            host.datapath = self._datapath
             if self._key_log:
                 host.key_log = directory / "keylog"
             self.hosts[plan.name] = host

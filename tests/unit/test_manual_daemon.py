@@ -17,6 +17,7 @@ from oepy.control.client import ControlClient
 from oepy.control.server import ControlServer
 from oepy.daemon.api import ControlApi
 from oepy.daemon.core import Surroundings
+from oepy.daemon.datapaths import Chosen
 from oepy.daemon.forecast import explain_without_daemon
 from oepy.daemon.manual import ManualKeying, UserlandBackend
 from oepy.daemon.runtime import Daemon
@@ -46,7 +47,6 @@ class RefusingDatapath(FakeDatapath):
 async def daemon_of(path: Path, section: dict[str, Any], datapath: FakeDatapath | None = None) -> Daemon:
     write(path, section)
     daemon = Daemon(configuration.load(path), str(path), lambda _: None)
-    daemon.datapath_name = "tun"
     daemon.host_key = HostKey.generate("ed25519")
     loop = asyncio.get_running_loop()
     daemon.wire(
@@ -63,6 +63,7 @@ async def daemon_of(path: Path, section: dict[str, Any], datapath: FakeDatapath 
             source_towards=lambda _: ip_address(A),
         )
     )
+    daemon.chosen = Chosen("tun", daemon.datapath, "a test", device="oe0")
     daemon.manual = ManualKeying(UserlandBackend(daemon.datapath, loop.time))
     await daemon.manual.start(daemon.config.manual)
     daemon.trap.start(daemon._trap_policy(daemon.config), lambda *_: None)

@@ -13,11 +13,6 @@ from oepy.datapath.tun.seams import Received, Route
 from oepy.errors import OepyError
 from oepy.udp import ANCILLARY_SPACE, MAX_DATAGRAM
 
-# 1500 on the wire - 40 outer IPv6 - 8 UDP - 8 ESP header - 16 CBC IV - 32 ICV of HMAC-SHA2-512 = 1396 for
-# payload and trailer; CBC rounds to blocks of 16: 1392; less the trailer's 2. Over IPv4, and with an AEAD,
-# the packet stays below 1500 with room to spare.
-TUNNEL_MTU = 1390
-
 _TUNSETIFF = 0x400454CA  # linux/if_tun.h
 _IFF_TUN, _IFF_NO_PI = 0x0001, 0x1000
 _IFREQ = struct.Struct("16sH22x")

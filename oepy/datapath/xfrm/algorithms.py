@@ -75,36 +75,33 @@ class Transforms:
 
 def transforms(protocol: str, suite: EspSuite, keys: SaKeys) -> Transforms:
     """Raises OepyError for a suite that `protocol` ("esp" or "ah") has not, or keys of the wrong length."""
-    integrity = _integrity(suite, keys)
+    mac = MACS.get(suite.integrity)
+    if suite.integrity and mac is None:
+        raise OepyError(f"suite {suite}: {suite.integrity!r} is not known", f"one of {', '.join(MACS)}")
     if protocol == "ah":
-        if integrity is None or suite.encryption not in ("", "null"):
+        if mac is None or suite.encryption not in ("", "null"):
             raise OepyError(f"AH with {suite} is not possible", "AH takes integrity alone, sha256 say")
         _expect(suite, "encryption key", keys.encryption, 0)
-        return Transforms(integrity=integrity)
+        return Transforms(integrity=_integrity(suite, keys, mac))
     cipher = CIPHERS.get(suite.encryption)
     if cipher is None:
         raise OepyError(
             f"ESP suite {suite}: {suite.encryption!r} is not known", f"one of {', '.join(CIPHERS)}"
         )
-    what = "encryption key with salt" if cipher.salt else "encryption key"
-    _expect(suite, what, keys.encryption, cipher.key + cipher.salt)
-    if cipher.icv_bits:
-        if integrity is not None:
-            raise OepyError(f"ESP suite {suite}: {suite.encryption} has integrity already", "leave one away")
-        return Transforms(aead=Algorithm(cipher.kernel, keys.encryption, cipher.icv_bits))
-    if integrity is None:
+    if cipher.icv_bits and mac is not None:
+        raise OepyError(f"ESP suite {suite}: {suite.encryption} has integrity already", "leave one away")
+    if not cipher.icv_bits and mac is None:
         # RFC 8221 §4: encryption without integrity must not be used, and null with nothing is no protection
         raise OepyError(f"ESP suite {suite} has no integrity", f"add one of {', '.join(MACS)}")
-    return Transforms(Algorithm(cipher.kernel, keys.encryption), integrity)
-
-
-def _integrity(suite: EspSuite, keys: SaKeys) -> Algorithm | None:
-    if not suite.integrity:
-        _expect(suite, "integrity key", keys.integrity, 0)
-        return None
-    mac = MACS.get(suite.integrity)
+    what = "encryption key with salt" if cipher.salt else "encryption key"
+    _expect(suite, what, keys.encryption, cipher.key + cipher.salt)
     if mac is None:
-        raise OepyError(f"suite {suite}: {suite.integrity!r} is not known", f"one of {', '.join(MACS)}")
+        _expect(suite, "integrity key", keys.integrity, 0)
+        return Transforms(aead=Algorithm(cipher.kernel, keys.encryption, cipher.icv_bits))
+    return Transforms(Algorithm(cipher.kernel, keys.encryption), _integrity(suite, keys, mac))
+
+
+def _integrity(suite: EspSuite, keys: SaKeys, mac: Mac) -> Algorithm:
     _expect(suite, "integrity key", keys.integrity, mac.key)
     return Algorithm(mac.kernel, keys.integrity, mac.icv_bits)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from oepy.datapath.xfrm import pieces as p
 from oepy.datapath.xfrm import values as v
@@ -150,6 +151,27 @@ def _sad_info(body: bytes) -> v.SadInfo:
 def _spd_info(body: bytes) -> v.SpdInfo:
     attributes = parse_attributes(body[p.U32.size :])
     return v.SpdInfo(*p.unpack(p.SPD_COUNTS, attributes.get(p.SPD_INFO, b""), "SPD size"))
+
+
+class Counted(NamedTuple):
+    """What is read of very many SAs at once. `destination` is the 16-byte field of the kernel."""
+
+    destination: bytes
+    spi: int
+    protocol: int
+    reqid: int
+    bytes: int
+    packets: int
+    out_of_window: int
+    replayed: int
+    integrity_failed: int
+
+
+def counted(frame: Frame) -> Counted:
+    """An SA's counters alone, without its attributes. Raises ParseError."""
+    fields = p.unpack(p.SA, frame.body, "SA")
+    destination, spi, protocol = p.ID.unpack(fields[1])
+    return Counted(destination, int.from_bytes(spi, "big"), protocol, fields[12], *fields[4:6], *fields[8:11])
 
 
 # ---- policies ----------------------------------------------------------------------------------------------

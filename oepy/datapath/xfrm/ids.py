@@ -12,9 +12,9 @@ import enum
 from oepy.datapath.xfrm.values import ANY_PORT, Selector
 
 # "o" in the top byte, then who made it
-AUTOMATIC_REQIDS = range(0x6F00_0000, 0x6F80_0000)  # negotiated
+AUTOMATIC_REQIDS = range(0x6F00_0000, 0x6F7F_FFFF)  # negotiated
 MANUAL_REQIDS = range(0x6F80_0000, 0x7000_0000)  # `manual:` and `oepy sa`
-TRAP_REQID = 0x6F7F_FFFF  # of policies that wait for an SA: no SA has it
+TRAP_REQID = 0x6F7F_FFFF  # of policies that ask for an SA: none ever has it
 
 
 class PolicyClass(enum.IntEnum):

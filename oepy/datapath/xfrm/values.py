@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 from oepy.model import IpAddress, IpNetwork, Secret
 
@@ -15,7 +15,9 @@ ESP = 50
 AH = 51
 PROTOCOLS = {"esp": ESP, "ah": AH}
 ANY_ADDRESS = IPv4Address(0)
+ANY_ADDRESS_6 = IPv6Address(0)
 ANY_NETWORK = IPv4Network("0.0.0.0/0")
+ANY_NETWORK_6 = IPv6Network("::/0")
 
 
 class Mode(enum.IntEnum):
