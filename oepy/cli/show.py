@@ -48,6 +48,8 @@ def status(ctx: click.Context, as_json: bool) -> None:
     click.echo(
         f"now        {states or 'no destinations yet'}; {data['sas']} SAs; {data['held']} packets held"
     )
+    if any(data["manual"].values()):
+        click.echo(f"by hand    {data['manual']['sas']} SAs, {data['manual']['policies']} policies")
     for alert in data["alerts"]:
         click.secho(_event_line(alert), fg="red")
 

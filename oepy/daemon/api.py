@@ -75,6 +75,10 @@ class ControlApi:
                 "ike": dict(self._daemon.negotiator.endpoint.counters),
                 "datapath": dict(await self._daemon.datapath.statistics()),
             },
+            "manual": {
+                "sas": len(self._daemon.manual.effective.sas),
+                "policies": len(self._daemon.manual.effective.policies),
+            },
             "alerts": list(self._daemon.journal.last_alerts),
         }
 

@@ -200,7 +200,7 @@ class KernelBackend:
         return self._kernel.current()
 
     async def change(self, old: ManualSet, new: ManualSet) -> None:
-        self._kernel.change(self._kernel.current(), new)
+        self._kernel.change(old, new)  # not by what is there: an SA at its hard limit must not begin anew
 
     def check(self, new: ManualSet) -> None:
         self._kernel.check(new)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from oepy.manual.model import NOTHING, ManualPolicy, ManualSa, ManualSet, SaIndex, Selector, Template
+from oepy.manual.model import NOTHING, ManualPolicy, ManualSa, ManualSet, SaIndex, Template
 from oepy.manual.reading import KeyFiles, Path, Problem, read_lists
+from oepy.model import IpNetwork
 
 _Numbered = Sequence[tuple[int, ManualPolicy]]
 
@@ -62,14 +63,23 @@ def overlaps(policies: _Numbered) -> list[Problem]:
 
 
 def _sweep(policies: _Numbered) -> list[Problem]:
-    """Prefixes are nested or apart. In the order of the destinations' first addresses, whatever meets a policy
-    further up is still open: nothing else needs to be compared."""
-    ordered = sorted(policies, key=lambda item: _place(item[1].selector))
+    """Prefixes are nested or apart. In the order of first addresses, whatever meets a policy further up is still
+    open: nothing else needs to be compared. Of a gateway to many peers one side is always the same, so the side
+    that differs most is taken."""
+    sides = [{policy.selector.src for _, policy in policies}, {policy.selector.dst for _, policy in policies}]
+    by_source = len(sides[0]) > len(sides[1])
+
+    def network(policy: ManualPolicy) -> IpNetwork:
+        return policy.selector.src if by_source else policy.selector.dst
+
+    def place(item: tuple[int, ManualPolicy]) -> tuple[int, int]:
+        return (int(network(item[1]).network_address), network(item[1]).prefixlen)
+
     found: dict[int, Problem] = {}
     open_ones: list[tuple[int, ManualPolicy]] = []
-    for index, policy in ordered:
-        first = int(policy.selector.dst.network_address)
-        while open_ones and int(open_ones[-1][1].selector.dst.broadcast_address) < first:
+    for index, policy in sorted(policies, key=place):
+        first = int(network(policy).network_address)
+        while open_ones and int(network(open_ones[-1][1]).broadcast_address) < first:
             open_ones.pop()
         for other_index, other in open_ones:
             if policy.selector.meets(other.selector):
@@ -81,10 +91,6 @@ def _sweep(policies: _Numbered) -> list[Problem]:
                     found.setdefault(at, problem)
         open_ones.append((index, policy))
     return list(found.values())
-
-
-def _place(selector: Selector) -> tuple[int, int]:
-    return (int(selector.dst.network_address), selector.dst.prefixlen)
 
 
 def _conflict(one: int, first: ManualPolicy, two: int, second: ManualPolicy) -> Problem | None:

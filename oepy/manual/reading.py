@@ -304,7 +304,7 @@ def _read_algorithms(
         )
     else:
         for name in ("encryption", "integrity"):
-            if not fields.has(name) and not (name == "integrity" and fields.raw("encryption") in AEADS):
+            if not fields.has(name) and not (name == "integrity" and str(fields.raw("encryption")) in AEADS):
                 fields.wrong("is missing: ESP needs encryption and integrity (or aead)", name)
     encryption = integrity = ""
     encryption_key = integrity_key = none

@@ -3,118 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from oepy.control import protocol
-from oepy.control.client import ControlClient
-from oepy.errors import DaemonUnreachable
 from oepy.lab.capture import Capture
-from oepy.lab.namespaces import Namespace
 from oepy.lab.probe import ping
 from tests.fakes import manual
+from tests.net.daemon_host import Host, kinds
 from tests.net.harness import A4, A6, B4, B6, Wired, wired
 
 pytestmark = pytest.mark.root
 
-START_SECONDS = 20.0
 PAIR4 = ((A4, B4), (B4, A4))
-
-
-class Host:
-    """A daemon in a namespace, with a configuration that is a dictionary."""
-
-    def __init__(self, namespace: Namespace, directory: Path) -> None:
-        self.namespace = namespace
-        self.directory = directory
-        directory.mkdir()
-        self.config_file = directory / "oepy.yaml"
-        self.socket = directory / "s"
-        self.process: subprocess.Popen[Any] | None = None
-
-    def write(self, manual_section: dict[str, Any], **others: Any) -> None:
-        config = {
-            "identity": {"key": str(self.directory / "host.key")},
-            "dns": {"resolvers": ["127.0.0.1"]},
-            "policy": {"default": "clear"},
-            "control": {"socket": str(self.socket)},
-            "datapath": "tun",
-            "manual": manual_section,
-            **others,
-        }
-        self.config_file.touch(mode=0o600)
-        self.config_file.write_text(json.dumps(config))
-
-    def start(self, manual_section: dict[str, Any], **others: Any) -> None:
-        self.write(manual_section, **others)
-        log = (self.directory / "log").open("ab")
-        self.process = self.namespace.popen(
-            *[sys.executable, "-m", "oepy", "-c", str(self.config_file), "run", "-v"], stdout=log, stderr=log
-        )
-        log.close()
-        self.wait_for(lambda status: bool(status["ready"]))
-
-    def wait_for(self, condition: Any) -> None:
-        deadline = time.monotonic() + START_SECONDS
-        while True:
-            try:
-                if condition(ControlClient(self.socket).get(protocol.STATUS)):
-                    return
-            except DaemonUnreachable:
-                pass
-            assert self.process is not None
-            assert self.process.poll() is None, self.log()
-            assert time.monotonic() < deadline, self.log()
-            time.sleep(0.02)
-
-    def reload(self, manual_section: dict[str, Any], **others: Any) -> None:
-        before = len(self.events())
-        self.write(manual_section, **others)
-        assert self.process is not None
-        os.kill(self.process.pid, signal.SIGHUP)
-        deadline = time.monotonic() + START_SECONDS
-        while not {"manual-changed", "reload-refused"} & set(self.events()[before:]):
-            assert time.monotonic() < deadline, self.log()
-            time.sleep(0.02)
-
-    def events(self) -> list[str]:
-        return [event["event"] for event in ControlClient(self.socket).get(protocol.EVENTS, limit="1000")]
-
-    def log(self) -> str:
-        return (self.directory / "log").read_text(errors="replace")[-3000:]
-
-    def kill(self) -> None:
-        assert self.process is not None
-        self.process.kill()
-        self.process.wait(10)
-
-    def stop(self) -> None:
-        if self.process is not None and self.process.poll() is None:
-            self.process.terminate()
-            self.process.wait(15)
-        self.process = None
-        self.namespace.run("nft", "delete", "table", "inet", "oepy_guard", check=False)
-
-    def oepy(self, *words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-        return self.namespace.run(
-            *[sys.executable, "-m", "oepy", "-c", str(self.config_file), *words],
-            check=False,
-            timeout=60,
-            input=stdin,
-        )
-
-    def json(self, *words: str) -> Any:
-        done = self.oepy(*words, "--json")
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="module")
@@ -134,11 +36,6 @@ def hosts(net: Wired, tmp_path: Path) -> Iterator[tuple[Host, Host]]:
     for namespace in (net.a, net.b):
         left = namespace.run("sh", "-c", "ip rule; ip -6 rule; ip link; nft list tables").stdout
         assert not {"17733", "oe0", "table"} & set(left.replace(":", " ").split())
-
-
-def kinds(capture: Capture) -> set[str]:
-    """What went over the wire, neighbour discovery and multicast aside."""
-    return {packet.kind for packet in capture.packets()} - {"nd", "multicast"}
 
 
 def test_two_hosts_with_manual_keys_talk_in_esp(net: Wired, hosts: tuple[Host, Host], tmp_path: Path) -> None:

@@ -387,3 +387,40 @@ def test_template_texts_are_refused_with_the_form(text: str) -> None:
     """setkey's form, without what depends on a system's setting."""
     with pytest.raises(ValueError, match=r"write|like"):
         template_from_text(text)
+
+
+_NETWORKS = st.sampled_from(
+    ["0.0.0.0/0", "10.0.0.0/8", "10.1.0.0/16", "10.1.2.0/24", "10.2.0.0/16", "10.1.2.3/32"]
+)
+_POLICIES = st.fixed_dictionaries(
+    {
+        "direction": st.sampled_from(["out", "in"]),
+        "src": _NETWORKS,
+        "dst": _NETWORKS,
+        "action": st.just("block"),
+        "priority": st.integers(1, 3),
+        "protocol": st.sampled_from(["tcp", "udp"]),
+        "dport": st.sampled_from(["any", "80"]),
+    }
+)
+
+
+@given(st.lists(_POLICIES, max_size=8))
+@settings(max_examples=300)
+def test_overlaps_are_those_that_comparing_all_with_all_finds(entries: list[dict[str, Any]]) -> None:
+    """The sweep compares few of them, and misses none that is without a plain order."""
+    policies = [read({"policies": [entry]}).policies[0] for entry in entries]
+    expected: set[int] = set()
+    for two, second in enumerate(policies):
+        for one, first in enumerate(policies[:two]):
+            if first.direction != second.direction or not first.selector.meets(second.selector):
+                continue
+            if first.selector == second.selector or first.priority == second.priority:
+                expected.add(two)
+            else:
+                (_, front), (late, behind) = sorted(
+                    ((one, first), (two, second)), key=lambda item: item[1].priority
+                )
+                if front.selector.covers(behind.selector):
+                    expected.add(late)
+    assert {problem.path[1] for problem in refused({"policies": entries})} == expected
