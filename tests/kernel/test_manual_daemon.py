@@ -82,21 +82,3 @@ def test_the_kernel_talks_to_userland(net: Wired, hosts: tuple[Host, Host], tmp_
         capture.flush()
         assert kinds(capture) == {"esp"}
     assert [sa["packets_in"] for sa in (*a.json("sas"), *b.json("sas"))] == [6, 6]
-
-
-def test_what_commands_made_before_stays(net: Wired, hosts: tuple[Host, Host]) -> None:
-    """Entries of `oepy policy` from before the daemon are in effect in it, and stay behind it."""
-    a, _ = hosts
-    a.write({}, **XFRM)
-    done = a.oepy("policy", "add", "out", A4, "192.0.2.0/24", "--action", "block")
-    assert "no daemon runs" in done.stdout
-    a.start(
-        {"policies": [{"direction": "out", "src": A4, "dst": "198.51.100.0/24", "action": "block"}]}, **XFRM
-    )
-    assert len(a.json("policy", "list")) == 2
-    assert a.json("explain", "192.0.2.7")["disposition"] == "blocked"
-    done = a.oepy("policy", "add", "out", A4, "203.0.113.0/24", "--action", "block")
-    assert "(the daemon)" in done.stdout
-    a.stop()
-    left = [policy["dst"] for policy in a.json("policy", "list")]
-    assert left == ["192.0.2.0/24", "203.0.113.0/24"]

@@ -19,14 +19,18 @@ from oepy.daemon.api import ControlApi
 from oepy.daemon.core import Surroundings
 from oepy.daemon.datapaths import Chosen
 from oepy.daemon.forecast import explain_without_daemon
-from oepy.daemon.manual import ManualKeying, UserlandBackend
+from oepy.daemon.manual import KernelBackend, ManualKeying, UserlandBackend
 from oepy.daemon.runtime import Daemon
+from oepy.datapath.xfrm.manual import ManualKernel
 from oepy.errors import OepyError, UsageError
 from oepy.ike.settings import IkeSettings
 from oepy.interfaces import DatapathEvent, TrapPolicy, Way
 from oepy.keys import HostKey
+from oepy.manual.checks import read_manual
+from oepy.manual.model import NOTHING, ManualSet
 from oepy.model import Authenticated, PolicyGroup, SaPair
 from tests.fakes import manual
+from tests.fakes.manual_kernel import MemoryKernel
 from tests.fakes.rooms import FakeDatapath, FakeKeys, FakeTrap
 
 A, B = "198.18.0.1", "198.18.0.2"
@@ -237,6 +241,35 @@ async def test_commands_over_the_socket(tmp_path: Path) -> None:
         assert (await asyncio.to_thread(post, "policy-flush", None))["removed"] == 2
     finally:
         await server.stop()
+
+
+async def test_what_commands_made_in_the_kernel_outlives_the_daemon() -> None:
+    """Entries from before the daemon are in effect in it; with it go those of its configuration alone. An SA at its
+    hard limit, which the kernel has removed, does not begin anew."""
+    memory = MemoryKernel()
+    kernel = ManualKernel(memory, lambda _: False)
+
+    def block(network: str) -> dict[str, str]:
+        return {"direction": "out", "src": A, "dst": network, "action": "block"}
+
+    def read(section: dict[str, Any]) -> ManualSet:
+        found, problems = read_manual(section, lambda _: b"")
+        assert problems == []
+        return found
+
+    kernel.change(NOTHING, read({"policies": [block("192.0.2.0/24")]}))
+    keying = ManualKeying(KernelBackend(kernel))
+    await keying.start(read({"sas": manual.sas(A, B, encap=None), "policies": [block("198.51.100.0/24")]}))
+    assert len(keying.effective.policies) == len(memory.policies) == 2
+    await keying.take(keying.after("policy-add", block("203.0.113.0/24")))
+    gone = next(iter(memory.sas))
+    del memory.sas[gone]
+    await keying.take(keying.after("policy-add", block("10.0.0.0/8")))
+    assert gone not in memory.sas
+    await keying.stop()
+    left = {str(policy.selector.dst) for policy in kernel.current().policies}
+    assert left == {"192.0.2.0/24", "203.0.113.0/24", "10.0.0.0/8"}
+    assert memory.sas == {}
 
 
 def test_explain_without_a_daemon_knows_the_policies(tmp_path: Path) -> None:
