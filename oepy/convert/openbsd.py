@@ -510,21 +510,31 @@ def _from_to(line: _Line, *, ports: bool) -> list[tuple[_End, _End]]:
         sides[word] = [_End(network, port) for network in networks]
     if len(sides["from"]) * len(sides["to"]) > MAX_COMBINATIONS:
         raise Refused(f"the lists give more than {MAX_COMBINATIONS} rules")
-    return [_both(source, destination) for source, destination in product(sides["from"], sides["to"])]
+    pairs = [
+        pair
+        for source, destination in product(sides["from"], sides["to"])
+        for pair in _prefixes(source, destination)
+    ]
+    if not pairs:
+        raise Refused("from and to are of two families")
+    return pairs
 
 
-def _both(source: _End, destination: _End) -> tuple[_End, _End]:
-    """As prefixes; `any` takes the family of the other side, IPv4 where that is any as well."""
-    version = 4
-    for end in (source, destination):
-        if end.network != "any":
-            version = _network(end.network)[1]
-    everything = "0.0.0.0/0" if version == 4 else "::/0"
-    first, second = (
-        _End(everything if end.network == "any" else _network(end.network)[0], end.port)
-        for end in (source, destination)
-    )
-    return first, second
+def _prefixes(source: _End, destination: _End) -> list[tuple[_End, _End]]:
+    """`any` takes the family of the other side, and both families where that is any as well. Of lists only ends of
+    one family belong together."""
+    named = [_network(end.network)[1] for end in (source, destination) if end.network != "any"]
+    if len(set(named)) > 1:
+        return []
+    found = []
+    for version in named[:1] or (4, 6):
+        everything = "0.0.0.0/0" if version == 4 else "::/0"
+        first, second = (
+            _End(everything if end.network == "any" else _network(end.network)[0], end.port)
+            for end in (source, destination)
+        )
+        found.append((first, second))
+    return found
 
 
 def _network(text: str) -> tuple[str, int]:

@@ -250,6 +250,19 @@ def test_openbsd_macros_lists_and_continuations() -> None:
     assert (policies[-2].action, policies[-2].selector.sport) == ("block", 80)
 
 
+def test_openbsd_any_is_of_both_families() -> None:
+    """`any` to `any` is two flows each way; beside an address it has that address's family."""
+    mixed = "flow out from { 10.0.0.0/8 2001:db8::/32 } to { 192.0.2.1 2001:db8:1::1 } type deny\n"
+    assert len(good(mixed)[1]) == 2
+    assert "two families" in bad("flow out from 10.0.0.0/8 to 2001:db8::1 type deny\n")[0]
+    _, policies = good("flow out from any to any type deny\nflow out from any to 2001:db8::1 type bypass\n")
+    assert [str(policy.selector) for policy in policies] == [
+        "0.0.0.0/0 to 0.0.0.0/0",
+        "::/0 to ::/0",
+        "::/0 to 2001:db8::1/128",
+    ]
+
+
 def test_openbsd_includes_and_key_files() -> None:
     """Included rules stand in their own file; key files hold hexadecimal digits, one for each direction."""
     files = Files(sub_conf=FLOW, a_key=key(1)[2:] + "\n", b_key=key(2)[2:], loop_conf='include "loop.conf"')
