@@ -251,7 +251,9 @@ def sa_flush(ctx: click.Context, as_json: bool) -> None:
 
 
 @sa.command("list")
-@click.option("--all", "everybodys", is_flag=True, help="Those of IKE and of other programs, too.")
+@click.option(
+    "--all", "everybodys", is_flag=True, help="What else the kernel has, too: IKE's, other programs'."
+)
 @json_option
 @click.pass_context
 def sa_list(ctx: click.Context, everybodys: bool, as_json: bool) -> None:
@@ -456,7 +458,9 @@ def policy_flush(ctx: click.Context, as_json: bool) -> None:
 
 
 @policy.command("list")
-@click.option("--all", "everybodys", is_flag=True, help="Those of IKE and of other programs, too.")
+@click.option(
+    "--all", "everybodys", is_flag=True, help="What else the kernel has, too: IKE's, other programs'."
+)
 @json_option
 @click.pass_context
 def policy_list(ctx: click.Context, everybodys: bool, as_json: bool) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +15,7 @@ from oepy.lab.capture import Capture
 from oepy.lab.probe import ping
 from tests.fakes import manual
 from tests.net.daemon_host import Host, kinds
-from tests.net.harness import A4, A6, B4, B6, Wired, wired
+from tests.net.harness import A4, A6, B4, B6, Wired, udp, wired
 
 pytestmark = pytest.mark.root
 
@@ -150,6 +153,40 @@ def test_a_reload_touches_only_what_changed(net: Wired, hosts: tuple[Host, Host]
     b.reload({})
     assert a.json("sas") == []
     assert None not in ping(net.a, B4, count=1)
+
+
+def test_no_packet_slips_through_while_rules_change(
+    net: Wired, hosts: tuple[Host, Host], tmp_path: Path
+) -> None:
+    """A sender that never stops, and ten changes of other policies: all that reaches the wire is ESP."""
+    a, b = hosts
+    a.start(manual.section(A4, B4))
+    b.start(manual.section(B4, A4))
+    stop = threading.Event()
+    sent = 0
+    sock = udp(net.a, B4, 9)
+
+    def send() -> None:
+        nonlocal sent
+        while not stop.is_set():
+            with contextlib.suppress(OSError):
+                sock.send(bytes(32))
+                sent += 1
+            time.sleep(0.0002)
+
+    sender = threading.Thread(target=send)
+    with Capture(net.wire.namespace, net.wire.ports, tmp_path / "c.pcap", incoming_only=True) as capture:
+        sender.start()
+        for number in range(5):
+            words = ["out", A4, f"192.0.2.{number}", "--protocol", "tcp"]
+            assert a.oepy("policy", "add", *words, "--action", "block").returncode == 0
+            assert a.oepy("policy", "delete", *words).returncode == 0
+        stop.set()
+        sender.join()
+        capture.flush()
+        assert sent > 1000
+        assert kinds(capture) == {"esp"}
+    sock.close()
 
 
 def test_the_daemons_commands(net: Wired, hosts: tuple[Host, Host], tmp_path: Path) -> None:
