@@ -135,14 +135,16 @@ def _answers(inward: Template, outward: Template) -> bool:
 
 
 def _check_product(association: _Association, problems: list[str]) -> None:
-    """A pair carries what goes from any of its local selectors to any of its remote ones."""
-    local = {_side(selector, local=True) for selector in association.selectors}
-    remote = {_side(selector, local=False) for selector in association.selectors}
-    if len(local) * len(remote) != len(association.selectors):
-        one = association.selectors[0]
-        problems.append(
-            f"policies that share the SAs of {one} are not every combination of their ends; give each its own reqid"
-        )
+    """A pair carries what goes from any of its local selectors to any of its remote ones, of one family."""
+    for version in (4, 6):
+        selectors = [selector for selector in association.selectors if selector.version == version]
+        local = {_side(selector, local=True) for selector in selectors}
+        remote = {_side(selector, local=False) for selector in selectors}
+        if len(local) * len(remote) != len(selectors):
+            problems.append(
+                f"policies that share the SAs of {selectors[0]} are not every combination of their ends; "
+                "give each its own reqid"
+            )
 
 
 def _side(selector: Selector, *, local: bool) -> tuple[object, ...]:
