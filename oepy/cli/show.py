@@ -227,10 +227,10 @@ def explain_lines(data: dict[str, Any]) -> list[str]:
             lines.append(f"           last error: {ike['last_error']}")
     if data.get("sa"):
         sa = data["sa"]
-        lines.append(
-            f"  sa       {sa['algorithm']} in {sa['spi_in']} out {sa['spi_out']}, "
-            f"peer proved by {sa['authenticated']}"
+        proof = (
+            "keyed by hand" if sa["authenticated"] == "manual" else f"peer proved by {sa['authenticated']}"
         )
+        lines.append(f"  sa       {sa['algorithm']} in {sa['spi_in']} out {sa['spi_out']}, {proof}")
         lines.append(
             f"           {sa['packets_in']} packets in, {sa['packets_out']} out, "
             f"age {seconds(sa['established'])}, rekey in {seconds(sa['rekey_in'])}"
