@@ -20,6 +20,7 @@ from oepy.errors import ConfigError
 from oepy.interfaces import PolicyRule
 from oepy.manual.checks import read_manual
 from oepy.manual.model import NOTHING, ManualSet
+from oepy.manual.pairing import userland_problems
 from oepy.manual.reading import KeyFiles, Problem, inline_keys
 from oepy.model import IpAddress, PolicyGroup
 from oepy.policy import PROTOCOL_NUMBERS
@@ -206,6 +207,8 @@ def parse(text: str, source: str = "oepy.yaml") -> Config:
         model = _File.model_validate(data)
     except ValidationError as error:
         problems += [_explain(item, lines) for item in error.errors()]
+    if model is not None and model.datapath == "tun" and not wrong:
+        problems += [_manual_problem(problem, lines) for problem in userland_problems(manual)]
     if model is None or problems:
         raise ConfigError(source, sorted(problems, key=_line_of))
     resolvers = model.dns.resolvers

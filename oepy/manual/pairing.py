@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from oepy.interfaces import ConfiguredRule, Way
 from oepy.manual.algorithms import AEADS, CIPHERS, MACS
 from oepy.manual.model import ManualPolicy, ManualSa, ManualSet, SaIndex, SaKey, Selector, Template
+from oepy.manual.reading import Problem
 from oepy.model import (
     NAT_T_PORT,
     Authenticated,
@@ -75,6 +76,16 @@ def pair_up(manual: ManualSet) -> Pairing:
         if sa.key not in used:
             made.waiting[sa.key] = "waits for a policy and for the SA of the other direction"
     return made
+
+
+def userland_problems(manual: ManualSet) -> list[Problem]:
+    """What of a whole configuration the userland datapath cannot serve, as far as possible with the place."""
+    problems = [
+        Problem(("sas", index), text) for index, sa in enumerate(manual.sas) for text in _not_in_userland(sa)
+    ]
+    made = pair_up(manual)
+    problems += [Problem(("policies",), text) for text in made.incomplete]
+    return problems or [Problem((), text) for text in made.problems]
 
 
 def _not_in_userland(sa: ManualSa) -> Iterable[str]:

@@ -266,6 +266,18 @@ def test_mistakes_stand_with_their_line_beside_all_others() -> None:
     assert any("manual.sas[0].spi: 4 is reserved" in problem for problem in caught.value.problems)
 
 
+def test_what_userland_lacks_is_found_where_it_is_configured() -> None:
+    """With `datapath: tun` the file itself is wrong, at the line of the SA; otherwise the start says it."""
+    text = (
+        f"dns: {{resolvers: [{A}]}}\nmanual:\n  sas:\n"
+        f"  - {{src: {A}, dst: {B}, protocol: ah, spi: 256, mode: transport, integrity: sha256,\n"
+        f"     integrity_key: {manual.key(1)}}}\n"
+    )
+    assert len(parse(text).manual.sas) == 1
+    with pytest.raises(ConfigError, match=r"line 4: manual\.sas\[0\]: AH is in the kernel only"):
+        parse(text + "datapath: tun\n")
+
+
 # ---- pairs for userland ------------------------------------------------------------------------------------
 
 
