@@ -144,7 +144,7 @@ class _File(_Section):
     dns: _Dns = Field(default_factory=_Dns)
     policy: _Policy = Field(default_factory=_Policy)
     datapath: Literal["auto", "xfrm", "tun", "none"] = "auto"
-    trap: Literal["auto", "nfqueue", "none"] = "auto"
+    trap: Literal["auto", "nfqueue", "acquire", "none"] = "auto"
     device: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,15}$")] = "oe0"
     control: _Control = Field(default_factory=_Control)
     debug: _Debug = Field(default_factory=_Debug)

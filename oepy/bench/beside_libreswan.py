@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from oepy.control import protocol
+from oepy.errors import OepyError
 from oepy.keys import HostKey
 from oepy.lab.libreswan import KEY_BITS, Pluto
 from oepy.lab.nameserver import ExtraHost
@@ -201,12 +202,12 @@ def run(
 
 def _check_private(network: LabNetwork, addresses: Sequence[str]) -> None:
     """A benchmark of tunnels must have gone through tunnels."""
-    peers = {
-        peer["destination"]: peer["disposition"] for peer in network.hosts["alpha"].client.get(protocol.PEERS)
-    }
-    clear = [address for address in addresses if peers.get(address) != "private"]
-    if clear:
-        print(f"not private in the end: {len(clear)} of {len(addresses)}, such as {clear[0]}")
+    peers = {peer["destination"]: peer for peer in network.hosts["alpha"].client.get(protocol.PEERS)}
+    for address in addresses:
+        peer = peers.get(address)
+        if peer is None or peer["disposition"] != "private":
+            why = "nobody talked to it" if peer is None else f"{peer['disposition']}: {peer['reason']}"
+            raise OepyError(f"oepy's tunnel to {address} is not there", why)
 
 
 @contextlib.contextmanager

@@ -55,6 +55,13 @@ def _need_root() -> None:
     show_default=True,
     help="Of all hosts: the kernel's ESP, or the userland one.",
 )
+@click.option(
+    "--trap",
+    type=click.Choice(["auto", "nfqueue", "acquire"]),
+    default="auto",
+    show_default=True,
+    help="Of all hosts: the packet queue, or the kernel's own trap.",
+)
 @click.option("--private-seconds", default=30.0, show_default=True, help="Length of the leak test.")
 @click.option(
     "--keep-logs", type=click.Path(path_type=Path), help="Copy the daemons' logs to this directory."
@@ -64,6 +71,7 @@ def run(
     capture_path: Path | None,
     key_log: Path | None,
     datapath: str,
+    trap: str,
     private_seconds: float,
     keep_logs: Path | None,
 ) -> None:
@@ -84,7 +92,7 @@ def run(
         directory = Path(name)
         # BIND drops its privileges and must reach its files.
         directory.chmod(0o755)
-        with LabNetwork(directory, key_log=key_log is not None, datapath=datapath) as network:
+        with LabNetwork(directory, key_log=key_log is not None, datapath=datapath, trap=trap) as network:
             try:
                 _say("building the lab: eight hosts on one wire, BIND with a signed root of its own")
                 network.build()

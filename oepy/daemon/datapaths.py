@@ -54,7 +54,7 @@ class Chosen:
     name: str  # xfrm, tun or none
     datapath: Datapath
     reason: str  # why this one
-    mode: str = ""  # of xfrm: interface, or mark where the kernel has no XFRM interfaces
+    mode: str = ""  # of xfrm: interface; mark where the kernel has no XFRM interfaces; bare with its own trap
     reads_nat_t: bool = False  # its process reads port 4500
     encap_only: bool = False  # it speaks ESP in UDP only
     device: str | None = None  # from which decrypted packets come, where they come from one
@@ -81,12 +81,13 @@ def choose(wanted: str) -> tuple[str, str, str]:
     return "xfrm", "interface", "kernel ESP and XFRM interfaces work"
 
 
-def open_datapath(config: Config, sockets: IkeSockets, on_ike: OnIke) -> Chosen:
-    """The datapath of the configuration. Raises OepyError with the mend.
+def open_datapath(config: Config, sockets: IkeSockets, on_ike: OnIke, *, bare: bool = False) -> Chosen:
+    """The datapath of the configuration. `bare`: the kernel's own trap is beside it, so that all traffic, and not
+    only what is marked or goes by the device, is subject to its policies. Raises OepyError with the mend.
 
     `auto` takes the kernel's ESP where an SA can be installed, else the userland one, whose process reads the
     NAT-T sockets and hands IKE to `on_ike`."""
-    name, mode, reason = choose(config.datapath)
+    name, mode, reason = choose("xfrm" if bare else config.datapath)
     if name == "none":
         return Chosen(name, NoDatapath(), reason, device=config.device)
     if name == "tun":
@@ -97,8 +98,10 @@ def open_datapath(config: Config, sockets: IkeSockets, on_ike: OnIke) -> Chosen:
         userland = TunDatapath(sockets.nat_t, on_ike, device=config.device)
         return Chosen(name, userland, reason, reads_nat_t=True, encap_only=True, device=config.device)
     from oepy.datapath.xfrm.datapath import XfrmDatapath
-    from oepy.datapath.xfrm.plan import BY_DEVICE, BY_MARK
+    from oepy.datapath.xfrm.plan import BARE, BY_DEVICE, BY_MARK
 
-    scheme = BY_DEVICE if mode == "interface" else BY_MARK
+    if bare:
+        mode = BARE.name
+    scheme = {found.name: found for found in (BARE, BY_DEVICE, BY_MARK)}[mode]
     kernel = XfrmDatapath(sockets.ike, sockets.nat_t, device=config.device, scheme=scheme)
     return Chosen(name, kernel, reason, mode, device=config.device if mode == "interface" else None)

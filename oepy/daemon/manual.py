@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from oepy.errors import OepyError, UsageError
 from oepy.interfaces import ConfiguredRule, Datapath
 from oepy.manual.algorithms import AEADS, CIPHERS
 from oepy.manual.changes import changed, merged
+from oepy.manual.checks import overlaps
 from oepy.manual.model import NOTHING, ManualPolicy, ManualSet, SaIndex, SaKey, Selector
 from oepy.manual.pairing import Pairing, configured_rules, pair_up
 from oepy.manual.presenting import policy_mapping, sa_view
@@ -282,17 +284,22 @@ class ManualKeying:
         self._by_prefix: dict[tuple[int, int], dict[int, ManualPolicy]] = {}
 
     async def start(self, configured: ManualSet) -> None:
-        """What commands have made in the kernel before stays. Raises OepyError where the datapath cannot serve
-        it all."""
+        """What commands have made in the kernel before stays, where the configuration has nothing else in its
+        place. Raises OepyError where the datapath cannot serve it all."""
         self.effective = self.backend.found()
-        wanted = merged(self.effective, NOTHING, configured)
+        wanted = _with_found(configured, self.effective)
         self.backend.check(wanted)
         await self.take(wanted, configured)
 
-    async def stop(self) -> None:
+    async def stop(self, *, keep_shut: bool = False) -> None:
         """What the configuration has brought goes with the daemon; what commands have made stays, where there is
-        a kernel to hold it."""
-        await self.take(merged(self.effective, self._configured, NOTHING), NOTHING)
+        a kernel to hold it. `keep_shut`: no guard stands in for policies that demand an SA, so they stay, without
+        their SAs: what they cover does not pass."""
+        left = merged(self.effective, self._configured, NOTHING)
+        if keep_shut:
+            shut = tuple(policy for policy in self._configured.policies if policy.required)
+            left = dataclasses.replace(left, policies=(*left.policies, *shut))
+        await self.take(left, NOTHING)
 
     def after(self, operation: str, entry: object) -> ManualSet:
         """What a command would make of it. Raises OepyError."""
@@ -333,6 +340,17 @@ class ManualKeying:
     def expires(self, spi_in: int, *, ended: bool) -> str | None:
         """One of our inbound SPIs is near its limit, or at it: which SA that is; None where it is not by hand."""
         return self.backend.expires(spi_in, ended=ended)
+
+
+def _with_found(configured: ManualSet, found: ManualSet) -> ManualSet:
+    """The configuration comes first; leftovers of an earlier run that do not go with it are given up."""
+    keys = {policy.key for policy in configured.policies}
+    spis = {sa.key for sa in configured.sas}
+    both = ManualSet(
+        (*configured.sas, *(sa for sa in found.sas if sa.key not in spis)),
+        (*configured.policies, *(policy for policy in found.policies if policy.key not in keys)),
+    )
+    return configured if overlaps(list(enumerate(both.policies))) else both
 
 
 _ByPrefix = dict[tuple[int, int], dict[int, ManualPolicy]]

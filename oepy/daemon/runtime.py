@@ -26,7 +26,7 @@ from oepy.daemon.datapaths import open_datapath
 from oepy.daemon.forecast import key_source
 from oepy.daemon.journal import Event, Journal
 from oepy.daemon.manual import ManualKeying, open_backend
-from oepy.daemon.traps import open_trap
+from oepy.daemon.traps import choose_trap, open_trap
 from oepy.engine import messages as engine_messages
 from oepy.errors import ConfigError, OepyError, UsageError
 from oepy.ike.events import Datagram
@@ -89,11 +89,16 @@ class Daemon(Core):
                 "remove debug.key_log from the configuration when done",
             )
         self.sockets = open_ike_sockets()
-        self.chosen = chosen = await asyncio.to_thread(open_datapath, self.config, self.sockets, self.on_ike)
+        self.trap_name, self.trap_reason = await asyncio.to_thread(
+            choose_trap, self.config.trap, self.config.datapath
+        )
+        self.chosen = chosen = await asyncio.to_thread(
+            open_datapath, self.config, self.sockets, self.on_ike, bare=self.trap_name == "acquire"
+        )
         self.wire(
             Surroundings(
                 keys=key_source(self.config),
-                trap=open_trap(self.config),
+                trap=open_trap(self.trap_name),
                 datapath=chosen.datapath,
                 send=self._send_datagram,
                 monotonic=time.monotonic,
@@ -220,7 +225,8 @@ class Daemon(Core):
                 )
         if hasattr(self, "datapath"):
             try:
-                await self.manual.stop()
+                # The guard of the kernel's own trap knows nothing of manual policies
+                await self.manual.stop(keep_shut=self.trap_name == "acquire")
             except OepyError as error:
                 self.journal.add("manual-left", alert=True, reason=str(error))
             await self.datapath.stop()

@@ -72,6 +72,7 @@ class LabHost:
     policy: dict[str, Any] = field(default_factory=dict)
     key_log: Path | None = None
     datapath: str = "auto"
+    trap: str = "auto"
     process: subprocess.Popen[Any] | None = None
 
     @property
@@ -94,6 +95,7 @@ class LabHost:
             "policy": self.policy,
             "control": {"socket": str(self.directory / "oepy.sock")},
             "datapath": self.datapath,
+            "trap": self.trap,
         }
         if self.key_log is not None:
             config["debug"] = {"key_log": str(self.key_log)}
@@ -170,6 +172,7 @@ class LabNetwork:
         *,
         key_log: bool = False,
         datapath: str = "auto",
+        trap: str = "auto",
         hosts: tuple[HostPlan, ...] = HOSTS,
         extra_dns: Sequence[ExtraHost] = (),
         host_keys: Mapping[str, HostKey] | None = None,
@@ -180,6 +183,7 @@ class LabNetwork:
         self.directory = directory
         self._key_log = key_log
         self._datapath = datapath
+        self._trap = trap
         self._plans = hosts
         self._extra_dns = extra_dns
         self._host_keys = host_keys or {}
@@ -240,7 +244,7 @@ class LabNetwork:
             resolv_conf.write_text(f"nameserver {NS_V4}\noptions timeout:2 attempts:2\n")
             (directory / "nsswitch.conf").write_text("hosts: files dns\n")
             host = LabHost(plan, namespace, directory, directory / "anchors.key", resolv_conf)
-            host.datapath = self._datapath
+            host.datapath, host.trap = self._datapath, self._trap
             if self._key_log:
                 host.key_log = directory / "keylog"
             self.hosts[plan.name] = host

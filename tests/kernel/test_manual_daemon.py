@@ -72,13 +72,20 @@ def test_esp_and_ah_beside_a_trap_that_holds_all_else(
 
 
 def test_the_kernel_talks_to_userland(net: Wired, hosts: tuple[Host, Host], tmp_path: Path) -> None:
-    """The same keys on the two datapaths, ESP in UDP: each reads what the other sends."""
+    """The same keys on the two datapaths, ESP in UDP: each reads what the other sends. Here the kernel's own trap
+    is beside them; when the daemon is stopped, what demands an SA stays shut, with whom all is clear otherwise."""
     a, b = hosts
-    a.start(manual.section(A4, B4), **XFRM)
+    a.start(manual.section(A4, B4), datapath="xfrm", trap="acquire")
     b.start(manual.section(B4, A4), datapath="tun")
     with Capture(net.wire.namespace, net.wire.ports, tmp_path / "c", incoming_only=True) as capture:
         assert None not in ping(net.a, B4, count=3, timeout=2.0)
         assert None not in ping(net.b, A4, count=3, timeout=2.0)
         capture.flush()
         assert kinds(capture) == {"esp"}
-    assert [sa["packets_in"] for sa in (*a.json("sas"), *b.json("sas"))] == [6, 6]
+        assert [sa["packets_in"] for sa in (*a.json("sas"), *b.json("sas"))] == [6, 6]
+        assert a.process is not None
+        a.process.terminate()
+        a.process.wait(30)
+        assert ping(net.a, B4, count=2, timeout=0.3) == [None] * 2
+        capture.flush()
+        assert kinds(capture) == {"esp"}

@@ -272,6 +272,39 @@ async def test_what_commands_made_in_the_kernel_outlives_the_daemon() -> None:
     assert memory.sas == {}
 
 
+async def test_the_configuration_comes_before_leftovers() -> None:
+    """After a crash and a change of the configuration the kernel holds what is no longer so: it gives way."""
+    memory = MemoryKernel()
+    kernel = ManualKernel(memory, lambda _: False)
+
+    def read(*policies: dict[str, Any], **changes: Any) -> ManualSet:
+        found, problems = read_manual(
+            {"sas": manual.sas(A, B, encap=None, **changes), "policies": list(policies)}, lambda _: b""
+        )
+        assert problems == []
+        return found
+
+    out, back = manual.policies(A, B)
+    other = {"direction": "out", "src": A, "dst": "192.0.2.0/24", "action": "block"}
+    kernel.change(NOTHING, read({**out, "priority": 7}, back, other))
+    keying = ManualKeying(KernelBackend(kernel))
+    new = read(out, back, replay_window=32)
+    await keying.start(new)
+    assert kernel.current().sas == new.sas
+    assert {str(policy.selector.dst) for policy in keying.effective.policies} == {
+        f"{A}/32",
+        f"{B}/32",
+        "192.0.2.0/24",
+    }
+    assert 7 not in {policy.priority for policy in kernel.current().policies}
+    await keying.stop(keep_shut=True)
+    assert memory.sas == {}
+    assert len(kernel.current().policies) == 3
+    hiding = {"direction": "out", "src": A, "dst": "192.0.0.0/16", "action": "block", "priority": 1}
+    await keying.start(read(out, back, hiding))
+    assert "192.0.2.0/24" not in {str(policy.selector.dst) for policy in kernel.current().policies}
+
+
 def test_explain_without_a_daemon_knows_the_policies(tmp_path: Path) -> None:
     """`oepy explain` says what would happen, without asking the DNS."""
     write(tmp_path / "c", manual.section(A, B))

@@ -12,9 +12,12 @@ import enum
 from oepy.datapath.xfrm.values import ANY_PORT, Selector
 
 # "o" in the top byte, then who made it
-AUTOMATIC_REQIDS = range(0x6F00_0000, 0x6F7F_FFFF)  # negotiated
+AUTOMATIC_REQIDS = range(0x6F00_0000, 0x6F7F_FF00)  # negotiated
 MANUAL_REQIDS = range(0x6F80_0000, 0x7000_0000)  # `manual:` and `oepy sa`
-TRAP_REQID = 0x6F7F_FFFF  # of policies that ask for an SA: none ever has it
+# Of policies that ask for an SA; none ever has them
+TRAP_REQID = 0x6F7F_FFFF  # the datapath's: only to hear of packets that no SA covers
+ASK_REQID = 0x6F7F_FFFE  # the trap's: to hear of first packets
+QUESTION_REQIDS = (TRAP_REQID, ASK_REQID)
 
 
 class PolicyClass(enum.IntEnum):
@@ -23,10 +26,13 @@ class PolicyClass(enum.IntEnum):
     EXEMPT = 1
     CONFIGURED = 2
     OPPORTUNISTIC = 3
-    TRAP = 4  # asks for an SA
-    CLOSED = 5  # nothing else has matched: drop
+    DECIDED = 4  # single destinations, by the trap
+    TRAP = 5  # asks for an SA
+    CLOSED = 6  # nothing else has matched: drop
 
 
+# Behind those of other IPsec programs, as opportunistic policies should be; and ours are known by it
+_BASE = 0x6F00_0000
 _STEP = 100_000  # priorities of a class; all of `_rank` fits in
 _WIDTH = {4: 32, 6: 128}
 
@@ -39,7 +45,22 @@ def priority(of_class: PolicyClass, selector: Selector) -> int:
 def class_start(of_class: PolicyClass) -> int:
     """Below every priority of the class, and 100,000 below the next one's. Manual policies add the user's own
     (1 to 65,535) to it."""
-    return of_class * _STEP
+    return _BASE + of_class * _STEP
+
+
+def is_trap_priority(number: int) -> bool:
+    """Whether a policy of this priority, without if_id and mark, is the trap's own, and not one of SAs."""
+    return (number - _BASE) // _STEP in (
+        PolicyClass.EXEMPT,
+        PolicyClass.DECIDED,
+        PolicyClass.TRAP,
+        PolicyClass.CLOSED,
+    )
+
+
+def is_closed_priority(number: int) -> bool:
+    """Whether it is of the class CLOSED."""
+    return (number - _BASE) // _STEP == PolicyClass.CLOSED
 
 
 def _rank(selector: Selector) -> int:

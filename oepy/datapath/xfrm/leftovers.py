@@ -7,22 +7,20 @@ import contextlib
 from oepy.datapath.xfrm import device, requests
 from oepy.datapath.xfrm import values as v
 from oepy.datapath.xfrm.answers import counted
-from oepy.datapath.xfrm.ids import AUTOMATIC_REQIDS, TRAP_REQID
+from oepy.datapath.xfrm.ids import AUTOMATIC_REQIDS, QUESTION_REQIDS, TRAP_REQID
 from oepy.datapath.xfrm.socket import Refused, Xfrm, XfrmSocket, read
 from oepy.errors import OepyError
 from oepy.model import XFRM_IF_ID
 
 
 def asks(policy: v.Policy) -> bool:
-    """Whether it is the one that tells us of packets without an SA."""
-    return any(template.reqid == TRAP_REQID for template in policy.templates)
+    """Whether it is one that tells us of packets without an SA."""
+    return any(template.reqid in QUESTION_REQIDS for template in policy.templates)
 
 
 def _is_ours(policy: v.Policy) -> bool:
-    return (
-        policy.if_id == XFRM_IF_ID
-        or asks(policy)
-        or any(template.reqid in AUTOMATIC_REQIDS for template in policy.templates)
+    return policy.if_id == XFRM_IF_ID or any(
+        template.reqid == TRAP_REQID or template.reqid in AUTOMATIC_REQIDS for template in policy.templates
     )
 
 

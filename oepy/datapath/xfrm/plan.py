@@ -195,7 +195,10 @@ def limits_of(lifetime: Lifetime, esn: bool) -> v.Limits:
 
 def closing_policies(scheme: Scheme, families: Iterable[v.Selector]) -> Iterator[v.Policy]:
     """Below all others: what no SA covers does not pass. Outward the kernel is to ask (ACQUIRE), and holds
-    nothing for it; where we can say only by the mark what is ours, it drops."""
+    nothing for it; where we can say only by the mark what is ours, it drops. In the bare scheme all traffic is
+    subject to our policies, and what no SA covers is the trap's."""
+    if scheme == BARE:
+        return
     for selector in families:
         for direction in (IN, FORWARD) if scheme.if_id else ():
             closed = v.Policy(

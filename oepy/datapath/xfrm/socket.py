@@ -144,6 +144,7 @@ class EventSocket:
         self._socket = _open()
         try:
             self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER)
+            self._socket.bind((0, 0))  # without an address of its own it would hear nothing
             for group in groups:
                 self._socket.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, group)
         except OSError as error:
