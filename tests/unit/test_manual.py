@@ -436,3 +436,16 @@ def test_overlaps_are_those_that_comparing_all_with_all_finds(entries: list[dict
                 if front.selector.covers(behind.selector):
                     expected.add(late)
     assert {problem.path[1] for problem in refused({"policies": entries})} == expected
+
+
+def test_the_example_of_the_docs_is_a_configuration(tmp_path: Path) -> None:
+    """The YAML in docs/manual-keying.md is accepted as it stands, in userland as well."""
+    page = (Path(__file__).parents[2] / "docs" / "manual-keying.md").read_text()
+    example = page.split("```yaml\n")[1].split("```")[0]
+    (tmp_path / "keys").mkdir()
+    for name in ("ab.enc", "ab.auth", "ba.enc", "ba.auth"):
+        (tmp_path / "keys" / name).touch(mode=0o600)
+        (tmp_path / "keys" / name).write_text(manual.key(len(name)))
+    file = tmp_path / "oepy.yaml"
+    file.write_text(f"dns: {{resolvers: [{A}]}}\ndatapath: tun\n{example}")
+    assert [len(load(file).manual.sas), len(load(file).manual.policies)] == [2, 3]
