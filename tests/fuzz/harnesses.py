@@ -17,6 +17,7 @@ from oepy.convert.run import convert
 from oepy.datapath.esp.inner import inner_length
 from oepy.datapath.esp.mss import clamp
 from oepy.datapath.esp.sa import EspPair
+from oepy.datapath.xfrm import answers, pieces, requests, values
 from oepy.dns.message import Question, parse_reply
 from oepy.dns.records import build_ipseckey, build_oe_text, is_oe_text, parse_ipseckey, parse_oe_text
 from oepy.errors import KeyFormatError, OepyError, ParseError, RemoteError
@@ -30,6 +31,7 @@ from oepy.manual.checks import read_manual
 from oepy.manual.pairing import pair_up
 from oepy.manual.presenting import policy_mapping, sa_mapping
 from oepy.model import Direction, SaPair
+from oepy.netlink import Frame, parse_frames
 from oepy.trap import netlink, queue
 from oepy.trap.packet import parse_flow
 from tests.fakes.datapath import pairs
@@ -226,6 +228,28 @@ def trap(data: bytes) -> None:
             parse_flow(body, Direction.FORWARD)
 
 
+# ---- the kernel's SAD and SPD ------------------------------------------------------------------------------
+
+
+def xfrm(data: bytes) -> None:
+    """XFRM messages: values, which build and parse to the same values again, or ParseError.
+
+    First byte: 0 a netlink datagram, else the kind of message, of which the rest is the body."""
+    if not data:
+        return
+    kind, body = data[0], data[1:]
+    with contextlib.suppress(ParseError):
+        frames = list(parse_frames(body)) if kind == 0 else [Frame(kind, 0, 0, body)]
+        for frame in frames:
+            answer = answers.parse(frame)
+            if isinstance(answer, values.Sa) and (answer.replay is None or answer.replay.bitmap):
+                again = answers.parse(Frame(pieces.MSG_NEWSA, 0, 0, requests.sa_body(answer)))
+                assert again == answer
+            elif isinstance(answer, values.Policy):
+                again = answers.parse(Frame(pieces.MSG_NEWPOLICY, 0, 0, requests.policy_body(answer)))
+                assert again == answer
+
+
 # ---- configuration -----------------------------------------------------------------------------------------
 
 
@@ -282,6 +306,7 @@ HARNESSES: dict[str, Callable[[bytes], None]] = {
     "dns_reply": dns_reply,
     "esp": esp,
     "trap": trap,
+    "xfrm": xfrm,
     "setkey": setkey,
     "ipsec_conf": ipsec_conf,
     "manual_section": manual_section,

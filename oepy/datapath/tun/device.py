@@ -7,7 +7,6 @@ import fcntl
 import os
 import socket
 import struct
-from pathlib import Path
 
 from oepy.datapath.tun.seams import Received, Route
 from oepy.errors import OepyError
@@ -95,23 +94,3 @@ class OuterUdp:
             # Whatever the reason, the packet is lost as on any hop; the caller counts it
             return False
         return True
-
-
-def settle(name: str) -> None:
-    """The device's own sysctls: decrypted packets come from addresses that the main table routes elsewhere
-    (rp_filter loose; the kernel takes the larger of this and `all`), and no IPv6 chatter of its own. IPv6
-    ones are missing where the host has none."""
-    settings = {
-        f"ipv4/conf/{name}/rp_filter": "2",
-        f"ipv4/conf/{name}/accept_redirects": "0",
-        f"ipv4/conf/{name}/send_redirects": "0",
-        f"ipv6/conf/{name}/autoconf": "0",
-        f"ipv6/conf/{name}/accept_ra": "0",
-        f"ipv6/conf/{name}/accept_redirects": "0",
-        f"ipv6/conf/{name}/addr_gen_mode": "1",
-        f"ipv6/conf/{name}/router_solicitations": "0",
-    }
-    for path, value in settings.items():
-        file = Path("/proc/sys/net") / path
-        if file.exists():
-            file.write_text(value)

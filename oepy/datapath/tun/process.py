@@ -19,7 +19,7 @@ from collections.abc import Callable
 from oepy.datapath import routes
 from oepy.datapath.routes import TUNNEL_MTU
 from oepy.datapath.tun import control
-from oepy.datapath.tun.device import OuterUdp, TunDevice, settle
+from oepy.datapath.tun.device import OuterUdp, TunDevice
 from oepy.datapath.tun.forwarder import Forwarder
 from oepy.errors import OepyError, ParseError
 from oepy.interfaces import DatapathEvent
@@ -43,7 +43,6 @@ class _Process:
         self.ended = False
         self._name, self._mtu = arguments.device, arguments.mtu
         self._device = TunDevice(arguments.device)
-        settle(arguments.device)
         routes.set_up(arguments.device, arguments.mtu)
         self._forwarder = Forwarder(
             self._device,

@@ -21,7 +21,7 @@ from oepy.datapath.xfrm.ids import AUTOMATIC_REQIDS
 from oepy.datapath.xfrm.leftovers import asks, remove_entries
 from oepy.datapath.xfrm.plan import BARE, BY_DEVICE, Scheme
 from oepy.datapath.xfrm.requests import Request
-from oepy.datapath.xfrm.socket import EventSocket, Refused, Xfrm, XfrmSocket, explained, read
+from oepy.datapath.xfrm.socket import EventSocket, Xfrm, XfrmSocket, explained, read
 from oepy.datapath.xfrm.spd import Claims, Reqids
 from oepy.errors import MisuseError, OepyError
 from oepy.interfaces import DatapathEvent
@@ -218,7 +218,7 @@ class XfrmDatapath:
             self._counts = None
         if self._kernel is None:
             return
-        with contextlib.suppress(Refused):
+        with contextlib.suppress(OepyError):
             remove_entries(self._kernel)
         self._kernel.close()
         self._kernel = None
@@ -387,7 +387,8 @@ class XfrmDatapath:
             events, lost = received
             if lost:
                 self._own["events_lost"] += 1
-                self._resynchronize()
+                with contextlib.suppress(OepyError):  # the daemon's own timers remain
+                    self._resynchronize()
             for event in events:
                 self._take(event)
 
@@ -436,7 +437,7 @@ class XfrmDatapath:
             try:
                 if await _apart(self._mend_way):
                     self._own["routes_mended"] += 1
-            except OepyError:
+            except (OepyError, OSError):
                 self._own["routes_failed"] += 1
 
 

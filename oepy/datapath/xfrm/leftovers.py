@@ -8,7 +8,7 @@ from oepy.datapath.xfrm import device, requests
 from oepy.datapath.xfrm import values as v
 from oepy.datapath.xfrm.answers import counted
 from oepy.datapath.xfrm.ids import AUTOMATIC_REQIDS, QUESTION_REQIDS, TRAP_REQID
-from oepy.datapath.xfrm.socket import Refused, Xfrm, XfrmSocket, read
+from oepy.datapath.xfrm.socket import Xfrm, XfrmSocket, read
 from oepy.errors import OepyError
 from oepy.model import XFRM_IF_ID
 
@@ -25,7 +25,7 @@ def _is_ours(policy: v.Policy) -> bool:
 
 
 def remove_entries(kernel: Xfrm) -> None:
-    """All SAs and policies that a datapath of ours has made, known by reqid and if_id. Raises Refused."""
+    """All SAs and policies that a datapath of ours has made, known by reqid and if_id. Raises OepyError."""
     policies = [
         found.id
         for frame in kernel.dump(requests.dump_policies())
@@ -45,7 +45,7 @@ def remove_entries(kernel: Xfrm) -> None:
 
 def remove_all(device_name: str) -> None:
     """Entries and device, for a datapath that has no use for them. Nothing where the kernel has no IPsec."""
-    with contextlib.suppress(OepyError, Refused):
+    with contextlib.suppress(OepyError):
         kernel = XfrmSocket()
         try:
             remove_entries(kernel)

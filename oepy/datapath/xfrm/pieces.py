@@ -93,16 +93,18 @@ def family_of(address: IpAddress | IpNetwork) -> int:
 
 
 def parse_address(data: bytes, family: int) -> IpAddress:
-    """Of a 16-byte field; an unknown family reads as IPv6, and unspecified as 0.0.0.0."""
+    """Of a 16-byte field."""
     if family == AF_INET:
         return IPv4Address(data[:4])
-    return v.ANY_ADDRESS if family == 0 and data == UNSET else IPv6Address(data)
+    if family == AF_INET6:
+        return IPv6Address(data)
+    raise ParseError(f"xfrm address of the family {family}")
 
 
 def parse_network(data: bytes, family: int, prefix: int) -> IpNetwork:
-    width = 32 if family == AF_INET else 128
+    width = {AF_INET: 32, AF_INET6: 128}.get(family, -1)
     if prefix > width:
-        raise ParseError(f"xfrm selector with a prefix of {prefix} bits")
+        raise ParseError(f"xfrm selector with a prefix of {prefix} bits in the family {family}")
     shift = width - prefix
     number = int.from_bytes(data[: width // 8], "big") >> shift << shift
     return IPv4Network((number, prefix)) if family == AF_INET else IPv6Network((number, prefix))
@@ -182,8 +184,10 @@ def parse_algorithm(data: bytes | None, form: struct.Struct) -> v.Algorithm | No
     key = data[form.size :]
     if bits > MAX_KEY_BITS or (bits + 7) // 8 > len(key):
         raise ParseError(f"xfrm algorithm with a key of {bits} bits in {len(key)} bytes")
-    text = name.partition(b"\0")[0].decode("ascii", "backslashreplace")
-    return v.Algorithm(text, Secret(key[: (bits + 7) // 8]), icv[0] if icv else 0)
+    text = name.partition(b"\0")[0]
+    if not text.isascii():
+        raise ParseError("xfrm algorithm whose name is not ASCII")
+    return v.Algorithm(text.decode("ascii"), Secret(key[: (bits + 7) // 8]), icv[0] if icv else 0)
 
 
 def unpack(form: struct.Struct, data: bytes, what: str) -> tuple[Any, ...]:

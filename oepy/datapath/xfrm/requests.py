@@ -138,7 +138,7 @@ def sa_body(sa: v.Sa, between: bytes = b"") -> bytes:
 
 
 def _replay(replay: v.Replay) -> bytes:
-    words = (replay.window + 31) // 32
+    words = max((replay.window + 31) // 32, len(replay.bitmap) // 4)
     mask = 0xFFFFFFFF
     head = p.REPLAY.pack(
         words,

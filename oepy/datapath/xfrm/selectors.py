@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from ipaddress import summarize_address_range
+from collections.abc import Iterable, Iterator, Sequence
+from ipaddress import IPv4Network, IPv6Network, summarize_address_range
 from itertools import product
 
 from oepy.datapath.xfrm.values import ANY_PORT, Port, Selector
@@ -65,8 +65,15 @@ def _combined(source: TrafficSelector, destination: TrafficSelector) -> Iterator
             yield Selector(one, other, protocol, source_port, destination_port)
 
 
-def _prefixes(selector: TrafficSelector) -> Iterator[IpNetwork]:
-    return iter(summarize_address_range(selector.start, selector.end))
+def _prefixes(selector: TrafficSelector) -> Iterable[IpNetwork]:
+    """Mostly it is one address or one prefix, which is found much faster than by the library's way."""
+    first, width = int(selector.start), selector.start.max_prefixlen
+    bits = (first ^ int(selector.end)).bit_length()
+    mask = (1 << bits) - 1
+    if not first & mask and int(selector.end) & mask == mask:
+        kind = IPv4Network if width == 32 else IPv6Network
+        return (kind((first, width - bits)),)
+    return summarize_address_range(selector.start, selector.end)
 
 
 def _port_masks(first: int, last: int) -> list[Port]:

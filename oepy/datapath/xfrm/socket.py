@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import struct
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
@@ -17,6 +18,7 @@ from oepy.errors import OepyError, ParseError
 from oepy.netlink import NLM_F_DUMP, NLMSG_DONE, NLMSG_ERROR, Frame, frame, parse_frames
 
 BATCH = 64  # requests in one system call
+DUMP_SECONDS = 10  # without a word of the kernel in the middle of a list
 _SOL_NETLINK = 270
 _ADD_MEMBERSHIP, _CAP_ACK, _EXT_ACK = 1, 10, 11
 _SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
@@ -43,10 +45,10 @@ class Xfrm(Protocol):
         """All of them in their order, and what became of each. One that is refused does not stop the rest."""
 
     def ask(self, requests: Sequence[Request]) -> list[Frame | None]:
-        """The answer to each, None where there is no such entry. Raises Refused."""
+        """The answer to each, None where there is no such entry. Raises OepyError."""
 
     def dump(self, request: Request) -> Iterator[Frame]:
-        """All entries. Raises Refused."""
+        """All entries. Raises OepyError."""
 
     def close(self) -> None: ...
 
@@ -62,6 +64,8 @@ class XfrmSocket:
             self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER)
             for option in (_CAP_ACK, _EXT_ACK):
                 self._socket.setsockopt(_SOL_NETLINK, option, 1)
+            patience = struct.pack("@ll", DUMP_SECONDS, 0)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, patience)
         except OSError as error:
             self._socket.close()
             raise OepyError("not permitted to change IPsec", "run as root (CAP_NET_ADMIN)") from error
@@ -98,7 +102,7 @@ class XfrmSocket:
                 if told.kind != NLMSG_ERROR:
                     answers[index] = told
                 elif told.error not in (0, errno.ESRCH, errno.ENOENT):
-                    raise Refused(part[index], told.error, told.reason)
+                    raise explained(Refused(part[index], told.error, told.reason))
             found += answers
         return found
 
@@ -106,14 +110,20 @@ class XfrmSocket:
         """See Xfrm."""
         number = self._send([request._replace(flags=request.flags | NLM_F_DUMP)])
         for _ in range(MAX_ANSWERS):
-            for found in parse_frames(self._socket.recv(_MESSAGE_BUFFER)):
+            for found in parse_frames(self._listed()):
                 if found.sequence != number:
                     continue
                 if found.kind == NLMSG_DONE:
                     return
                 if found.kind == NLMSG_ERROR:
-                    raise Refused(request, found.error, found.reason)
+                    raise explained(Refused(request, found.error, found.reason))
                 yield found
+
+    def _listed(self) -> bytes:
+        try:
+            return self._socket.recv(_MESSAGE_BUFFER)
+        except OSError as error:  # after DUMP_SECONDS without a word, too
+            raise OepyError(f"the kernel did not list its SAs to the end: {error.strerror}") from error
 
     def _send(self, requests: Sequence[Request]) -> int:
         """The sequence number of the first one."""
@@ -125,7 +135,10 @@ class XfrmSocket:
             frame(request.kind, request.flags, request.body, number)
             for number, request in enumerate(requests, first)
         )
-        self._socket.send(data)
+        try:
+            self._socket.send(data)
+        except OSError as error:
+            raise OepyError(f"the kernel takes no changes of its SAs: {error.strerror}") from error
         return first
 
     def _received(self) -> Iterator[Frame]:
