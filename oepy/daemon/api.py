@@ -51,7 +51,8 @@ class ControlApi:
             "datapath": self._daemon.chosen.name,
             "datapath_mode": self._daemon.chosen.mode,
             "datapath_reason": self._daemon.chosen.reason,
-            "trap": type(self._daemon.trap).__name__,
+            "trap": self._daemon.trap_name,
+            "trap_reason": self._daemon.trap_reason,
             "device": self._daemon.config.device,
             "default_group": self._daemon.config.default_group.value,
             "groups": groups,
@@ -164,7 +165,7 @@ class ControlApi:
             if not self._daemon.given.is_own(destination)
             else "own address: never"
         )
-        data["trap"] = f"{type(self._daemon.trap).__name__}, {where}"
+        data["trap"] = f"{self._daemon.trap_name}, {where}"
         return data
 
     async def _explain_manual(self, destination: IpAddress, policy: ManualPolicy) -> dict[str, Any]:
