@@ -24,7 +24,7 @@ _WHERE = """A running daemon is asked to do it; without one it is done in the ke
 def _kernel() -> Iterator[ManualKernel]:
     from oepy.daemon.addresses import is_own
     from oepy.datapath.xfrm.manual import ManualKernel
-    from oepy.datapath.xfrm.socket import XfrmSocket
+    from oepy.xfrm.socket import XfrmSocket
 
     sock = XfrmSocket()
     try:

@@ -409,6 +409,6 @@ def open_backend(name: str, datapath: Datapath, monotonic: Callable[[], float]) 
         return UserlandBackend(datapath, monotonic)
     from oepy.daemon.addresses import is_own
     from oepy.datapath.xfrm.manual import ManualKernel
-    from oepy.datapath.xfrm.socket import XfrmSocket
+    from oepy.xfrm.socket import XfrmSocket
 
     return KernelBackend(ManualKernel(XfrmSocket(), is_own))

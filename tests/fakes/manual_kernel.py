@@ -6,11 +6,11 @@ import errno
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from oepy.datapath.xfrm import pieces as p
-from oepy.datapath.xfrm import values as v
-from oepy.datapath.xfrm.requests import Request
-from oepy.datapath.xfrm.socket import Refused, read
 from oepy.netlink import Frame
+from oepy.xfrm import pieces as p
+from oepy.xfrm import values as v
+from oepy.xfrm.requests import Request
+from oepy.xfrm.socket import Refused, read
 
 
 class MemoryKernel:

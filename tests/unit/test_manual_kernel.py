@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 
-from oepy.datapath.xfrm import pieces as p
-from oepy.datapath.xfrm import requests
-from oepy.datapath.xfrm import values as v
-from oepy.datapath.xfrm.ids import MANUAL_REQIDS, PolicyClass, class_start
 from oepy.datapath.xfrm.manual import ManualKernel, is_manual_policy, kernel_policy, kernel_sa, manual_sa
-from oepy.datapath.xfrm.socket import read
 from oepy.errors import OepyError
 from oepy.manual.checks import read_manual
 from oepy.manual.model import NOTHING, ManualSet
 from oepy.model import MARK_OWN
 from oepy.netlink import Frame
+from oepy.xfrm import pieces as p
+from oepy.xfrm import requests
+from oepy.xfrm import values as v
+from oepy.xfrm.ids import MANUAL_REQIDS, PolicyClass, class_start
+from oepy.xfrm.socket import read
 from tests.fakes import manual
 from tests.fakes.manual_kernel import MemoryKernel
 

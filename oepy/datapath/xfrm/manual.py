@@ -13,21 +13,6 @@ from contextlib import contextmanager
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any
 
-from oepy.datapath.xfrm import pieces as p
-from oepy.datapath.xfrm import values as v
-from oepy.datapath.xfrm.algorithms import CIPHERS, MACS, transforms
-from oepy.datapath.xfrm.ids import MANUAL_REQIDS, PolicyClass, class_start
-from oepy.datapath.xfrm.requests import (
-    Request,
-    delete_policy,
-    delete_sa,
-    dump_policies,
-    dump_sas,
-    new_policy,
-    new_sa,
-    update_policy,
-)
-from oepy.datapath.xfrm.socket import Refused, Xfrm, explained, read
 from oepy.errors import OepyError
 from oepy.manual.model import (
     MAX_PRIORITY,
@@ -42,6 +27,21 @@ from oepy.manual.model import (
 )
 from oepy.manual.presenting import policy_mapping, sa_view
 from oepy.model import MARK_MASK, MARK_OWN, EspSuite, IpAddress, Lifetime, SaKeys, Secret
+from oepy.xfrm import pieces as p
+from oepy.xfrm import values as v
+from oepy.xfrm.algorithms import CIPHERS, MACS, transforms
+from oepy.xfrm.ids import MANUAL_REQIDS, PolicyClass, class_start
+from oepy.xfrm.requests import (
+    Request,
+    delete_policy,
+    delete_sa,
+    dump_policies,
+    dump_sas,
+    new_policy,
+    new_sa,
+    update_policy,
+)
+from oepy.xfrm.socket import Refused, Xfrm, explained, read
 
 _DIRECTIONS = {
     "in": v.PolicyDirection.IN,
