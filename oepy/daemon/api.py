@@ -217,6 +217,18 @@ class ControlApi:
         await self._daemon.steps.idle()
         return {"destination": str(destination), "closed": len(spis)}
 
+    async def rekey(self, destination: IpAddress) -> dict[str, Any]:
+        """Asks for new SAs; the old ones serve until those are there. Returns at once."""
+        spis = [
+            tunnel.spi_in
+            for entry in self._daemon.engine.entries.values()
+            if entry.destination == destination
+            for tunnel in entry.tunnels
+        ]
+        for spi_in in spis:
+            self._daemon.negotiator.rekey(spi_in)
+        return {"destination": str(destination), "rekeyed": len(spis)}
+
     async def flush(self, destination: IpAddress | None, dns: IpAddress | str | None) -> dict[str, Any]:
         """`dns`: forget cached answers too, of one address or ("all") of everything."""
         if dns is not None:
