@@ -13,7 +13,7 @@ from tests.fakes import manual
 from tests.net.daemon_host import Host, kinds
 from tests.net.harness import A4, A6, B4, B6, Wired, wired
 
-pytestmark = [pytest.mark.kernel, pytest.mark.root]
+pytestmark = [pytest.mark.kernel, pytest.mark.root, pytest.mark.timeout(500)]
 
 XFRM = {"datapath": "xfrm", "policy": {"default": "private"}}
 AH = {"protocol": "ah", "encryption": None, "encryption_key": None, "encap": None, "mode": "transport"}
@@ -53,7 +53,9 @@ def test_esp_and_ah_beside_a_trap_that_holds_all_else(
                 *manual.policies(near6, far6, template=transport),
             ],
         }
-        host.start(section, **XFRM)
+        host.begin(section, **XFRM)
+    for host in hosts:
+        host.wait_until_ready()
     with Capture(net.wire.namespace, net.wire.ports, tmp_path / "c", incoming_only=True) as capture:
         assert None not in ping(net.a, B4, count=3, timeout=2.0)
         assert None not in ping(net.a, B6, count=3, timeout=2.0)
@@ -75,8 +77,10 @@ def test_the_kernel_talks_to_userland(net: Wired, hosts: tuple[Host, Host], tmp_
     """The same keys on the two datapaths, ESP in UDP: each reads what the other sends. Here the kernel's own trap
     is beside them; when the daemon is stopped, what demands an SA stays shut, with whom all is clear otherwise."""
     a, b = hosts
-    a.start(manual.section(A4, B4), datapath="xfrm", trap="acquire")
-    b.start(manual.section(B4, A4), datapath="tun")
+    a.begin(manual.section(A4, B4), datapath="xfrm", trap="acquire")
+    b.begin(manual.section(B4, A4), datapath="tun")
+    for host in hosts:
+        host.wait_until_ready()
     with Capture(net.wire.namespace, net.wire.ports, tmp_path / "c", incoming_only=True) as capture:
         assert None not in ping(net.a, B4, count=3, timeout=2.0)
         assert None not in ping(net.b, A4, count=3, timeout=2.0)

@@ -17,7 +17,7 @@ from oepy.errors import DaemonUnreachable
 from oepy.lab.capture import Capture
 from oepy.lab.namespaces import Namespace
 
-START_SECONDS = 60.0
+START_SECONDS = 180.0  # in the second kernel, beside other work
 
 
 class Host:
@@ -45,12 +45,19 @@ class Host:
         self.config_file.write_text(json.dumps(config))
 
     def start(self, manual_section: dict[str, Any], **others: Any) -> None:
+        self.begin(manual_section, **others)
+        self.wait_until_ready()
+
+    def begin(self, manual_section: dict[str, Any], **others: Any) -> None:
+        """Without waiting for it."""
         self.write(manual_section, **others)
         log = (self.directory / "log").open("ab")
         self.process = self.namespace.popen(
             *[sys.executable, "-m", "oepy", "-c", str(self.config_file), "run", "-v"], stdout=log, stderr=log
         )
         log.close()
+
+    def wait_until_ready(self) -> None:
         self.wait_for(lambda status: bool(status["ready"]))
 
     def wait_for(self, condition: Any) -> None:
