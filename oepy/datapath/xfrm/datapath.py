@@ -438,7 +438,7 @@ class XfrmDatapath:
             try:
                 if await _apart(self._mend_way):
                     self._own["routes_mended"] += 1
-            except OepyError:
+            except (OepyError, OSError):
                 self._own["routes_failed"] += 1
 
 
