@@ -160,6 +160,9 @@ def serve_auth(session: Session, message: Message) -> PeerSteps:
     identity = session.context.settings.identity or PeerIdentity.address(session.local.address)
     if own_auth == "psk" and wanted is not None:
         identity = wanted  # the daemon knew a secret for this very pair of identities
+    if session.authenticated is Authenticated.NULL and not handshake.peer_hashes:
+        # Anonymous itself, and it announces no hash (RFC 7427 §4): no signature of ours proves anything to it
+        own_auth = "null"
     if own_auth == "null":
         identity = PeerIdentity.null()
     id_body = build_id(identity)

@@ -24,7 +24,7 @@ from oepy.lab.probe import ping
 
 pytestmark = [pytest.mark.kernel, pytest.mark.root, pytest.mark.interop, pytest.mark.timeout(900)]
 
-ALPHA, GAMMA = HOSTS[0], HOSTS[2]
+ALPHA, BETA, GAMMA = HOSTS[0], HOSTS[1], HOSTS[2]
 SWAN = HostPlan("swan", "198.18.0.60", "2001:2::60", False, "none")
 NULLSWAN = HostPlan("nullswan", "198.18.0.70", "2001:2::70", False, "none")
 PATIENCE = 60  # pings of 0.5 s, for a peer that loses the first ones
@@ -66,7 +66,9 @@ class Ground:
         for lost in range(PATIENCE):
             if ping(self.host(source.name).namespace, target.v4, timeout=0.5) != [None]:
                 return lost
-        events = [str(self.host(name).client.get(protocol.EVENTS)[-20:]) for name in ("alpha", "gamma")]
+        events = [
+            str(self.host(name).client.get(protocol.EVENTS)[-20:]) for name in ("alpha", "beta", "gamma")
+        ]
         raise AssertionError("\n".join([*events, *(pluto.log_end() for pluto in self.plutos.values())]))
 
     def only_esp(self, since: float, one: HostPlan, other: HostPlan) -> bool:
@@ -97,9 +99,9 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ground]:
     )
     with LabNetwork(
         lab,
-        hosts=(ALPHA, GAMMA, SWAN, NULLSWAN),
+        hosts=(ALPHA, BETA, GAMMA, SWAN, NULLSWAN),
         extra_dns=[record],
-        host_keys={"alpha": HostKey.generate("rsa-3072")},
+        host_keys={name: HostKey.generate("rsa-3072") for name in ("alpha", "beta")},
         gateway="none",  # libreswan takes no other
     ) as network:
         network.build()
@@ -119,7 +121,7 @@ def _start(network: LabNetwork, plutos: dict[str, Pluto]) -> None:
     swan.start(
         network.hosts["swan"].namespace,
         f"{BOTH_PUBLISH}\n{WE_PUBLISH}".format(**settings),
-        {"private": [f"{ALPHA.v4}/32"], "clear-or-private": [f"{GAMMA.v4}/32"]},
+        {"private": [f"{ALPHA.v4}/32", f"{BETA.v4}/32"], "clear-or-private": [f"{GAMMA.v4}/32"]},
     )
     plutos["nullswan"].start(
         network.hosts["nullswan"].namespace,
@@ -138,12 +140,22 @@ def test_oepy_starts_with_keys_of_both_in_dns(ground: Ground) -> None:
 
 def test_libreswan_starts_with_keys_of_both_in_dns(ground: Ground) -> None:
     """libreswan's own first pings are lost to it, then both ping through ESP; nothing is in the clear."""
+    since = time.time()
+    ground.until_answered(SWAN, BETA)
+    assert ground.until_answered(BETA, SWAN) == 0
+    assert ground.only_esp(since, BETA, SWAN)
+    assert ground.authenticated("beta", SWAN) == {"dns"}
+
+
+def test_after_our_delete_both_come_together_again(ground: Ground) -> None:
+    """Our Delete ends the tunnel on both sides; the next ping of ours makes a new one and is answered.
+
+    (libreswan, when a Delete arrives, loses its own trap and would speak in the clear: that is why oepy starts.)
+    """
     ground.host("alpha").client.post(protocol.TERMINATE, {"destination": SWAN.v4})
     since = time.time()
-    ground.until_answered(SWAN, ALPHA)
     assert ground.until_answered(ALPHA, SWAN) == 0
     assert ground.only_esp(since, ALPHA, SWAN)
-    assert ground.authenticated("alpha", SWAN) == {"dns"}
 
 
 def test_oepy_starts_without_a_record_of_its_own(ground: Ground) -> None:
