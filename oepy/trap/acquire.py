@@ -4,6 +4,7 @@ The second choice, where the kernel has no packet queue. It is coarser than NFQU
 
 - at most 100 packets are held for one prefix, and when one destination is decided, packets of others that
   still wait in the same prefix are lost
+- a destination that is forgotten within a second of its first packet is not asked about before that is over
 - replies to connections that came in in the clear are trapped like everything else
 - rules for single protocols or ports are refused: an SA would cover all of the destination
 """
@@ -33,7 +34,7 @@ READS_PER_WAKEUP = 256
 MAX_PENDING = 4096  # destinations that wait for a decision
 # Packets are to be held (0), and a question that was answered without an SA is to be asked again soon: while
 # the larval SA of the first one lives, the kernel does not.
-_SYSCTLS = {"net/core/xfrm_larval_drop": 0, "net/core/xfrm_acq_expires": 2}
+_SYSCTLS = {"net/core/xfrm_larval_drop": 0, "net/core/xfrm_acq_expires": 1}
 Destination = tuple[PolicyGroup, IpAddress]
 
 
