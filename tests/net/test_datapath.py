@@ -37,6 +37,7 @@ from tests.net.harness import (
     GROUP,
     TrapIn,
     Wired,
+    cut_here,
     listen_udp,
     pinged,
     policy,
@@ -54,6 +55,8 @@ GCM = EspSuite("aes128gcm16")
 @pytest.fixture(scope="module")
 def net() -> Iterator[Wired]:
     with wired() as made:
+        for namespace in (made.a, made.b):
+            cut_here(namespace, "eth0")
         yield made
 
 

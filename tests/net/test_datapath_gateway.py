@@ -31,6 +31,7 @@ from tests.net.harness import (
     GROUP,
     Holder,
     TrapIn,
+    cut_here,
     pinged,
     policy,
     rule,
@@ -64,6 +65,7 @@ def _network(lab: Lab) -> tuple[list[Namespace], list[Namespace]]:
         inner.ip("-6", "route", "add", "default", "via", f"2001:2:{number}::1")
         gateway.ip("route", "add", "default", "via", f"198.18.0.{3 - number}")
         gateway.ip("-6", "route", "add", "default", "via", f"2001:2::{3 - number}")
+        cut_here(gateway, "wan")
         gateway.sysctl("net.ipv4.ip_forward", 1)
         gateway.sysctl("net.ipv6.conf.all.forwarding", 1)
         gateway.sysctl("net.ipv4.conf.all.rp_filter", 1)  # strict where oepy does not say otherwise

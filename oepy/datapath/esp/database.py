@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from oepy.datapath.esp.inner import addresses
+from oepy.datapath.esp.inner import Bytes, addresses, both_addresses
 from oepy.datapath.esp.sa import EspPair
 
 MAX_PAIRS = 1 << 18
@@ -24,7 +24,10 @@ class SaDatabase:
 
     def __init__(self) -> None:
         self._inbound: dict[bytes, EspPair] = {}
-        self._hosts: dict[bytes, list[EspPair]] = {}  # newest first
+        self._direct: dict[
+            bytes, list[EspPair]
+        ] = {}  # by source and destination as in the packet, newest first
+        self._hosts: dict[bytes, list[EspPair]] = {}  # by destination, newest first
         self._ranges: list[_Range] = []  # narrowest first, then newest first
 
     def __len__(self) -> int:
@@ -50,6 +53,9 @@ class SaDatabase:
         if pair.sending:
             return
         pair.sending = True
+        if pair.selectors.direct:
+            self._direct.setdefault(pair.selectors.direct, []).insert(0, pair)
+            return
         for selector in pair.pair.remote_ts:
             start, end = selector.start.packed, selector.end.packed
             if start == end:
@@ -63,14 +69,11 @@ class SaDatabase:
         pair = self._inbound.pop(spi_in.to_bytes(4, "big"), None)
         if pair is None:
             return None
+        _take_out(self._direct, pair.selectors.direct, pair)
         for selector in pair.pair.remote_ts:
-            start = selector.start.packed
-            sharing = self._hosts.get(start)
-            if sharing is not None:
-                sharing[:] = [other for other in sharing if other is not pair]
-                if not sharing:
-                    del self._hosts[start]
-        self._ranges = [item for item in self._ranges if item.pair is not pair]
+            _take_out(self._hosts, selector.start.packed, pair)
+        if any(item.pair is pair for item in self._ranges):
+            self._ranges = [item for item in self._ranges if item.pair is not pair]
         pair.sending = False
         return pair
 
@@ -78,10 +81,19 @@ class SaDatabase:
         """By the first four bytes of a datagram."""
         return self._inbound.get(spi)
 
-    def outbound(self, packet: bytes) -> EspPair | None:
+    def outbound(self, packet: Bytes) -> EspPair | None:
         """The pair that carries this IP packet; None where none may."""
+        direct = self._direct.get(bytes(both_addresses(packet)))
+        if direct is not None and not self._hosts:
+            return direct[0]
         _, destination = addresses(packet)
-        for pair in self._hosts.get(destination, ()):
+        hosts = self._hosts.get(destination, ())
+        for pair in hosts:  # protocols and ports are narrower than two addresses
+            if not pair.selectors.addresses_only and pair.selectors.allow_outward(packet):
+                return pair
+        if direct is not None:
+            return direct[0]
+        for pair in hosts:
             if pair.selectors.allow_outward(packet):
                 return pair
         for item in self._ranges:
@@ -89,3 +101,11 @@ class SaDatabase:
             if covered and item.pair.selectors.allow_outward(packet):
                 return item.pair
         return None
+
+
+def _take_out(table: dict[bytes, list[EspPair]], key: bytes, pair: EspPair) -> None:
+    sharing = table.get(key)
+    if sharing is not None:
+        sharing[:] = [other for other in sharing if other is not pair]
+        if not sharing:
+            del table[key]

@@ -1,4 +1,5 @@
-"""One pair of ESP SAs in tunnel mode (RFC 4303): seal what goes out, open what comes in, count and age.
+"""One pair of ESP SAs (RFC 4303), in tunnel or transport mode: seal what goes out, open what comes in, count
+and age.
 
 Choices where the RFCs leave one: the outer ECN field is Not-ECT and the inner one is left as it is (RFC 6040
 §4.3's compatibility mode); DSCP is not copied outward; the inner TTL is the kernel's business, which has
@@ -8,24 +9,23 @@ decremented it where it forwards.
 from __future__ import annotations
 
 import math
+import struct
 from dataclasses import dataclass
 
 from oepy.datapath.esp.inner import Selectors, inner_length
 from oepy.datapath.esp.replay import ReplayWindow, infer_sequence
-from oepy.datapath.esp.suites import IntegrityError, make_transform
+from oepy.datapath.esp.suites import ESP_HEADER, IntegrityError, make_transform
+from oepy.datapath.esp.transport import TransportHeader
 from oepy.errors import OepyError, ParseError, RemoteError
 from oepy.model import Lifetime, SaCounters, SaPair
 
-_HEADER = 8
-_NEXT_HEADER = {4: 4, 6: 41}  # IP version → protocol number in the trailer
+_HEADER = struct.Struct("!II")
+NEXT_HEADER = {4: 4, 6: 41}  # IP version → protocol number in the trailer
 _DUMMY = 59  # RFC 4303 §2.6
 _MAX_PAD = 255
 _PADDING = bytes(range(1, _MAX_PAD + 1))
-_TRAILERS = {
-    (version, pad): _PADDING[:pad] + bytes((pad, protocol))
-    for version, protocol in _NEXT_HEADER.items()
-    for pad in range(16)
-}
+# By the padding's length and the next header
+_TRAILERS = [[_PADDING[:pad] + bytes((pad, number)) for number in range(256)] for pad in range(16)]
 _SOFT_SHARE = 0.875  # of the sequence space, for a rekey before it is used up
 
 
@@ -75,17 +75,22 @@ class EspPair:
     """The two SAs of a `SaPair`. `now` is monotonic time in seconds, taken from the caller."""
 
     def __init__(self, pair: SaPair, now: float) -> None:
-        """Raises OepyError where mode, suite or keys are not supported."""
-        if pair.mode != "tunnel" or pair.protocol != "esp":
+        """Raises OepyError where protocol, mode, suite or keys are not supported."""
+        if pair.protocol != "esp":
             raise OepyError(
-                f"the userland datapath knows ESP in tunnel mode, not {pair.protocol} {pair.mode}"
+                f"the userland datapath does not know {pair.protocol.upper()}, only ESP",
+                "use the kernel's datapath (`datapath: xfrm`), or ESP with `null` encryption",
             )
         self.pair = pair
         self.selectors = Selectors(pair.local_ts, pair.remote_ts)
+        self.transport = TransportHeader.of(pair) if pair.mode == "transport" else None
         self.sending = False
-        self._outward = make_transform(pair.suite, pair.keys_out)
-        self._inward = make_transform(pair.suite, pair.keys_in)
-        self._spi_out = pair.spi_out.to_bytes(4, "big")
+        self.for_this_host = False  # whether what comes out is for our own outer address, not to be forwarded
+        self._outward = make_transform(pair.suite, pair.keys_out, pair.spi_out)
+        self._inward = make_transform(pair.suite, pair.keys_in, pair.spi_in)
+        self.prefix = self._outward.prefix
+        self._mask = self._outward.alignment - 1
+        self._around = self.prefix + self._outward.icv
         self._esn = pair.suite.esn
         self._sequence = 0
         self._last_sequence = (1 << 64 if self._esn else 1 << 32) - 1
@@ -98,20 +103,23 @@ class EspPair:
         self.replayed = self.integrity_failures = self.selector_mismatches = self.malformed = 0
         self.last_in = self.last_out = 0.0
 
-    def seal(self, packet: bytes, now: float) -> bytes:
-        """An ESP packet for this whole IP packet. Raises SelectorError, or SaEnded at a hard limit."""
-        if self.budget_out.alarm == "hard-expire" or self._sequence >= self._last_sequence:
+    def sealed_length(self, payload: int) -> int:
+        """Bytes of the ESP packet around so many bytes of payload."""
+        return self._around + (payload + 2 + self._mask & ~self._mask)
+
+    def seal(self, buffer: memoryview, start: int, length: int, next_header: int) -> int:
+        """Make the ESP packet at `start`, where `length` bytes of payload lie `prefix` bytes further on.
+        Returns its end. Raises SaEnded at a hard limit."""
+        sequence = self._sequence + 1
+        if self.budget_out.alarm == "hard-expire" or sequence > self._last_sequence:
             raise SaEnded("hard limit reached")
-        if not self.selectors.allow_outward(packet):
-            self.selector_mismatches += 1
-            raise SelectorError("outbound packet outside of the selectors")
-        self._sequence = sequence = self._sequence + 1
-        pad = -(len(packet) + 2) % self._outward.alignment
-        header = self._spi_out + (sequence & 0xFFFFFFFF).to_bytes(4, "big")
-        body = self._outward.seal(header, sequence, packet + _TRAILERS[packet[0] >> 4, pad])
-        self.budget_out.spend(len(packet))
-        self.last_out = now
-        return header + body
+        self._sequence = sequence
+        end = start + self.prefix + length
+        trailer = _TRAILERS[-(length + 2) & self._mask][next_header]
+        stop = end + len(trailer)
+        buffer[end:stop] = trailer
+        self.budget_out.spend(length)
+        return self._outward.seal(buffer, start, stop, sequence)
 
     def open(self, datagram: memoryview, now: float) -> bytes | None:
         """The IP packet inside; None for a dummy packet. `datagram` begins with our SPI.
@@ -119,36 +127,45 @@ class EspPair:
         Raises ReplayError, IntegrityError, ParseError, SelectorError or SaEnded, each counted here. The
         replay window moves only once the packet has proved authentic.
         """
-        if len(datagram) < _HEADER:
-            self.malformed += 1
-            raise ParseError("ESP packet without a whole header")
-        if self.budget_in.alarm == "hard-expire":
-            raise SaEnded("hard limit reached")
-        header = bytes(datagram[:_HEADER])
-        low = int.from_bytes(header[4:], "big")
-        sequence = infer_sequence(low, self._window.top, self._window.size) if self._esn else low
-        if sequence is None or not self._window.check(sequence):
-            self.replayed += 1
-            raise ReplayError(f"sequence number {low}")
+        plaintext = self._authentic(datagram)
         try:
-            plaintext = self._inward.open(header, sequence, datagram[_HEADER:])
-        except IntegrityError:
-            self.integrity_failures += 1
-            raise
-        self._window.update(sequence)
-        try:
-            packet = _strip(plaintext)
+            end, next_header = _strip(plaintext)
+            if next_header == _DUMMY:
+                return None
+            if self.transport is None:
+                packet = plaintext[: inner_length(plaintext, next_header, end)]
+            else:
+                packet = self.transport.rebuild(plaintext, next_header, end)
         except ParseError:
             self.malformed += 1
             raise
-        if packet is None:
-            return None
         if not self.selectors.allow_inward(packet):
             self.selector_mismatches += 1
             raise SelectorError("inbound packet outside of the selectors")
         self.budget_in.spend(len(packet))
         self.last_in = now
         return packet
+
+    def _authentic(self, datagram: memoryview) -> bytes:
+        """The plaintext with its trailer, of a packet that is fresh and authentic (RFC 4303 §3.4.3, §3.4.4)."""
+        if len(datagram) < ESP_HEADER:
+            self.malformed += 1
+            raise ParseError("ESP packet without a whole header")
+        if self.budget_in.alarm == "hard-expire":
+            raise SaEnded("hard limit reached")
+        _, low = _HEADER.unpack_from(datagram)
+        window = self._window
+        sequence = infer_sequence(low, window.top, window.size) if self._esn else low
+        if sequence is None or not window.check(sequence):
+            self.replayed += 1
+            raise ReplayError(f"sequence number {low}")
+        try:
+            plaintext = self._inward.open(datagram, sequence)
+        except IntegrityError:
+            self.integrity_failures += 1
+            raise
+        window.update(sequence)
+        return plaintext
 
     def new_alarms(self, now: float) -> list[str]:
         """`soft-expire` and `hard-expire`, each once, when the first of their limits is reached."""
@@ -181,17 +198,14 @@ class EspPair:
         )
 
 
-def _strip(plaintext: bytes) -> bytes | None:
-    """Check and remove trailer, padding (RFC 4303 §2.4) and TFC padding; None for a dummy packet."""
+def _strip(plaintext: bytes) -> tuple[int, int]:
+    """Check trailer and padding (RFC 4303 §2.4): where the payload ends, and the next header."""
     if len(plaintext) < 2:
         raise ParseError("ESP payload without trailer")
     pad, next_header = plaintext[-2], plaintext[-1]
     end = len(plaintext) - 2 - pad
     if end < 0:
         raise ParseError("ESP padding is longer than the payload")
-    if plaintext[end:-2] != _PADDING[:pad]:
+    if pad and plaintext[end:-2] != _PADDING[:pad]:
         raise ParseError("ESP padding is not 1, 2, 3 …")
-    if next_header == _DUMMY:
-        return None
-    payload = memoryview(plaintext)[:end]
-    return bytes(payload[: inner_length(payload, next_header)])
+    return end, next_header

@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from ipaddress import IPv4Address, IPv6Address
+from weakref import WeakValueDictionary
 
+from oepy.datapath.esp.checksum import finish
+from oepy.datapath.esp.coalesce import Coalescer
 from oepy.datapath.esp.database import SaDatabase
-from oepy.datapath.esp.inner import addresses
+from oepy.datapath.esp.inner import Bytes, addresses
 from oepy.datapath.esp.mss import clamp
-from oepy.datapath.esp.sa import EspPair, ReplayError, SaEnded, SelectorError
+from oepy.datapath.esp.offload import NEEDS_CHECKSUM, NONE_BYTES, Offload
+from oepy.datapath.esp.sa import NEXT_HEADER, EspPair, ReplayError, SaEnded, SelectorError
+from oepy.datapath.esp.segment import segments
 from oepy.datapath.esp.suites import IntegrityError
+from oepy.datapath.tun.outbox import Outbox
 from oepy.datapath.tun.seams import OuterSocket, PacketDevice, Received, Route
 from oepy.errors import MisuseError, ParseError
 from oepy.interfaces import DatapathEvent
@@ -69,8 +75,11 @@ class Forwarder:
         self._on_ike = on_ike
         self._limit = _EventLimit()
         self._routes: dict[EspPair, Route] = {}
+        self._shared: WeakValueDictionary[tuple[Endpoint, Endpoint], Route] = WeakValueDictionary()
         self.database = SaDatabase()
         self.counters: Counter[str] = Counter()
+        self._outbox = Outbox(outers, self.counters)
+        self._inbox = Coalescer(self._deliver)
 
     # -- SAs -----------------------------------------------------------------------------------------
 
@@ -88,7 +97,10 @@ class Forwarder:
         elif dataclasses.replace(known.pair, local=pair.local, remote=pair.remote) != pair:
             raise ValueError(f"SPI {pair.spi_in:#x} is in use")
         known.pair = pair
-        self._routes[known] = Route.between(pair.local, pair.remote)
+        ends = (pair.local, pair.remote)
+        route = self._shared.get(ends) or Route.between(*ends)
+        self._shared[ends] = self._routes[known] = route
+        known.for_this_host = all(pair.local.address == ts.start == ts.end for ts in pair.local_ts)
         if sending:
             self.database.enable_sending(known)
 
@@ -111,15 +123,19 @@ class Forwarder:
     # -- packets -------------------------------------------------------------------------------------
 
     def pump_device(self, limit: int, now: float) -> int:
-        """Seal and send up to `limit` packets of the host. Returns how many there were."""
-        for count in range(limit):
-            packet = self._device.read()
-            if packet is None:
-                return count
-            self._outward(packet, now)
-        return limit
+        """Seal and send up to `limit` packets of the host, super-packets of any size among them. Returns how
+        many there were."""
+        count = 0
+        while count < limit:
+            read = self._device.read()
+            if read is None:
+                break
+            self._outward(*read, now)
+            count += 1
+        self._outbox.flush()
+        return count
 
-    def _outward(self, packet: bytes, now: float) -> None:
+    def _outward(self, packet: memoryview, offload: Offload, now: float) -> None:
         if len(packet) < 40 and (len(packet) < 20 or packet[0] >> 4 != 4):
             self.counters["malformed_out"] += 1
             return
@@ -128,17 +144,42 @@ class Forwarder:
             self._no_sa(packet, now)
             return
         try:
-            datagram = pair.seal(clamp(packet, self._mtu), now)
+            if offload.gso:
+                for header, payload in segments(clamp(packet, self._mtu), offload):
+                    self._seal(pair, header, payload)
+            else:
+                if offload.flags & NEEDS_CHECKSUM and not finish(packet, *offload[4:]):
+                    raise ParseError("a checksum to be put outside of the packet")
+                self._seal(pair, b"", clamp(packet, self._mtu))
         except SaEnded:
             self.counters["sa_ended"] += 1
-            return
-        route = self._routes[pair]
-        if not self._outers[route.version].send(datagram, route):
-            self.counters["send_failed"] += 1
+        except ParseError:
+            self.counters["malformed_out"] += 1
+        pair.last_out = now
         if pair.alarmed:
             self._alarms(pair, now)
 
-    def _no_sa(self, packet: bytes, now: float) -> None:
+    def _seal(self, pair: EspPair, header: Bytes, payload: memoryview) -> None:
+        """One IP packet, in two pieces of which the first may be empty."""
+        if pair.transport is None:
+            next_header = NEXT_HEADER[(header or payload)[0] >> 4]
+        else:
+            split = pair.transport.split(header or payload)
+            if split is None:
+                self.counters["not_for_transport"] += 1
+                return
+            next_header = split[1]
+            header, payload = (header[split[0] :], payload) if header else (header, payload[split[0] :])
+        first = len(header)
+        length = first + len(payload)
+        batch = self._outbox.batch_for(self._routes[pair], pair.sealed_length(length))
+        view, start = batch.view, batch.used + pair.prefix
+        if first:
+            view[start : start + first] = header
+        view[start + first : start + length] = payload
+        self._outbox.add(batch, pair.seal(view, batch.used, length, next_header))
+
+    def _no_sa(self, packet: memoryview, now: float) -> None:
         """A host with several addresses: the tunnel to this destination was made for another of them."""
         if _is_multicast(packet):  # the kernel's own listener reports (MLD) on the device
             self.counters["multicast"] += 1
@@ -149,31 +190,41 @@ class Forwarder:
             self._on_event(DatapathEvent("no-sa", 0, destination, source=source))
 
     def pump_outer(self, outer: OuterSocket, limit: int, now: float) -> int:
-        """Take up to `limit` datagrams off the network. Returns how many there were."""
-        for count in range(limit):
+        """Take datagrams off the network, up to `limit` system calls. Returns how many datagrams there were."""
+        count = 0
+        for _ in range(limit):
             received = outer.receive()
             if received is None:
-                return count
-            kind = classify(received[0])
-            if kind is Kind.ESP:
-                self._inward(received, now)
-            elif kind is Kind.IKE:
-                self._ike(received, outer.port)
+                break
+            data, _, _, size = received
+            if size >= len(data):
+                self._datagram(data, received, outer.port, now)
+                count += 1
             else:
-                self.counters["keepalives"] += 1
-        return limit
+                for start in range(0, len(data), size):
+                    self._datagram(data[start : start + size], received, outer.port, now)
+                    count += 1
+        self._inbox.flush()
+        return count
 
-    def _ike(self, received: Received, port: int) -> None:
-        data, ancillary, _ = received
-        local = received_at(ancillary)
+    def _datagram(self, data: memoryview, received: Received, port: int, now: float) -> None:
+        kind = classify(data)
+        if kind is Kind.ESP:
+            self._inward(data, received, now)
+        elif kind is Kind.IKE:
+            self._ike(data, received, port)
+        else:
+            self.counters["keepalives"] += 1
+
+    def _ike(self, data: memoryview, received: Received, port: int) -> None:
+        local = received_at(received[1])
         if local is None:
             self.counters["malformed_in"] += 1
             return
         remote = Endpoint(_address(received), received[2][1])
         self._on_ike(bytes(data[len(NON_ESP_MARKER) :]), Endpoint(local, port), remote)
 
-    def _inward(self, received: Received, now: float) -> None:
-        data = received[0]
+    def _inward(self, data: memoryview, received: Received, now: float) -> None:
         pair = self.database.inbound(bytes(data[:4]))
         if pair is None:
             self.counters["unknown_spi"] += 1
@@ -198,10 +249,16 @@ class Forwarder:
             return
         if packet is None:
             self.counters["dummies"] += 1
-        elif not self._device.write(clamp(packet, self._mtu)):
-            self.counters["device_refused"] += 1
+        elif self._device.coalesces:
+            self._inbox.add(clamp(packet, self._mtu), not pair.for_this_host)
+        else:
+            self._deliver((clamp(packet, self._mtu),), NONE_BYTES)
         if pair.alarmed:
             self._alarms(pair, now)
+
+    def _deliver(self, parts: Sequence[Bytes], header: bytes) -> None:
+        if not self._device.write(parts, header):
+            self.counters["device_refused"] += 1
 
     def _report(self, kind: str, peer: IpAddress, now: float, *, spi: int, detail: str = "") -> None:
         if self._limit.allows(kind, peer, now):
@@ -216,7 +273,7 @@ _REFUSALS: dict[type[Exception], str] = {
 }
 
 
-def _is_multicast(packet: bytes) -> bool:
+def _is_multicast(packet: Bytes) -> bool:
     return packet[16] >> 4 == 0xE if packet[0] >> 4 == 4 else packet[24] == 0xFF
 
 

@@ -1,0 +1,245 @@
+"""TCP segments of one flow put together again, for one crossing into the kernel instead of dozens (GRO).
+
+Only what segmentation would give back: same flow and headers, in order, whole IPv4 header checksum, ACK (and PSH
+at the end) as the only flags, no fragments, no extension headers. Everything else passes alone, after what was
+gathered of its flow. Nothing waits: `flush` at the end of each batch of datagrams.
+
+Checksums. A super-packet for this host keeps the end-to-end check: its checksum is made from those that its
+segments carry, so that the kernel, which sums it up once more, finds any byte that has changed since the sender.
+One that is to be forwarded gets new checksums from the kernel (NEEDS_CSUM), which would cover up such a change;
+so there each segment is verified first.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+
+from oepy.datapath.esp.checksum import pseudo_header, word_sum
+from oepy.datapath.esp.inner import Bytes
+from oepy.datapath.esp.offload import GSO_TCP4, GSO_TCP6, NEEDS_CHECKSUM, NONE_BYTES, Offload
+
+MAX_FLOWS = 64  # open at a time
+MAX_PACKET = 65_535
+_TCP = 6
+_ACK, _PSH = 0x10, 0x08
+_FLAGS = 0x0FFF & ~_PSH  # all of them, and the bits that have no meaning yet
+# IPv4: version+TOS, length, identification, fragment, TTL+protocol, checksum, addresses+ports; then TCP's sequence,
+# acknowledgement, offset+flags, window, checksum, urgent pointer
+_V4 = struct.Struct("!HHHHHH12sIIHHHH")
+# IPv6: version+class+label, length, next header+hop limit, addresses+ports; then TCP's
+_V6 = struct.Struct("!IHH36sIIHHHH")
+_SHORT = struct.Struct("!H")
+
+Write = Callable[[Sequence[Bytes], bytes], object]
+
+
+class _Flow:
+    """What is gathered of one flow: the first packet whole, of the later ones the payload."""
+
+    __slots__ = (
+        "checked",
+        "claimed",
+        "identification",
+        "length",
+        "next_sequence",
+        "options",
+        "parts",
+        "residue",
+        "same",
+        "size",
+        "start",
+        "verify",
+        "word",
+    )
+
+    parts: list[Bytes]
+    same: tuple[int, ...]  # header fields that do not change within a flow's burst
+    options: Bytes
+    start: int  # of the payload
+    size: int  # payload of each segment but the last
+    length: int  # of the whole packet so far
+    next_sequence: int
+    identification: int
+    residue: int  # what length, identification and header checksum add up to
+    claimed: int  # what the segments' checksums and changing fields add up to
+    word: int
+    verify: bool
+    checked: bool  # whether the first packet's checksum was verified
+
+
+class Coalescer:
+    """`write(parts, virtio header)` hands one packet to the device, in pieces."""
+
+    def __init__(self, write: Write) -> None:
+        self._write = write
+        self._flows: dict[bytes, _Flow] = {}
+
+    def add(self, packet: bytes, verify: bool) -> None:
+        """One IP packet with its whole header and nothing behind it. `verify`: it may be forwarded."""
+        length = len(packet)
+        if length >= 40:
+            if packet[0] == 0x45:
+                if packet[9] == _TCP:
+                    self._add4(packet, length, verify)
+                    return
+            elif packet[0] >> 4 == 6 and packet[6] == _TCP and length >= 60:
+                self._add6(packet, length, verify)
+                return
+        self._write((packet,), NONE_BYTES)
+
+    def flush(self) -> None:
+        """Write everything that was gathered."""
+        if self._flows:
+            flows, self._flows = self._flows, {}
+            for flow in flows.values():
+                self._emit(flow)
+
+    def _add4(self, packet: bytes, length: int, verify: bool) -> None:
+        (first, _, ident, fragment, ttl, check, key, sequence, ack, word, window, tcp_check, urgent) = (
+            _V4.unpack_from(packet)
+        )
+        start = 20 + (word >> 10 & 0x3C)
+        if word & _FLAGS != _ACK or urgent or fragment & 0xBFFF or not 40 <= start < length:
+            self._alone(key, packet)
+            return
+        flow = self._flows.get(key)
+        if flow is not None:
+            payload = length - start
+            if (
+                sequence == flow.next_sequence
+                and (first, fragment, ttl, ack, window) == flow.same
+                and ident == flow.identification
+                and (check + length + ident) % 65535 == flow.residue
+                and self._joins(flow, packet, start, payload)
+            ):
+                flow.identification = (ident + 1) & 0xFFFF
+                flow.claimed += length - 20 + sequence + word + tcp_check
+                self._join(key, flow, packet, sequence, payload, word)
+                return
+            del self._flows[key]
+            self._emit(flow)
+        residue = -(first + fragment + ttl + word_sum(key[:8])) % 65535
+        if (check + length + ident) % 65535 != residue:
+            self._write((packet,), NONE_BYTES)  # its header is damaged: the kernel's to refuse
+            return
+        flow = _Flow()
+        flow.same = (first, fragment, ttl, ack, window)
+        flow.identification, flow.residue = (ident + 1) & 0xFFFF, residue
+        flow.claimed = length - 20 + sequence + word + tcp_check
+        self._begin(key, flow, packet, start, sequence, word, verify)
+
+    def _add6(self, packet: bytes, length: int, verify: bool) -> None:
+        first, _, hops, key, sequence, ack, word, window, tcp_check, urgent = _V6.unpack_from(packet)
+        start = 40 + (word >> 10 & 0x3C)
+        if word & _FLAGS != _ACK or urgent or not 60 <= start < length:
+            self._alone(key, packet)
+            return
+        flow = self._flows.get(key)
+        if flow is not None:
+            payload = length - start
+            if (
+                sequence == flow.next_sequence
+                and (first, hops, ack, window) == flow.same
+                and self._joins(flow, packet, start, payload)
+            ):
+                flow.claimed += length - 40 + sequence + word + tcp_check
+                self._join(key, flow, packet, sequence, payload, word)
+                return
+            del self._flows[key]
+            self._emit(flow)
+        flow = _Flow()
+        flow.same = (first, hops, ack, window)
+        flow.claimed = length - 40 + sequence + word + tcp_check
+        self._begin(key, flow, packet, start, sequence, word, verify)
+
+    def _alone(self, key: bytes, packet: bytes) -> None:
+        """A packet that is no plain segment, after what was gathered of its flow."""
+        flow = self._flows.pop(key, None)
+        if flow is not None:
+            self._emit(flow)
+        self._write((packet,), NONE_BYTES)
+
+    @staticmethod
+    def _joins(flow: _Flow, packet: bytes, start: int, payload: int) -> bool:
+        """Where the IP header and sequence fit: whether the rest does."""
+        if (
+            start != flow.start
+            or payload > flow.size
+            or flow.length + payload > MAX_PACKET
+            or packet[flow.start - len(flow.options) : start] != flow.options
+        ):
+            return False
+        if not flow.verify:
+            return True
+        if not flow.checked:
+            flow.checked = _is_whole(flow.parts[0])
+        return flow.checked and _is_whole(packet)
+
+    def _join(self, key: bytes, flow: _Flow, packet: bytes, sequence: int, payload: int, word: int) -> None:
+        flow.parts.append(memoryview(packet)[flow.start :])
+        flow.length += payload
+        flow.next_sequence = (sequence + payload) & 0xFFFFFFFF
+        flow.word = word
+        if payload < flow.size or word & _PSH:
+            del self._flows[key]
+            self._emit(flow)
+
+    def _begin(
+        self, key: bytes, flow: _Flow, packet: bytes, start: int, sequence: int, word: int, verify: bool
+    ) -> None:
+        if word & _PSH:
+            self._write((packet,), NONE_BYTES)
+            return
+        if len(self._flows) >= MAX_FLOWS:
+            self.flush()
+        flow.parts = [packet]
+        flow.start, flow.length, flow.size = start, len(packet), len(packet) - start
+        flow.options = packet[40 if packet[0] == 0x45 else 60 : start]
+        flow.next_sequence = (sequence + flow.size) & 0xFFFFFFFF
+        flow.word = word
+        # At odd offsets words would be added with their bytes swapped: such segments are summed up here
+        flow.verify, flow.checked = verify or flow.size & 1 == 1, False
+        self._flows[key] = flow
+
+    def _emit(self, flow: _Flow) -> None:
+        parts = flow.parts
+        if len(parts) == 1:
+            self._write(parts, NONE_BYTES)
+            return
+        start, first = flow.start, parts[0]
+        header = bytearray(first[:start])
+        if first[0] == 0x45:
+            transport, gso, addresses = 20, GSO_TCP4, first[12:20]
+            _SHORT.pack_into(header, 2, flow.length)
+            ident = header[4] << 8 | header[5]
+            _SHORT.pack_into(header, 10, (flow.residue - flow.length - ident) % 65535)
+        else:
+            transport, gso, addresses = 40, GSO_TCP6, first[8:40]
+            _SHORT.pack_into(header, 4, flow.length - 40)
+        _SHORT.pack_into(header, transport + 12, flow.word)
+        pseudo = pseudo_header(addresses, _TCP, flow.length - transport)
+        if flow.verify:
+            _SHORT.pack_into(header, transport + 16, pseudo % 65535)
+            offload = Offload(NEEDS_CHECKSUM, gso, start, flow.size, transport, 16)
+        else:
+            _SHORT.pack_into(header, transport + 16, self._claimed(flow, header, transport, pseudo))
+            offload = Offload(0, gso, start, flow.size)
+        self._write([header, memoryview(first)[start:], *parts[1:]], offload.pack())
+
+    @staticmethod
+    def _claimed(flow: _Flow, header: bytearray, transport: int, pseudo: int) -> int:
+        """The checksum of the whole, from those of its segments: each says what its payload adds up to."""
+        sequence = int.from_bytes(header[transport + 4 : transport + 8], "big")
+        rest = word_sum(header[transport : transport + 16]) - sequence - flow.word
+        options = word_sum(header[transport + 20 :])
+        fixed = pseudo - (flow.length - transport) + rest + options  # what all segments have in common
+        payload = -(len(flow.parts) * fixed + flow.claimed)
+        return -(fixed + flow.length - transport + sequence + flow.word + payload) % 65535
+
+
+def _is_whole(packet: Bytes) -> bool:
+    """Whether the TCP checksum fits."""
+    transport, addresses = (20, packet[12:20]) if packet[0] == 0x45 else (40, packet[8:40])
+    segment = memoryview(packet)[transport:]
+    return (pseudo_header(addresses, _TCP, len(segment)) + word_sum(segment)) % 65535 == 0
