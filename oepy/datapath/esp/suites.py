@@ -37,8 +37,13 @@ _AEADS: dict[str, tuple[int, Callable[[bytes], AESGCM | ChaCha20Poly1305]]] = {
 }
 # AES-CTR's key has its nonce at the end (RFC 3686 §5.1)
 _CIPHER_KEYS = {
-    "null": 0, "aes128": 16, "aes192": 24, "aes256": 32,
-    "aes128ctr": 20, "aes192ctr": 28, "aes256ctr": 36,
+    "null": 0,
+    "aes128": 16,
+    "aes192": 24,
+    "aes256": 32,
+    "aes128ctr": 20,
+    "aes192ctr": 28,
+    "aes256ctr": 36,
 }
 
 
