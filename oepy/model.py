@@ -390,6 +390,7 @@ class SaPair:
     replay_window: int = 1024
     lifetime: Lifetime = Lifetime()
     connection: str = ""  # name of a configured connection; "" for opportunistic
+    aggregation: bool = False  # AGGFRAG payloads (RFC 9347) in both directions
 
 
 @dataclass(frozen=True, slots=True)

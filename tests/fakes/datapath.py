@@ -142,7 +142,9 @@ def esp_of(pair: EspPair, packet: bytes, next_header: int | None = None) -> byte
     buffer = memoryview(bytearray(pair.sealed_length(len(packet))))
     buffer[pair.prefix : pair.prefix + len(packet)] = packet
     number = NEXT_HEADER[packet[0] >> 4] if next_header is None else next_header
-    assert pair.seal(buffer, 0, len(packet), number) == len(buffer)
+    sequence, count = pair.reserve(1, len(packet))
+    assert count == 1
+    assert pair.seal(buffer, 0, len(packet), number, sequence) == len(buffer)
     return bytes(buffer)
 
 
@@ -151,7 +153,7 @@ def sealed_plaintext(pair: EspPair, plaintext: bytes) -> bytes:
     pair._sequence += 1
     buffer = memoryview(bytearray(pair.prefix + len(plaintext) + 64))
     buffer[pair.prefix : pair.prefix + len(plaintext)] = plaintext
-    return bytes(buffer[: pair._outward.seal(buffer, 0, pair.prefix + len(plaintext), pair._sequence)])
+    return bytes(buffer[: pair._seal(buffer, 0, pair.prefix + len(plaintext), pair._sequence)])
 
 
 class MemoryDevice:

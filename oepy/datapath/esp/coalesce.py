@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 
 from oepy.datapath.esp.checksum import pseudo_header, word_sum
 from oepy.datapath.esp.inner import Bytes
-from oepy.datapath.esp.offload import GSO_TCP4, GSO_TCP6, NEEDS_CHECKSUM, NONE_BYTES, Offload
+from oepy.datapath.esp.offload import GSO_TCP4, GSO_TCP6, NEEDS_CHECKSUM, Offload
 
 MAX_FLOWS = 64  # open at a time
 MAX_PACKET = 65_535
@@ -40,10 +40,12 @@ class _Flow:
     __slots__ = (
         "checked",
         "claimed",
+        "first",
         "identification",
         "length",
         "next_sequence",
         "options",
+        "options_at",
         "parts",
         "residue",
         "same",
@@ -53,9 +55,11 @@ class _Flow:
         "word",
     )
 
-    parts: list[Bytes]
+    first: bytes
+    parts: list[Bytes]  # without the first
     same: tuple[int, ...]  # header fields that do not change within a flow's burst
-    options: Bytes
+    options: Bytes  # TCP's
+    options_at: int
     start: int  # of the payload
     size: int  # payload of each segment but the last
     length: int  # of the whole packet so far
@@ -69,10 +73,12 @@ class _Flow:
 
 
 class Coalescer:
-    """`write(parts, virtio header)` hands one packet to the device, in pieces."""
+    """`write(parts, virtio header)` hands a super-packet to the device, in pieces; `write_one` takes packets that
+    pass as they came."""
 
-    def __init__(self, write: Write) -> None:
+    def __init__(self, write: Write, write_one: Callable[[bytes], object]) -> None:
         self._write = write
+        self._write_one = write_one
         self._flows: dict[bytes, _Flow] = {}
 
     def add(self, packet: bytes, verify: bool) -> None:
@@ -86,7 +92,7 @@ class Coalescer:
             elif packet[0] >> 4 == 6 and packet[6] == _TCP and length >= 60:
                 self._add6(packet, length, verify)
                 return
-        self._write((packet,), NONE_BYTES)
+        self._write_one(packet)
 
     def flush(self) -> None:
         """Write everything that was gathered."""
@@ -105,23 +111,25 @@ class Coalescer:
             return
         flow = self._flows.get(key)
         if flow is not None:
-            payload = length - start
             if (
                 sequence == flow.next_sequence
                 and (first, fragment, ttl, ack, window) == flow.same
                 and ident == flow.identification
                 and (check + length + ident) % 65535 == flow.residue
-                and self._joins(flow, packet, start, payload)
+                and self._joins(flow, packet, start, length - start)
             ):
-                flow.identification = (ident + 1) & 0xFFFF
+                flow.identification = ident + 1 & 0xFFFF
                 flow.claimed += length - 20 + sequence + word + tcp_check
-                self._join(key, flow, packet, sequence, payload, word)
+                flow.word = word
+                if word & _PSH or length - start < flow.size:
+                    del self._flows[key]
+                    self._emit(flow)
                 return
             del self._flows[key]
             self._emit(flow)
         residue = -(first + fragment + ttl + word_sum(key[:8])) % 65535
         if (check + length + ident) % 65535 != residue:
-            self._write((packet,), NONE_BYTES)  # its header is damaged: the kernel's to refuse
+            self._write_one(packet)  # its header is damaged: the kernel's to refuse
             return
         flow = _Flow()
         flow.same = (first, fragment, ttl, ack, window)
@@ -137,14 +145,16 @@ class Coalescer:
             return
         flow = self._flows.get(key)
         if flow is not None:
-            payload = length - start
             if (
                 sequence == flow.next_sequence
                 and (first, hops, ack, window) == flow.same
-                and self._joins(flow, packet, start, payload)
+                and self._joins(flow, packet, start, length - start)
             ):
                 flow.claimed += length - 40 + sequence + word + tcp_check
-                self._join(key, flow, packet, sequence, payload, word)
+                flow.word = word
+                if word & _PSH or length - start < flow.size:
+                    del self._flows[key]
+                    self._emit(flow)
                 return
             del self._flows[key]
             self._emit(flow)
@@ -158,44 +168,39 @@ class Coalescer:
         flow = self._flows.pop(key, None)
         if flow is not None:
             self._emit(flow)
-        self._write((packet,), NONE_BYTES)
+        self._write_one(packet)
 
     @staticmethod
     def _joins(flow: _Flow, packet: bytes, start: int, payload: int) -> bool:
-        """Where the IP header and sequence fit: whether the rest does."""
+        """Where the IP header and sequence fit: take it if the rest does."""
         if (
             start != flow.start
             or payload > flow.size
             or flow.length + payload > MAX_PACKET
-            or packet[flow.start - len(flow.options) : start] != flow.options
+            or packet[flow.options_at : start] != flow.options
         ):
             return False
-        if not flow.verify:
-            return True
-        if not flow.checked:
-            flow.checked = _is_whole(flow.parts[0])
-        return flow.checked and _is_whole(packet)
-
-    def _join(self, key: bytes, flow: _Flow, packet: bytes, sequence: int, payload: int, word: int) -> None:
-        flow.parts.append(memoryview(packet)[flow.start :])
+        if flow.verify:
+            flow.checked = flow.checked or _is_whole(flow.first)
+            if not flow.checked or not _is_whole(packet):
+                return False
+        flow.parts.append(memoryview(packet)[start:])
         flow.length += payload
-        flow.next_sequence = (sequence + payload) & 0xFFFFFFFF
-        flow.word = word
-        if payload < flow.size or word & _PSH:
-            del self._flows[key]
-            self._emit(flow)
+        flow.next_sequence = flow.next_sequence + payload & 0xFFFFFFFF
+        return True
 
     def _begin(
         self, key: bytes, flow: _Flow, packet: bytes, start: int, sequence: int, word: int, verify: bool
     ) -> None:
         if word & _PSH:
-            self._write((packet,), NONE_BYTES)
+            self._write_one(packet)
             return
         if len(self._flows) >= MAX_FLOWS:
             self.flush()
-        flow.parts = [packet]
+        flow.first, flow.parts = packet, []
         flow.start, flow.length, flow.size = start, len(packet), len(packet) - start
-        flow.options = packet[40 if packet[0] == 0x45 else 60 : start]
+        flow.options_at = 40 if packet[0] == 0x45 else 60
+        flow.options = packet[flow.options_at : start]
         flow.next_sequence = (sequence + flow.size) & 0xFFFFFFFF
         flow.word = word
         # At odd offsets words would be added with their bytes swapped: such segments are summed up here
@@ -203,11 +208,10 @@ class Coalescer:
         self._flows[key] = flow
 
     def _emit(self, flow: _Flow) -> None:
-        parts = flow.parts
-        if len(parts) == 1:
-            self._write(parts, NONE_BYTES)
+        start, first = flow.start, flow.first
+        if not flow.parts:
+            self._write_one(first)
             return
-        start, first = flow.start, parts[0]
         header = bytearray(first[:start])
         if first[0] == 0x45:
             transport, gso, addresses = 20, GSO_TCP4, first[12:20]
@@ -225,7 +229,7 @@ class Coalescer:
         else:
             _SHORT.pack_into(header, transport + 16, self._claimed(flow, header, transport, pseudo))
             offload = Offload(0, gso, start, flow.size)
-        self._write([header, memoryview(first)[start:], *parts[1:]], offload.pack())
+        self._write([header, memoryview(first)[start:], *flow.parts], offload.pack())
 
     @staticmethod
     def _claimed(flow: _Flow, header: bytearray, transport: int, pseudo: int) -> int:
@@ -234,7 +238,7 @@ class Coalescer:
         rest = word_sum(header[transport : transport + 16]) - sequence - flow.word
         options = word_sum(header[transport + 20 :])
         fixed = pseudo - (flow.length - transport) + rest + options  # what all segments have in common
-        payload = -(len(flow.parts) * fixed + flow.claimed)
+        payload = -((1 + len(flow.parts)) * fixed + flow.claimed)
         return -(fixed + flow.length - transport + sequence + flow.word + payload) % 65535
 
 

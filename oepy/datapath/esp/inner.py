@@ -110,7 +110,7 @@ def _side(selector: TrafficSelector) -> _Side:
 class Selectors:
     """What one SA pair may carry, in either direction."""
 
-    __slots__ = ("_inward", "_local", "_remote", "addresses_only", "direct")
+    __slots__ = ("_local", "_remote", "addresses_only", "direct", "inward")
 
     def __init__(self, local: tuple[TrafficSelector, ...], remote: tuple[TrafficSelector, ...]) -> None:
         self._local = tuple(_side(selector) for selector in local)
@@ -121,11 +121,11 @@ class Selectors:
         )
 
         # The opportunistic case, one host to one host: both addresses at once, as they stand in the packet
-        self.direct = self._inward = b""
+        self.direct = self.inward = b""
         if self.addresses_only and len(local) == len(remote) == 1:
             (here,), (there,) = self._local, self._remote
             if here.start == here.end and there.start == there.end:
-                self.direct, self._inward = here.start + there.start, there.start + here.start
+                self.direct, self.inward = here.start + there.start, there.start + here.start
 
     def allow_outward(self, packet: Bytes) -> bool:
         """From a local to a remote selector."""
@@ -144,8 +144,8 @@ class Selectors:
 
     def allow_inward(self, packet: Bytes) -> bool:
         """From a remote to a local selector (RFC 4301 §5.2 step 4)."""
-        if self._inward:
-            return both_addresses(packet) == self._inward
+        if self.inward:
+            return both_addresses(packet) == self.inward
         source, destination = addresses(packet)
         if self.addresses_only:
             return _any_has(self._remote, source) and _any_has(self._local, destination)

@@ -22,6 +22,8 @@ from oepy.model import Lifetime, SaCounters, SaPair
 _HEADER = struct.Struct("!II")
 NEXT_HEADER = {4: 4, 6: 41}  # IP version → protocol number in the trailer
 _DUMMY = 59  # RFC 4303 §2.6
+_PLAIN = 0x45  # an IPv4 header without options
+_AHEAD = 1 << 31  # RFC 4303 §A2.2 looks further ahead, but nobody loses that many packets
 _MAX_PAD = 255
 _PADDING = bytes(range(1, _MAX_PAD + 1))
 # By the padding's length and the next header
@@ -63,8 +65,8 @@ class Budget:
             min(lifetime.hard_packets or math.inf, last),
         )
 
-    def spend(self, count: int) -> None:
-        self.packets += 1
+    def spend(self, count: int, packets: int = 1) -> None:
+        self.packets += packets
         self.bytes += count
         if self.packets >= self.soft_packets or self.bytes >= self.soft_bytes:
             ended = self.packets >= self.hard_packets or self.bytes >= self.hard_bytes
@@ -86,11 +88,13 @@ class EspPair:
         self.transport = TransportHeader.of(pair) if pair.mode == "transport" else None
         self.sending = False
         self.for_this_host = False  # whether what comes out is for our own outer address, not to be forwarded
-        self._outward = make_transform(pair.suite, pair.keys_out, pair.spi_out)
-        self._inward = make_transform(pair.suite, pair.keys_in, pair.spi_in)
-        self.prefix = self._outward.prefix
-        self._mask = self._outward.alignment - 1
-        self._around = self.prefix + self._outward.icv
+        self._inward4 = self.selectors.inward if len(self.selectors.inward) == 8 else b""
+        outward = make_transform(pair.suite, pair.keys_out, pair.spi_out)
+        self._seal = outward.seal
+        self._open = make_transform(pair.suite, pair.keys_in, pair.spi_in).open
+        self.prefix = outward.prefix
+        self._mask = outward.alignment - 1
+        self._around = self.prefix + outward.icv
         self._esn = pair.suite.esn
         self._sequence = 0
         self._last_sequence = (1 << 64 if self._esn else 1 << 32) - 1
@@ -107,19 +111,28 @@ class EspPair:
         """Bytes of the ESP packet around so many bytes of payload."""
         return self._around + (payload + 2 + self._mask & ~self._mask)
 
-    def seal(self, buffer: memoryview, start: int, length: int, next_header: int) -> int:
-        """Make the ESP packet at `start`, where `length` bytes of payload lie `prefix` bytes further on.
-        Returns its end. Raises SaEnded at a hard limit."""
-        sequence = self._sequence + 1
-        if self.budget_out.alarm == "hard-expire" or sequence > self._last_sequence:
+    def reserve(self, packets: int, length: int) -> tuple[int, int]:
+        """Take sequence numbers for packets with so many bytes of payload in all: the first of them, and how
+        many there are, which is fewer before a hard limit. Raises SaEnded behind it."""
+        budget = self.budget_out
+        left = min(self._last_sequence - self._sequence, budget.hard_packets - budget.packets)
+        if budget.alarm == "hard-expire" or left < 1:
             raise SaEnded("hard limit reached")
-        self._sequence = sequence
+        if left < packets:
+            packets = int(left)
+        first = self._sequence + 1
+        self._sequence += packets
+        budget.spend(length, packets)
+        return first, packets
+
+    def seal(self, buffer: memoryview, start: int, length: int, next_header: int, sequence: int) -> int:
+        """Make the ESP packet at `start`, where `length` bytes of payload lie `prefix` bytes further on.
+        `sequence` is a reserved number that was not used yet. Returns the packet's end."""
         end = start + self.prefix + length
         trailer = _TRAILERS[-(length + 2) & self._mask][next_header]
         stop = end + len(trailer)
         buffer[end:stop] = trailer
-        self.budget_out.spend(length)
-        return self._outward.seal(buffer, start, stop, sequence)
+        return self._seal(buffer, start, stop, sequence)
 
     def open(self, datagram: memoryview, now: float) -> bytes | None:
         """The IP packet inside; None for a dummy packet. `datagram` begins with our SPI.
@@ -133,16 +146,18 @@ class EspPair:
             if next_header == _DUMMY:
                 return None
             if self.transport is None:
-                packet = plaintext[: inner_length(plaintext, next_header, end)]
+                if next_header != 4 or plaintext[0] != _PLAIN or plaintext[2] << 8 | plaintext[3] != end:
+                    end = inner_length(plaintext, next_header, end)
+                packet = plaintext[:end]
             else:
                 packet = self.transport.rebuild(plaintext, next_header, end)
         except ParseError:
             self.malformed += 1
             raise
-        if not self.selectors.allow_inward(packet):
+        if (next_header != 4 or packet[12:20] != self._inward4) and not self.selectors.allow_inward(packet):
             self.selector_mismatches += 1
             raise SelectorError("inbound packet outside of the selectors")
-        self.budget_in.spend(len(packet))
+        self.budget_in.spend(end)
         self.last_in = now
         return packet
 
@@ -155,12 +170,18 @@ class EspPair:
             raise SaEnded("hard limit reached")
         _, low = _HEADER.unpack_from(datagram)
         window = self._window
-        sequence = infer_sequence(low, window.top, window.size) if self._esn else low
-        if sequence is None or not window.check(sequence):
+        sequence: int | None = low
+        if self._esn:
+            ahead = low - window.top & 0xFFFFFFFF
+            # What lies ahead is what it looks like, without any inference
+            sequence = (
+                window.top + ahead if 0 < ahead < _AHEAD else infer_sequence(low, window.top, window.size)
+            )
+        if sequence is None or (sequence <= window.top and not window.check(sequence)):
             self.replayed += 1
             raise ReplayError(f"sequence number {low}")
         try:
-            plaintext = self._inward.open(datagram, sequence)
+            plaintext = self._open(datagram, sequence)
         except IntegrityError:
             self.integrity_failures += 1
             raise

@@ -91,6 +91,7 @@ def encode_pair(pair: SaPair) -> Json:
         "replay_window": pair.replay_window,
         "lifetime": dataclasses.astuple(pair.lifetime),
         "connection": pair.connection,
+        "aggregation": pair.aggregation,
     }
 
 
@@ -126,6 +127,7 @@ def decode_pair(value: Json) -> SaPair:
         replay_window=value["replay_window"],
         lifetime=Lifetime(*value["lifetime"]),
         connection=value["connection"],
+        aggregation=value["aggregation"],
     )
 
 

@@ -29,6 +29,7 @@ from oepy.udp import NON_ESP_MARKER, Kind, classify, received_at
 
 EVENT_INTERVAL = 10.0  # seconds between events of one kind about one peer or SA
 MAX_EVENT_SUBJECTS = 1024
+MAX_TURN_BYTES = 1 << 20  # taken from the device before the other direction has its turn
 MAX_EVENTS_PER_INTERVAL = 100
 
 OnIke = Callable[[bytes, Endpoint, Endpoint], None]
@@ -58,7 +59,8 @@ class _EventLimit:
 
 
 class Forwarder:
-    """`on_event` and `on_ike` are called from within the pumps; `counters` are the process's own."""
+    """`on_event` and `on_ike` are called from within the pumps; `counters` are the process's own. `is_own` tells
+    this host's addresses from those behind it."""
 
     def __init__(
         self,
@@ -67,19 +69,21 @@ class Forwarder:
         mtu: int,
         on_event: Callable[[DatapathEvent], None],
         on_ike: OnIke,
+        is_own: Callable[[IpAddress], bool] = lambda _: False,
     ) -> None:
         self._device = device
         self._outers = outers
         self._mtu = mtu
         self._on_event = on_event
         self._on_ike = on_ike
+        self._is_own = is_own
         self._limit = _EventLimit()
         self._routes: dict[EspPair, Route] = {}
         self._shared: WeakValueDictionary[tuple[Endpoint, Endpoint], Route] = WeakValueDictionary()
         self.database = SaDatabase()
         self.counters: Counter[str] = Counter()
         self._outbox = Outbox(outers, self.counters)
-        self._inbox = Coalescer(self._deliver)
+        self._inbox = Coalescer(self._deliver, self._deliver_one)
 
     # -- SAs -----------------------------------------------------------------------------------------
 
@@ -100,7 +104,7 @@ class Forwarder:
         ends = (pair.local, pair.remote)
         route = self._shared.get(ends) or Route.between(*ends)
         self._shared[ends] = self._routes[known] = route
-        known.for_this_host = all(pair.local.address == ts.start == ts.end for ts in pair.local_ts)
+        known.for_this_host = all(ts.start == ts.end and self._is_own(ts.start) for ts in pair.local_ts)
         if sending:
             self.database.enable_sending(known)
 
@@ -125,11 +129,12 @@ class Forwarder:
     def pump_device(self, limit: int, now: float) -> int:
         """Seal and send up to `limit` packets of the host, super-packets of any size among them. Returns how
         many there were."""
-        count = 0
-        while count < limit:
+        count = taken = 0
+        while count < limit and taken < MAX_TURN_BYTES:
             read = self._device.read()
             if read is None:
                 break
+            taken += len(read[0])
             self._outward(*read, now)
             count += 1
         self._outbox.flush()
@@ -145,12 +150,11 @@ class Forwarder:
             return
         try:
             if offload.gso:
-                for header, payload in segments(clamp(packet, self._mtu), offload):
-                    self._seal(pair, header, payload)
+                self._cut_and_seal(pair, clamp(packet, self._mtu), offload)
+            elif offload.flags & NEEDS_CHECKSUM and not finish(packet, *offload[4:]):
+                raise ParseError("a checksum to be put outside of the packet")
             else:
-                if offload.flags & NEEDS_CHECKSUM and not finish(packet, *offload[4:]):
-                    raise ParseError("a checksum to be put outside of the packet")
-                self._seal(pair, b"", clamp(packet, self._mtu))
+                self._seal(pair, clamp(packet, self._mtu))
         except SaEnded:
             self.counters["sa_ended"] += 1
         except ParseError:
@@ -159,25 +163,43 @@ class Forwarder:
         if pair.alarmed:
             self._alarms(pair, now)
 
-    def _seal(self, pair: EspPair, header: Bytes, payload: memoryview) -> None:
-        """One IP packet, in two pieces of which the first may be empty."""
-        if pair.transport is None:
-            next_header = NEXT_HEADER[(header or payload)[0] >> 4]
-        else:
-            split = pair.transport.split(header or payload)
+    def _seal(self, pair: EspPair, packet: memoryview) -> None:
+        next_header = NEXT_HEADER[packet[0] >> 4]
+        if pair.transport is not None:
+            split = pair.transport.split(packet)
             if split is None:
                 self.counters["not_for_transport"] += 1
                 return
-            next_header = split[1]
-            header, payload = (header[split[0] :], payload) if header else (header, payload[split[0] :])
-        first = len(header)
-        length = first + len(payload)
+            packet, next_header = packet[split[0] :], split[1]
+        length = len(packet)
+        sequence, _ = pair.reserve(1, length)
         batch = self._outbox.batch_for(self._routes[pair], pair.sealed_length(length))
-        view, start = batch.view, batch.used + pair.prefix
-        if first:
-            view[start : start + first] = header
-        view[start + first : start + length] = payload
-        self._outbox.add(batch, pair.seal(view, batch.used, length, next_header))
+        start = batch.used + pair.prefix
+        batch.view[start : start + length] = packet
+        self._outbox.add(batch, pair.seal(batch.view, batch.used, length, next_header, sequence))
+
+    def _cut_and_seal(self, pair: EspPair, packet: memoryview, offload: Offload) -> None:
+        """A super-packet, in pieces made right where they are encrypted and sent from."""
+        count, header_length, pieces = segments(packet, offload)
+        skip, next_header = 0, NEXT_HEADER[packet[0] >> 4]
+        if pair.transport is not None:
+            split = pair.transport.split(packet)
+            if split is None:
+                self.counters["not_for_transport"] += count
+                return
+            skip, next_header = split
+            header_length -= skip
+        first, count = pair.reserve(count, len(packet) + (count - 1) * header_length)
+        outbox, route, prefix = self._outbox, self._routes[pair], pair.prefix
+        for sequence, (header, payload) in zip(range(first, first + count), pieces, strict=False):
+            length = header_length + len(payload)
+            batch = outbox.batch_for(route, pair.sealed_length(length))
+            view, used = batch.view, batch.used
+            start = used + prefix
+            middle = start + header_length
+            view[start:middle] = header[skip:] if skip else header
+            view[middle : start + length] = payload
+            outbox.add(batch, pair.seal(view, used, length, next_header, sequence))
 
     def _no_sa(self, packet: memoryview, now: float) -> None:
         """A host with several addresses: the tunnel to this destination was made for another of them."""
@@ -197,24 +219,30 @@ class Forwarder:
             if received is None:
                 break
             data, _, _, size = received
-            if size >= len(data):
-                self._datagram(data, received, outer.port, now)
+            inbound = self.database.inbound
+            for start in range(0, len(data) or 1, size or 1):
+                datagram = data[start : start + size]
+                pair = inbound(bytes(datagram[:4]))
+                if pair is None:
+                    self._stranger(datagram, received, outer.port, now)
+                else:
+                    self._inward(pair, datagram, now)
                 count += 1
-            else:
-                for start in range(0, len(data), size):
-                    self._datagram(data[start : start + size], received, outer.port, now)
-                    count += 1
         self._inbox.flush()
         return count
 
-    def _datagram(self, data: memoryview, received: Received, port: int, now: float) -> None:
+    def _stranger(self, data: memoryview, received: Received, port: int, now: float) -> None:
+        """A datagram with no SA of ours."""
         kind = classify(data)
-        if kind is Kind.ESP:
-            self._inward(data, received, now)
-        elif kind is Kind.IKE:
+        if kind is Kind.IKE:
             self._ike(data, received, port)
-        else:
+        elif kind is Kind.KEEPALIVE:
             self.counters["keepalives"] += 1
+        else:
+            self.counters["unknown_spi"] += 1
+            if len(data) >= 8:
+                peer = _address(received)
+                self._report("unknown-spi", peer, now, spi=int.from_bytes(data[:4], "big"))
 
     def _ike(self, data: memoryview, received: Received, port: int) -> None:
         local = received_at(received[1])
@@ -224,14 +252,7 @@ class Forwarder:
         remote = Endpoint(_address(received), received[2][1])
         self._on_ike(bytes(data[len(NON_ESP_MARKER) :]), Endpoint(local, port), remote)
 
-    def _inward(self, data: memoryview, received: Received, now: float) -> None:
-        pair = self.database.inbound(bytes(data[:4]))
-        if pair is None:
-            self.counters["unknown_spi"] += 1
-            if len(data) >= 8:
-                peer = _address(received)
-                self._report("unknown-spi", peer, now, spi=int.from_bytes(data[:4], "big"))
-            return
+    def _inward(self, pair: EspPair, data: memoryview, now: float) -> None:
         try:
             packet = pair.open(data, now)
         except (ReplayError, IntegrityError, ParseError, SaEnded) as error:
@@ -250,11 +271,14 @@ class Forwarder:
         if packet is None:
             self.counters["dummies"] += 1
         elif self._device.coalesces:
-            self._inbox.add(clamp(packet, self._mtu), not pair.for_this_host)
+            self._inbox.add(packet, not pair.for_this_host)
         else:
-            self._deliver((clamp(packet, self._mtu),), NONE_BYTES)
+            self._deliver_one(packet)
         if pair.alarmed:
             self._alarms(pair, now)
+
+    def _deliver_one(self, packet: bytes) -> None:
+        self._deliver((clamp(packet, self._mtu),), NONE_BYTES)
 
     def _deliver(self, parts: Sequence[Bytes], header: bytes) -> None:
         if not self._device.write(parts, header):
