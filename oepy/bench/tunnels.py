@@ -101,6 +101,7 @@ def _pair(number: int, aggregation: bool) -> SaPair:
         authenticated=Authenticated.MANUAL,
         peer=PeerIdentity.null(),
         aggregation=aggregation,
+        super_packets=aggregation,
     )
 
 
@@ -118,6 +119,7 @@ def _mirrored(pair: SaPair) -> SaPair:
         authenticated=pair.authenticated,
         peer=pair.peer,
         aggregation=pair.aggregation,
+        super_packets=pair.super_packets,
     )
 
 

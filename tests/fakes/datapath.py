@@ -139,21 +139,24 @@ def ipv6_packet(
 
 def esp_of(pair: EspPair, packet: bytes, next_header: int | None = None) -> bytes:
     """The ESP packet that `pair` makes of this payload; by default of this IP packet, in tunnel mode."""
-    buffer = memoryview(bytearray(pair.sealed_length(len(packet))))
-    buffer[pair.prefix : pair.prefix + len(packet)] = packet
     number = NEXT_HEADER[packet[0] >> 4] if next_header is None else next_header
     sequence, count = pair.reserve(1, len(packet))
     assert count == 1
-    assert pair.seal(buffer, 0, len(packet), number, sequence) == len(buffer)
+    plaintext = packet + pair.trailer(len(packet), number)
+    buffer = memoryview(bytearray(pair.sealed_length(len(packet))))
+    buffer[pair.prefix : pair.prefix + len(plaintext)] = plaintext
+    pair.seal(buffer, 0, len(buffer), sequence, 1)
     return bytes(buffer)
 
 
 def sealed_plaintext(pair: EspPair, plaintext: bytes) -> bytes:
     """Any plaintext, trailer and all, authentic and with the pair's next number."""
     pair._sequence += 1
-    buffer = memoryview(bytearray(pair.prefix + len(plaintext) + 64))
-    buffer[pair.prefix : pair.prefix + len(plaintext)] = plaintext
-    return bytes(buffer[: pair._seal(buffer, 0, pair.prefix + len(plaintext), pair._sequence)])
+    icv = pair._around - pair.prefix
+    buffer = memoryview(bytearray(pair._around + len(plaintext)))
+    buffer[pair.prefix : len(buffer) - icv] = plaintext
+    pair.seal(buffer, 0, len(buffer), pair._sequence, 1)
+    return bytes(buffer)
 
 
 class MemoryDevice:
@@ -166,7 +169,7 @@ class MemoryDevice:
         self.incoming: deque[bytes | tuple[bytes, Offload]] = deque()
         self.written: list[bytes] = []
         self.crossings: list[tuple[bytes, Offload]] = []
-        self.refuses = False
+        self.refuses = self.offloads = False
 
     def read(self) -> tuple[memoryview, Offload] | None:
         if not self.incoming:
@@ -174,6 +177,9 @@ class MemoryDevice:
         entry = self.incoming.popleft()
         packet, offload = entry if isinstance(entry, tuple) else (entry, NONE)
         return memoryview(bytearray(packet)), offload
+
+    def offload(self, wanted: bool) -> None:
+        self.offloads = wanted
 
     def write(self, parts: Sequence[Bytes], header: bytes) -> bool:
         if self.refuses:

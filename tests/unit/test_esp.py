@@ -337,7 +337,7 @@ def test_a_rekeyed_pair_sends_and_the_old_one_still_receives() -> None:
     assert database.outbound(PACKET) is old
     database.enable_sending(new)
     assert database.outbound(PACKET) is new
-    assert database.inbound(b"\x00\x00\x10\x01") is old
+    assert database.by_spi.get(b"\x00\x00\x10\x01") is old
     database.remove(0x1003)
     assert database.outbound(PACKET) is old
     database.remove(0x1001)

@@ -23,7 +23,7 @@ class SaDatabase:
     """Of several pairs for one destination the one enabled last sends (a rekey); all of them receive."""
 
     def __init__(self) -> None:
-        self._inbound: dict[bytes, EspPair] = {}
+        self.by_spi: dict[bytes, EspPair] = {}  # by the first four bytes of a datagram
         self._direct: dict[
             bytes, list[EspPair]
         ] = {}  # by source and destination as in the packet, newest first
@@ -31,22 +31,22 @@ class SaDatabase:
         self._ranges: list[_Range] = []  # narrowest first, then newest first
 
     def __len__(self) -> int:
-        return len(self._inbound)
+        return len(self.by_spi)
 
     def __iter__(self) -> Iterator[EspPair]:
-        return iter(list(self._inbound.values()))
+        return iter(list(self.by_spi.values()))
 
     def get(self, spi_in: int) -> EspPair | None:
-        return self._inbound.get(spi_in.to_bytes(4, "big"))
+        return self.by_spi.get(spi_in.to_bytes(4, "big"))
 
     def add(self, pair: EspPair) -> None:
         """Receive on it. Raises ValueError where the SPI is taken, or there are MAX_PAIRS."""
         key = pair.pair.spi_in.to_bytes(4, "big")
-        if key in self._inbound:
+        if key in self.by_spi:
             raise ValueError(f"SPI {pair.pair.spi_in:#x} is in use")
-        if len(self._inbound) >= MAX_PAIRS:
+        if len(self.by_spi) >= MAX_PAIRS:
             raise ValueError(f"there are {MAX_PAIRS} SA pairs already")
-        self._inbound[key] = pair
+        self.by_spi[key] = pair
 
     def enable_sending(self, pair: EspPair) -> None:
         """From now on it sends, before older ones for the same destinations."""
@@ -66,7 +66,7 @@ class SaDatabase:
         self._ranges.sort(key=lambda item: item.size)
 
     def remove(self, spi_in: int) -> EspPair | None:
-        pair = self._inbound.pop(spi_in.to_bytes(4, "big"), None)
+        pair = self.by_spi.pop(spi_in.to_bytes(4, "big"), None)
         if pair is None:
             return None
         _take_out(self._direct, pair.selectors.direct, pair)
@@ -76,10 +76,6 @@ class SaDatabase:
             self._ranges = [item for item in self._ranges if item.pair is not pair]
         pair.sending = False
         return pair
-
-    def inbound(self, spi: bytes) -> EspPair | None:
-        """By the first four bytes of a datagram."""
-        return self._inbound.get(spi)
 
     def outbound(self, packet: Bytes) -> EspPair | None:
         """The pair that carries this IP packet; None where none may."""

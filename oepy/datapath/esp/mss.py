@@ -44,19 +44,17 @@ def clamp(packet: _Packet, mtu: int) -> _Packet:
         if length < 2:
             break
         if kind == _MSS and length == 4 and position + 4 <= end:
-            return _same_type(packet, _lower(packet, position + 2, start + 16, mtu - _HEADERS[version]))
+            limit = mtu - _HEADERS[version]
+            if packet[position + 2] << 8 | packet[position + 3] <= limit:
+                return packet
+            changed = _lower(packet, position + 2, start + 16, limit)
+            return memoryview(changed) if isinstance(packet, memoryview) else bytes(changed)
         position += length
     return packet
 
 
-def _same_type(packet: _Packet, changed: bytearray) -> _Packet:
-    return memoryview(changed) if isinstance(packet, memoryview) else bytes(changed)
-
-
 def _lower(packet: Bytes, position: int, checksum_at: int, limit: int) -> bytearray:
     announced = packet[position] << 8 | packet[position + 1]
-    if announced <= limit:
-        return bytearray(packet)
     changed = bytearray(packet)
     changed[position : position + 2] = limit.to_bytes(2, "big")
     # RFC 1624 §3, eqn. 3: HC' = ~(~HC + ~m + m'). The option may begin at an odd offset: then the two bytes

@@ -12,7 +12,9 @@ import math
 import struct
 from dataclasses import dataclass
 
-from oepy.datapath.esp.inner import Selectors, inner_length
+from oepy.datapath.esp import aggfrag
+from oepy.datapath.esp.aggfrag import Packer, Packet, Unpacker
+from oepy.datapath.esp.inner import Bytes, Selectors, inner_length
 from oepy.datapath.esp.replay import ReplayWindow, infer_sequence
 from oepy.datapath.esp.suites import ESP_HEADER, IntegrityError, make_transform
 from oepy.datapath.esp.transport import TransportHeader
@@ -28,6 +30,8 @@ _MAX_PAD = 255
 _PADDING = bytes(range(1, _MAX_PAD + 1))
 # By the padding's length and the next header
 _TRAILERS = [[_PADDING[:pad] + bytes((pad, number)) for number in range(256)] for pad in range(16)]
+_WIRE = 1500  # bytes of an outer packet
+_IPV6_UDP = 48
 _SOFT_SHARE = 0.875  # of the sequence space, for a rekey before it is used up
 
 
@@ -86,17 +90,24 @@ class EspPair:
         self.pair = pair
         self.selectors = Selectors(pair.local_ts, pair.remote_ts)
         self.transport = TransportHeader.of(pair) if pair.mode == "transport" else None
+        self.packer: Packer | None = None
+        self._unpacker: Unpacker | None = None
         self.sending = False
         self.for_this_host = False  # whether what comes out is for our own outer address, not to be forwarded
         self._inward4 = self.selectors.inward if len(self.selectors.inward) == 8 else b""
         outward = make_transform(pair.suite, pair.keys_out, pair.spi_out)
-        self._seal = outward.seal
+        self.seal = outward.seal  # with numbers that were reserved
         self._open = make_transform(pair.suite, pair.keys_in, pair.spi_in).open
         self.prefix = outward.prefix
         self._mask = outward.alignment - 1
         self._around = self.prefix + outward.icv
+        if pair.aggregation:
+            if self.transport is not None:
+                raise OepyError("aggregation is for tunnel mode (RFC 9347)", "leave one of them out")
+            self.packer = Packer(self._room(outward.alignment), pair.fragments)
+            self._unpacker = Unpacker(pair.super_packets)
         self._esn = pair.suite.esn
-        self._sequence = 0
+        self._sequence = self._latest = 0
         self._last_sequence = (1 << 64 if self._esn else 1 << 32) - 1
         self._window = ReplayWindow(pair.replay_window)
         self.budget_out = Budget.of(pair.lifetime, self._esn)
@@ -110,6 +121,11 @@ class EspPair:
     def sealed_length(self, payload: int) -> int:
         """Bytes of the ESP packet around so many bytes of payload."""
         return self._around + (payload + 2 + self._mask & ~self._mask)
+
+    def _room(self, alignment: int) -> int:
+        """Data of an AGGFRAG payload that fills a packet of _WIRE bytes over either family."""
+        payload = (_WIRE - _IPV6_UDP - self._around) // alignment * alignment - 2
+        return payload - aggfrag.HEADER
 
     def reserve(self, packets: int, length: int) -> tuple[int, int]:
         """Take sequence numbers for packets with so many bytes of payload in all: the first of them, and how
@@ -125,14 +141,9 @@ class EspPair:
         budget.spend(length, packets)
         return first, packets
 
-    def seal(self, buffer: memoryview, start: int, length: int, next_header: int, sequence: int) -> int:
-        """Make the ESP packet at `start`, where `length` bytes of payload lie `prefix` bytes further on.
-        `sequence` is a reserved number that was not used yet. Returns the packet's end."""
-        end = start + self.prefix + length
-        trailer = _TRAILERS[-(length + 2) & self._mask][next_header]
-        stop = end + len(trailer)
-        buffer[end:stop] = trailer
-        return self._seal(buffer, start, stop, sequence)
+    def trailer(self, length: int, next_header: int) -> bytes:
+        """What follows `length` bytes of payload: padding, its length, and the next header (RFC 4303 §2.4)."""
+        return _TRAILERS[-(length + 2) & self._mask][next_header]
 
     def open(self, datagram: memoryview, now: float) -> bytes | None:
         """The IP packet inside; None for a dummy packet. `datagram` begins with our SPI.
@@ -161,6 +172,32 @@ class EspPair:
         self.last_in = now
         return packet
 
+    def open_stream(self, datagram: memoryview, now: float) -> list[Packet]:
+        """The IP packets that are complete with this datagram, of an SA with aggregation; each to be asked for
+        with `permits`. Raises as `open` does, but for SelectorError."""
+        assert self._unpacker is not None
+        plaintext = self._authentic(datagram)
+        try:
+            end, next_header = _strip(plaintext)
+            if next_header == _DUMMY:
+                return []
+            if next_header != aggfrag.NEXT_HEADER:
+                raise ParseError(f"next header {next_header} where AGGFRAG payloads were agreed on")
+            packets = self._unpacker.add(memoryview(plaintext)[:end], self._latest)
+        except ParseError:
+            self.malformed += 1
+            raise
+        self.budget_in.spend(end)
+        self.last_in = now
+        return packets
+
+    def permits(self, packet: Bytes) -> bool:
+        """Whether this SA may carry this inbound packet, of which at least the IP header is there."""
+        if self.selectors.allow_inward(packet):
+            return True
+        self.selector_mismatches += 1
+        return False
+
     def _authentic(self, datagram: memoryview) -> bytes:
         """The plaintext with its trailer, of a packet that is fresh and authentic (RFC 4303 §3.4.3, §3.4.4)."""
         if len(datagram) < ESP_HEADER:
@@ -186,6 +223,7 @@ class EspPair:
             self.integrity_failures += 1
             raise
         window.update(sequence)
+        self._latest = sequence
         return plaintext
 
     def new_alarms(self, now: float) -> list[str]:

@@ -58,9 +58,10 @@ class Transform(Protocol):
     prefix: int  # bytes before the plaintext: ESP header and IV
     icv: int  # bytes after it
 
-    def seal(self, buffer: memoryview, start: int, end: int, sequence: int) -> int:
-        """The packet begins at `start`, its plaintext ends at `end` and is encrypted where it is. Returns the
-        packet's end. `sequence` is the whole number; it is never used twice."""
+    def seal(self, buffer: memoryview, start: int, length: int, sequence: int, count: int) -> None:
+        """Seal `count` packets of `length` bytes, one behind the other from `start` on. Each has its plaintext in
+        its place already, and is encrypted there. `sequence` is the first one's whole number; none is ever used
+        twice."""
 
     def open(self, datagram: memoryview, sequence: int) -> bytes:
         """The plaintext with its trailer. Raises IntegrityError."""
@@ -81,15 +82,19 @@ class AeadTransform:
         self._number = spi
         self._spi = spi.to_bytes(4, "big")
 
-    def seal(self, buffer: memoryview, start: int, end: int, sequence: int) -> int:
-        # The IV must never repeat under a key; the sequence number never does
-        _HEADER_IV.pack_into(buffer, start, self._number, sequence & 0xFFFFFFFF, sequence)
-        iv = sequence.to_bytes(8, "big")
-        # RFC 4106 §5: with ESN the AAD holds all 64 bits
-        associated = self._spi + iv if self._esn else buffer[start : start + ESP_HEADER]
-        body, stop = start + _AEAD_PREFIX, end + _AEAD_TAG
-        self._encrypt_into(self._salt + iv, buffer[body:end], associated, buffer[body:stop])
-        return stop
+    def seal(self, buffer: memoryview, start: int, length: int, sequence: int, count: int) -> None:
+        encrypt_into, pack_into = self._encrypt_into, _HEADER_IV.pack_into
+        number, salt, spi, esn = self._number, self._salt, self._spi, self._esn
+        body, end, stop = start + _AEAD_PREFIX, start + length - _AEAD_TAG, start + length
+        for _ in range(count):
+            # The IV must never repeat under a key; the sequence number never does
+            pack_into(buffer, start, number, sequence & 0xFFFFFFFF, sequence)
+            iv = sequence.to_bytes(8, "big")
+            # RFC 4106 §5: with ESN the AAD holds all 64 bits
+            associated = spi + iv if esn else buffer[start : start + ESP_HEADER]
+            encrypt_into(salt + iv, buffer[body:end], associated, buffer[body:stop])
+            start, body, end, stop = stop, body + length, end + length, stop + length
+            sequence += 1
 
     def open(self, datagram: memoryview, sequence: int) -> bytes:
         if len(datagram) < _AEAD_PREFIX + _AEAD_TAG:
@@ -129,18 +134,22 @@ class MacTransform:
             return Cipher(self._algorithm, modes.CTR(self._salt + iv + b"\0\0\0\1"))
         return Cipher(self._algorithm, modes.CBC(bytes(iv)))
 
-    def seal(self, buffer: memoryview, start: int, end: int, sequence: int) -> int:
-        body = start + self.prefix
-        buffer[start : start + 4] = self._spi
-        buffer[start + 4 : start + ESP_HEADER] = (sequence & 0xFFFFFFFF).to_bytes(4, "big")
+    def seal(self, buffer: memoryview, start: int, length: int, sequence: int, count: int) -> None:
+        for number in range(count):
+            at = start + number * length
+            self._seal_one(buffer[at : at + length], sequence + number)
+
+    def _seal_one(self, packet: memoryview, sequence: int) -> None:
+        body, end = self.prefix, len(packet) - self.icv
+        packet[:4] = self._spi
+        packet[4:ESP_HEADER] = (sequence & 0xFFFFFFFF).to_bytes(4, "big")
         if self._algorithm is not None:
             # RFC 3602 §3 wants CBC's unpredictable, RFC 3686 §3.1 CTR's unique
             iv = sequence.to_bytes(_CTR_IV, "big") if self._counter_mode else os.urandom(_CBC_BLOCK)
-            buffer[start + ESP_HEADER : body] = iv
+            packet[ESP_HEADER:body] = iv
             encryptor = self._cipher(iv).encryptor()
-            buffer[body:end] = encryptor.update(buffer[body:end]) + encryptor.finalize()
-        buffer[end : end + self.icv] = self._mac(buffer[start:end], sequence)
-        return end + self.icv
+            packet[body:end] = encryptor.update(packet[body:end]) + encryptor.finalize()
+        packet[end:] = self._mac(packet[:end], sequence)
 
     def open(self, datagram: memoryview, sequence: int) -> bytes:
         end = len(datagram) - self.icv

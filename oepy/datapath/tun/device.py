@@ -13,7 +13,7 @@ from pathlib import Path
 
 from oepy.datapath.esp import offload
 from oepy.datapath.esp.inner import Bytes
-from oepy.datapath.esp.offload import Offload
+from oepy.datapath.esp.offload import NONE, NONE_BYTES, Offload
 from oepy.datapath.tun.seams import Received, Route
 from oepy.errors import OepyError
 from oepy.udp import ANCILLARY_SPACE, MAX_DATAGRAM
@@ -69,18 +69,21 @@ class TunDevice:
                 mend = "run as root (CAP_NET_ADMIN)"
             raise OepyError(f"cannot make the TUN device {name} ({error.strerror})", mend) from error
         self.name = name
-        self.coalesces = self._offload()
+        self.coalesces = True  # with IFF_VNET_HDR every kernel takes them
+        self._offloads = False
         self._buffer = memoryview(bytearray(_READ_SIZE))
         self._buffers = [self._buffer]
 
-    def _offload(self) -> bool:
-        for wanted in _OFFLOADS:
-            try:
-                fcntl.ioctl(self._descriptor, _TUNSETOFFLOAD, wanted)
-            except OSError:
-                continue
-            return True
-        return False
+    def offload(self, wanted: bool) -> None:
+        """Without it the kernel cuts and sums up, which is faster than to do that here. An old kernel refuses:
+        then it goes on doing so."""
+        if wanted == self._offloads:
+            return
+        self._offloads = wanted
+        for flags in _OFFLOADS if wanted else (0,):
+            with contextlib.suppress(OSError):
+                fcntl.ioctl(self._descriptor, _TUNSETOFFLOAD, flags)
+                return
 
     def fileno(self) -> int:
         return self._descriptor
@@ -90,7 +93,9 @@ class TunDevice:
             length = os.readv(self._descriptor, self._buffers)
         except BlockingIOError:
             return None
-        return self._buffer[offload.SIZE : length], offload.parse(self._buffer)
+        buffer = self._buffer
+        header = NONE if buffer[: offload.SIZE] == NONE_BYTES else offload.parse(buffer)
+        return buffer[offload.SIZE : length], header
 
     def write(self, parts: Sequence[Bytes], header: bytes) -> bool:
         try:

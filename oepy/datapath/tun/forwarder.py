@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from ipaddress import IPv4Address, IPv6Address
+from itertools import islice
 from weakref import WeakValueDictionary
 
+from oepy.datapath.esp.aggfrag import HEADER as AGGFRAG_HEADER
+from oepy.datapath.esp.aggfrag import NEXT_HEADER as AGGFRAG
+from oepy.datapath.esp.aggfrag import WHOLE, Packer, Payload, offload_block
 from oepy.datapath.esp.checksum import finish
 from oepy.datapath.esp.coalesce import Coalescer
 from oepy.datapath.esp.database import SaDatabase
 from oepy.datapath.esp.inner import Bytes, addresses
 from oepy.datapath.esp.mss import clamp
-from oepy.datapath.esp.offload import NEEDS_CHECKSUM, NONE_BYTES, Offload
+from oepy.datapath.esp.offload import NEEDS_CHECKSUM, NONE, NONE_BYTES, Offload
 from oepy.datapath.esp.sa import NEXT_HEADER, EspPair, ReplayError, SaEnded, SelectorError
 from oepy.datapath.esp.segment import segments
 from oepy.datapath.esp.suites import IntegrityError
@@ -83,6 +87,8 @@ class Forwarder:
         self.database = SaDatabase()
         self.counters: Counter[str] = Counter()
         self._outbox = Outbox(outers, self.counters)
+        self._super: set[EspPair] = set()  # those that carry super-packets whole
+        self._waiting: dict[EspPair, Packer] = {}  # AGGFRAG payloads that are not full
         self._inbox = Coalescer(self._deliver, self._deliver_one)
 
     # -- SAs -----------------------------------------------------------------------------------------
@@ -107,11 +113,17 @@ class Forwarder:
         known.for_this_host = all(ts.start == ts.end and self._is_own(ts.start) for ts in pair.local_ts)
         if sending:
             self.database.enable_sending(known)
+            if pair.super_packets:
+                self._super.add(known)
+                self._device.offload(True)
 
     def remove(self, spi_in: int) -> None:
         pair = self.database.remove(spi_in)
         if pair is not None:
             del self._routes[pair]
+            if pair in self._super:
+                self._super.remove(pair)
+                self._device.offload(bool(self._super))
 
     def tick(self, now: float) -> None:
         """Once a second: the lifetimes in time."""
@@ -137,6 +149,7 @@ class Forwarder:
             taken += len(read[0])
             self._outward(*read, now)
             count += 1
+        self._seal_rests()
         self._outbox.flush()
         return count
 
@@ -149,7 +162,9 @@ class Forwarder:
             self._no_sa(packet, now)
             return
         try:
-            if offload.gso:
+            if pair.packer is not None:
+                self._pack(pair, pair.packer, packet, offload)
+            elif offload.gso:
                 self._cut_and_seal(pair, clamp(packet, self._mtu), offload)
             elif offload.flags & NEEDS_CHECKSUM and not finish(packet, *offload[4:]):
                 raise ParseError("a checksum to be put outside of the packet")
@@ -163,20 +178,89 @@ class Forwarder:
         if pair.alarmed:
             self._alarms(pair, now)
 
-    def _seal(self, pair: EspPair, packet: memoryview) -> None:
-        next_header = NEXT_HEADER[packet[0] >> 4]
+    def _pack(self, pair: EspPair, packer: Packer, packet: memoryview, offload: Offload) -> None:
+        """Into AGGFRAG payloads; the last one waits for more, until the end of this turn."""
+        block = b""
+        if offload.gso or offload.flags & NEEDS_CHECKSUM:
+            clamped = clamp(packet, self._mtu) is not packet
+            wanted = pair.pair.super_packets and pair.pair.fragments and not clamped
+            block = (wanted and offload_block(packet, offload)) or b""
+            if not block and offload.gso:
+                for header, payload in segments(clamp(packet, self._mtu), offload)[2]:
+                    self._pack(pair, packer, memoryview(b"".join((header, payload))), NONE)
+                return
+            if not block and not finish(packet, *offload[4:]):
+                raise ParseError("a checksum to be put outside of the packet")
+        if not packer.fits(len(packet)):
+            self.counters["too_big"] += 1
+            return
+        if packer.alone(len(packet) + len(block)):
+            self._seal(pair, clamp(packet, self._mtu), WHOLE + block)
+            return
+        full = packer.add(clamp(packet, self._mtu), block)
+        if full:
+            if full[0] is not full[-1] and _size(full[0]) != _size(full[-1]):  # the first was closed early
+                self._seal_payloads(pair, full[:1])
+                del full[0]
+            self._seal_payloads(pair, full)
+        if packer.waiting:
+            self._waiting[pair] = packer
+
+    def _seal_payloads(self, pair: EspPair, payloads: Sequence[Payload]) -> None:
+        """All of one size."""
+        length = _size(payloads[0])
+        sequence, count = pair.reserve(len(payloads), length * len(payloads))
+        route, sealed, trailer = self._routes[pair], pair.sealed_length(length), pair.trailer(length, AGGFRAG)
+        done = 0
+        while done < count:
+            batch, fitting = self._outbox.batch_for(route, sealed, count - done)
+            view, start = batch.view, batch.used + pair.prefix
+            for head, parts in payloads[done : done + fitting]:
+                at = start + AGGFRAG_HEADER
+                view[start:at] = head
+                for part in parts:
+                    end = at + len(part)
+                    view[at:end] = part
+                    at = end
+                view[at : at + len(trailer)] = trailer
+                start += sealed
+            pair.seal(view, batch.used, sealed, sequence + done, fitting)
+            self._outbox.added(batch, sealed, fitting)
+            done += fitting
+
+    def _seal_rests(self) -> None:
+        if self._waiting:
+            waiting, self._waiting = self._waiting, {}
+            for pair, packer in waiting.items():
+                payload = packer.rest()
+                if pair in self._routes:  # not ended amid this turn
+                    try:
+                        self._seal_payloads(pair, (payload,))
+                    except SaEnded:
+                        self.counters["sa_ended"] += 1
+
+    def _seal(self, pair: EspPair, packet: memoryview, head: bytes = b"") -> None:
+        """One packet; `head` before it where it is an AGGFRAG payload."""
+        next_header = AGGFRAG if head else NEXT_HEADER[packet[0] >> 4]
         if pair.transport is not None:
             split = pair.transport.split(packet)
             if split is None:
                 self.counters["not_for_transport"] += 1
                 return
             packet, next_header = packet[split[0] :], split[1]
-        length = len(packet)
+        length = len(head) + len(packet)
         sequence, _ = pair.reserve(1, length)
-        batch = self._outbox.batch_for(self._routes[pair], pair.sealed_length(length))
-        start = batch.used + pair.prefix
-        batch.view[start : start + length] = packet
-        self._outbox.add(batch, pair.seal(batch.view, batch.used, length, next_header, sequence))
+        sealed = pair.sealed_length(length)
+        batch, _ = self._outbox.batch_for(self._routes[pair], sealed)
+        view, start = batch.view, batch.used + pair.prefix
+        end, trailer = start + length, pair.trailer(length, next_header)
+        if head:
+            view[start : start + len(head)] = head
+            start += len(head)
+        view[start:end] = packet
+        view[end : end + len(trailer)] = trailer
+        pair.seal(view, batch.used, sealed, sequence, 1)
+        self._outbox.added(batch, sealed)
 
     def _cut_and_seal(self, pair: EspPair, packet: memoryview, offload: Offload) -> None:
         """A super-packet, in pieces made right where they are encrypted and sent from."""
@@ -188,18 +272,42 @@ class Forwarder:
                 self.counters["not_for_transport"] += count
                 return
             skip, next_header = split
-            header_length -= skip
-        first, count = pair.reserve(count, len(packet) + (count - 1) * header_length)
-        outbox, route, prefix = self._outbox, self._routes[pair], pair.prefix
-        for sequence, (header, payload) in zip(range(first, first + count), pieces, strict=False):
-            length = header_length + len(payload)
-            batch = outbox.batch_for(route, pair.sealed_length(length))
-            view, used = batch.view, batch.used
-            start = used + prefix
-            middle = start + header_length
-            view[start:middle] = header[skip:] if skip else header
-            view[middle : start + length] = payload
-            outbox.add(batch, pair.seal(view, used, length, next_header, sequence))
+        whole = len(packet) - skip + (count - 1) * (header_length - skip)
+        header_length -= skip
+        sequence, allowed = pair.reserve(count, whole)
+        equal = min(allowed, count - 1)  # all but the last one are of one length
+        length = header_length + offload.segment
+        self._lay_and_seal(pair, islice(pieces, equal), equal, sequence, length, skip, next_header)
+        if allowed == count:
+            length = whole - equal * length
+            self._lay_and_seal(pair, pieces, 1, sequence + equal, length, skip, next_header)
+
+    def _lay_and_seal(
+        self,
+        pair: EspPair,
+        pieces: Iterator[tuple[bytearray, memoryview]],
+        count: int,
+        sequence: int,
+        length: int,
+        skip: int,
+        next_header: int,
+    ) -> None:
+        """`count` segments of one length, without the first `skip` bytes of their headers."""
+        route, prefix = self._routes[pair], pair.prefix
+        sealed, trailer = pair.sealed_length(length), pair.trailer(length, next_header)
+        while count > 0:
+            batch, fitting = self._outbox.batch_for(route, sealed, count)
+            view, start = batch.view, batch.used + prefix
+            for header, payload in islice(pieces, fitting):
+                middle, end = start + len(header) - skip, start + length
+                view[start:middle] = header[skip:] if skip else header
+                view[middle:end] = payload
+                view[end : end + len(trailer)] = trailer
+                start += sealed
+            pair.seal(view, batch.used, sealed, sequence, fitting)
+            self._outbox.added(batch, sealed, fitting)
+            count -= fitting
+            sequence += fitting
 
     def _no_sa(self, packet: memoryview, now: float) -> None:
         """A host with several addresses: the tunnel to this destination was made for another of them."""
@@ -214,20 +322,29 @@ class Forwarder:
     def pump_outer(self, outer: OuterSocket, limit: int, now: float) -> int:
         """Take datagrams off the network, up to `limit` system calls. Returns how many datagrams there were."""
         count = 0
+        inbound, plain, stream = self.database.by_spi.get, self._plain, self._stream
         for _ in range(limit):
             received = outer.receive()
             if received is None:
                 break
             data, _, _, size = received
-            inbound = self.database.inbound
             for start in range(0, len(data) or 1, size or 1):
                 datagram = data[start : start + size]
                 pair = inbound(bytes(datagram[:4]))
+                count += 1
                 if pair is None:
                     self._stranger(datagram, received, outer.port, now)
-                else:
-                    self._inward(pair, datagram, now)
-                count += 1
+                    continue
+                try:
+                    (plain if pair.packer is None else stream)(pair, datagram, now)
+                except (ReplayError, IntegrityError, ParseError, SaEnded) as error:
+                    self.counters[_REFUSALS[type(error)]] += 1
+                    continue
+                except SelectorError:
+                    self._mismatch(pair, now)
+                    continue
+                if pair.budget_in.alarm:
+                    self._alarms(pair, now)
         self._inbox.flush()
         return count
 
@@ -252,30 +369,50 @@ class Forwarder:
         remote = Endpoint(_address(received), received[2][1])
         self._on_ike(bytes(data[len(NON_ESP_MARKER) :]), Endpoint(local, port), remote)
 
-    def _inward(self, pair: EspPair, data: memoryview, now: float) -> None:
-        try:
-            packet = pair.open(data, now)
-        except (ReplayError, IntegrityError, ParseError, SaEnded) as error:
-            self.counters[_REFUSALS[type(error)]] += 1
-            return
-        except SelectorError as error:
-            self.counters["selector_mismatch"] += 1
-            self._report(
-                "selector-mismatch",
-                pair.pair.remote.address,
-                now,
-                spi=pair.pair.spi_in,
-                detail=str(error),
-            )
-            return
+    def _plain(self, pair: EspPair, datagram: memoryview, now: float) -> None:
+        packet = pair.open(datagram, now)
         if packet is None:
             self.counters["dummies"] += 1
         elif self._device.coalesces:
             self._inbox.add(packet, not pair.for_this_host)
         else:
             self._deliver_one(packet)
-        if pair.alarmed:
-            self._alarms(pair, now)
+
+    def _stream(self, pair: EspPair, datagram: memoryview, now: float) -> None:
+        for parts, offload in pair.open_stream(datagram, now):
+            self._unpacked(pair, parts, offload, now)
+
+    def _mismatch(self, pair: EspPair, now: float) -> None:
+        self.counters["selector_mismatch"] += 1
+        self._report(
+            "selector-mismatch",
+            pair.pair.remote.address,
+            now,
+            spi=pair.pair.spi_in,
+            detail="inbound packet outside of the selectors",
+        )
+
+    def _unpacked(self, pair: EspPair, parts: Sequence[Bytes], offload: Offload, now: float) -> None:
+        """A packet out of AGGFRAG payloads."""
+        if not pair.permits(parts[0]):
+            self._mismatch(pair, now)
+        elif not offload.flags:
+            packet = bytes(parts[0]) if len(parts) == 1 else b"".join(parts)
+            if self._device.coalesces:
+                self._inbox.add(packet, not pair.for_this_host)
+            else:
+                self._deliver_one(packet)
+        elif self._device.coalesces:
+            self._inbox.flush()  # what came before goes before
+            self._deliver(parts, offload.pack())
+        else:
+            packet_view = memoryview(bytearray(b"".join(parts)))
+            if not offload.gso:
+                finish(packet_view, *offload[4:])
+                self._deliver((packet_view,), NONE_BYTES)
+            else:
+                for header, payload in segments(packet_view, offload)[2]:
+                    self._deliver((header, payload), NONE_BYTES)
 
     def _deliver_one(self, packet: bytes) -> None:
         self._deliver((clamp(packet, self._mtu),), NONE_BYTES)
@@ -295,6 +432,10 @@ _REFUSALS: dict[type[Exception], str] = {
     ParseError: "malformed_in",
     SaEnded: "sa_ended",
 }
+
+
+def _size(payload: Payload) -> int:
+    return AGGFRAG_HEADER + sum(map(len, payload[1]))
 
 
 def _is_multicast(packet: Bytes) -> bool:

@@ -36,8 +36,9 @@ class Outbox:
         self._open: dict[Route, Batch] = {}
         self._spare: list[Batch] = []
 
-    def batch_for(self, route: Route, length: int) -> Batch:
-        """Where an ESP packet of `length` bytes for this route is to be made; `add` it then."""
+    def batch_for(self, route: Route, length: int, wanted: int = 1) -> tuple[Batch, int]:
+        """Where ESP packets of `length` bytes for this route are to be made, and how many of those `wanted` fit:
+        one behind the other from `used` on. Make all of them, and tell by `added`."""
         batch = self._open.get(route)
         if batch is None:
             if len(self._open) >= MAX_BATCHES:
@@ -47,16 +48,17 @@ class Outbox:
             self._open[route] = batch
         elif batch.count and (length > batch.segment or batch.used + length > MAX_BYTES):
             self._send(batch)
-        return batch
+        if wanted == 1 or length < batch.segment:
+            return batch, 1
+        return batch, min(wanted, MAX_PACKETS - batch.count, (MAX_BYTES - batch.used) // length)
 
-    def add(self, batch: Batch, end: int) -> None:
-        """The packet made at `used` ends at `end`."""
-        length = end - batch.used
-        batch.used = end
-        batch.count += 1
-        if batch.count == 1:
+    def added(self, batch: Batch, length: int, count: int = 1) -> None:
+        """So many packets of this length were made."""
+        batch.used += count * length
+        batch.count += count
+        if not batch.segment:
             batch.segment = length
-        elif length < batch.segment or batch.count >= MAX_PACKETS:
+        if length < batch.segment or batch.count >= MAX_PACKETS:
             self._send(batch)
 
     def flush(self) -> None:

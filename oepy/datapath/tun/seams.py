@@ -22,6 +22,9 @@ class PacketDevice(Protocol):
         """The next IP packet from the host, None for none now. It may be changed in place, and is valid until
         the next call. `Offload` says what is still to be done with it."""
 
+    def offload(self, wanted: bool) -> None:
+        """Whether `read` gives super-packets and unfinished checksums from now on, where the host can."""
+
     def write(self, parts: Sequence[Bytes], header: bytes) -> bool:
         """Hand an IP packet, in pieces, to the host; `header` is a packed Offload. False where it refuses."""
 
