@@ -129,6 +129,7 @@ class Daemon(Core):
         return IkeSettings(
             identity=PeerIdentity.parse(self.config.identity) if self.config.identity else None,
             force_encap=True,  # the userland datapath speaks ESP in UDP only
+            aggregation=self.datapath_name == "tun",  # no kernel before Linux 6.14 can
             key_log=self.config.key_log is not None,
         )
 

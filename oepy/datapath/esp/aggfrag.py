@@ -226,10 +226,11 @@ class Unpacker:
             if partial is not None and partial.length + total < partial.total:
                 partial.append(data)
                 del self._starts[sequence]
-                self._wait(partial, sequence + 1, found := [])
+                found: list[Packet] = []
+                self._wait(partial, sequence + 1, found)
                 return found
         packets, tail = self._blocks(data, min(offset, total))
-        found: list[Packet] = []
+        found = []
         partial = self._starts.pop(sequence, None)
         if offset:
             if partial is not None:
