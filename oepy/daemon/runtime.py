@@ -129,7 +129,8 @@ class Daemon(Core):
         return IkeSettings(
             identity=PeerIdentity.parse(self.config.identity) if self.config.identity else None,
             force_encap=True,  # the userland datapath speaks ESP in UDP only
-            aggregation=self.datapath_name == "tun",  # no kernel before Linux 6.14 can
+            # No kernel before Linux 6.14 can; and a capture that somebody wants to read would not be readable
+            aggregation=self.datapath_name == "tun" and self.config.key_log is None,
             key_log=self.config.key_log is not None,
         )
 

@@ -255,8 +255,8 @@ class Unpacker:
             if kind == 0 and not block:
                 break
             if kind == 1 and not block:
-                if not self._super_packets or total - at < _START:
-                    raise ParseError("an offload block that was not agreed on")
+                if not self._super_packets or total - at < 4 + 20:
+                    raise ParseError("an offload block that was not agreed on, or without a packet")
                 block = bytes(data[at : at + 4])
                 at += 4
                 continue
@@ -264,6 +264,8 @@ class Unpacker:
                 raise ParseError(f"AGGFRAG data block of type {kind}")
             length = _block_length(data[at:]) if total - at >= 6 else 0
             if not length or at + length > total:
+                if block and total - at < _START - 4:
+                    raise ParseError("an offload block whose packet's header is not in the same payload")
                 return packets, _Partial(block, bytes(data[at:]))
             packet = data[at : at + length]
             packets.append(((packet,), _offload_of(block, packet) if block else NONE))

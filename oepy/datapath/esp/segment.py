@@ -29,7 +29,7 @@ def segments(packet: memoryview, offload: Offload) -> tuple[int, int, Iterator[t
     Raises ParseError where packet and `offload` do not fit.
     """
     gso, size, transport = offload.gso & ~GSO_ECN, offload.segment, offload.checksum_start
-    version = packet[0] >> 4 if len(packet) >= 40 else 0
+    version = packet[0] >> 4 if len(packet) >= 20 else 0
     fits = {GSO_TCP4: version == 4, GSO_TCP6: version == 6, GSO_UDP: version in (4, 6)}.get(gso, False)
     protocol = _UDP if gso == GSO_UDP else _TCP
     if not fits or size < 1 or transport < (20 if version == 4 else 40) or transport + 8 > len(packet):
