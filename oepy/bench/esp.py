@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -25,8 +26,6 @@ from oepy.errors import OepyError
 from oepy.lab.namespaces import Lab
 
 PEER = "strongswan"  # what ratios are made against
-UDP_SIZES = (64, 512, 1300)
-SA_COUNTS = (1, 100, 1000)
 SA_PAYLOAD = 1300
 GOALS = {  # measure → tunnel → ratio to PEER
     "tcp": {"oepy": 2.5, "oepy+aggregation": 4.0},
@@ -71,9 +70,8 @@ class Result:
 
     def ratio(self, row: Row, name: str) -> float | None:
         """To PEER at the same measure; for numbers of SAs, to one SA."""
-        base = self.row("sas1" if row.measure.startswith("sas") else row.measure, PEER)
-        if row.measure.startswith("sas"):
-            base = self.row("sas1", row.tunnel)
+        many = row.measure.startswith("sas")
+        base = self.row("sas1", row.tunnel) if many else self.row(row.measure, PEER)
         return None if base is None else row.median(name) / base.median(name)
 
     def data(self) -> dict[str, Any]:
@@ -145,7 +143,7 @@ async def _run(seconds: float, rounds: int, measures: Sequence[str], progress: P
                         progress(done := done + 1, total)
         finally:
             lab.cleanup()
-            _remove(directory)
+            shutil.rmtree(directory, ignore_errors=True)
     return Result(list(rows.values()), absent)
 
 
@@ -198,22 +196,12 @@ def _turn(ground: Ground, job: dict[str, Any]) -> Turn:
         if receiver.stdout.readline().strip() != "ready":
             raise OepyError("the benchmark's receiver does not start", "its messages stand above")
         before = ground.cpu_seconds()
-        sending = (
-            ground.left.run(
-                *[*module, "send", json.dumps(job | {"source": INNER_LEFT})],
-                timeout=job["seconds"] + _PATIENCE,
-                check=False,
-            )
-            if job["kind"] == "tcp"
-            else None
+        sender = ground.left.popen(
+            *[*module, "send", json.dumps(job | {"source": INNER_LEFT})],
+            stdout=subprocess.DEVNULL,
+            pass_fds=[job["page"]],
         )
-        if sending is None:
-            sender = ground.left.popen(
-                *[*module, "send", json.dumps(job | {"source": INNER_LEFT})],
-                stdout=subprocess.DEVNULL,
-                pass_fds=[job["page"]],
-            )
-            sender.wait(job["seconds"] + _PATIENCE)
+        sender.wait(job["seconds"] + _PATIENCE)
         spent = ground.cpu_seconds() - before
         line = receiver.communicate(timeout=_PATIENCE)[0]
         result = json.loads(line) if line.strip() else {"bytes": 0, "packets": 0, "seconds": 1.0}
@@ -225,9 +213,3 @@ def _turn(ground: Ground, job: dict[str, Any]) -> Turn:
         raise OepyError("nothing came through a tunnel", f"{ground.left.name}, {job['kind']} {job['size']}")
     bits = result["bytes"] * 8
     return Turn(bits / result["seconds"], result["packets"] / result["seconds"], bits / max(spent, 0.01))
-
-
-def _remove(directory: Path) -> None:
-    import shutil
-
-    shutil.rmtree(directory, ignore_errors=True)

@@ -184,17 +184,17 @@ def esp(data: bytes) -> None:
     kind, body = data[0] % 3, data[1:]
     with contextlib.suppress(RemoteError):
         if kind == 0:
-            ours.open(memoryview(body), 1.0)
+            ours.open(memoryview(body))
             raise AssertionError("nobody without the key makes an authentic packet")
         if kind == 1:
-            packet = ours.open(memoryview(sealed_plaintext(theirs, body)), 1.0)
+            packet = ours.packet(ours.open(memoryview(sealed_plaintext(theirs, body))), 1.0)
             assert packet is None or ours.selectors.allow_inward(packet)
             return
         inner_length(body, {4: 4, 6: 41}.get(body[0] >> 4 if body else 0, 0), len(body))
         clamped = clamp(body, 1400)
         assert len(clamped) == len(body)
         if ours.selectors.allow_outward(body):
-            assert theirs.open(memoryview(esp_of(ours, body)), 1.0) is not None
+            assert theirs.packet(theirs.open(memoryview(esp_of(ours, body))), 1.0) is not None
 
 
 # ---- trap --------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ def _ends(**options: object) -> tuple[EspPair, EspPair]:
 
 
 def _open(pair: EspPair, datagram: bytes, now: float = 1.0) -> bytes | None:
-    return pair.open(memoryview(datagram), now)
+    return pair.packet(pair.open(memoryview(datagram)), now)
 
 
 PACKET = ipv4_packet("192.0.2.1", "192.0.2.2")

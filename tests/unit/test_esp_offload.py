@@ -339,7 +339,14 @@ def test_other_packets_pass_at_once() -> None:
     host = Host()
     options = bytearray(tcp(4, b""))
     options[0] = 0x46
-    packets = [udp(4, b"x"), ip(6, 58, bytes(20)), bytes(options), b"\x45", b"\x60" + bytes(50)]
+    packets = [
+        udp(4, bytes(400)),
+        udp(6, b"x"),
+        ip(6, 58, bytes(20)),
+        bytes(options),
+        b"\x45",
+        b"\x60" + bytes(50),
+    ]
     for packet in packets:
         host.coalescer.add(packet, True)
     assert [packet for packet, _ in host.crossings] == packets

@@ -77,7 +77,8 @@ def test_the_whole_packet_of_rfc_7634_comes_out_of_its_sa() -> None:
     pair, _ = pairs("192.0.2.5", "198.51.100.5", suite=suite, spis=(0x01020304, 0x2002))
     keyed = SaKeys(Secret(bytes.fromhex(key)))
     object.__setattr__(pair, "keys_in", keyed)
-    packet = EspPair(pair, 0.0).open(memoryview(bytes.fromhex(spi + f"{sequence:08x}" + iv + sealed)), 1.0)
+    esp = EspPair(pair, 0.0)
+    packet = esp.packet(esp.open(memoryview(bytes.fromhex(spi + f"{sequence:08x}" + iv + sealed))), 1.0)
     assert packet is not None
     assert packet.hex() == plaintext[: 0x54 * 2]
     assert ip_address(packet[12:16]) == ip_address("198.51.100.5")

@@ -25,6 +25,7 @@ from oepy.datapath.esp.offload import (
     GSO_UDP,
     NEEDS_CHECKSUM,
     NONE,
+    UDP4_CHECKSUM,
     Offload,
 )
 from oepy.errors import ParseError
@@ -45,12 +46,15 @@ _ECN_BIT = 0x01
 _TCP, _UDP = 6, 17
 _SHORTEST = {_TCP: 20, _UDP: 8, 0: 1 << 20}  # a whole header; no other protocol is ever long enough
 _PADDED_SHARE = 8
+_UDP4_BLOCK = _OFFLOAD.pack(_OFFLOAD_TYPE, GSO_NONE, 0)
 
 Payload = tuple[bytes, Sequence[Bytes]]  # AGGFRAG header, and what follows it
 
 
 def offload_block(packet: Bytes, offload: Offload) -> bytes | None:
     """The block that goes before this packet; None where the receiver could not tell the rest from the packet."""
+    if offload is UDP4_CHECKSUM and packet[0] == _PLAIN and packet[9] == _UDP:
+        return _UDP4_BLOCK
     transport, protocol = _transport(packet)
     field = 16 if protocol == _TCP else 6
     if (offload.checksum_start, offload.checksum_offset) != (transport, field):
@@ -92,6 +96,7 @@ def _checksum_at(start: int, protocol: int) -> Offload:
 _CHECKSUMS = {
     (start, protocol): _checksum_at(start, protocol) for start in (20, 40) for protocol in (_TCP, _UDP)
 }
+_CHECKSUMS[20, _UDP] = UDP4_CHECKSUM
 
 
 class Packer:
@@ -214,6 +219,17 @@ class Unpacker:
         if len(payload) < HEADER:
             raise ParseError("AGGFRAG payload without a whole header")
         sub_type, _, offset = _HEADER.unpack_from(payload)
+        if offset >= len(payload) and not self._ends:
+            # In the middle of a long packet, in order: a shorter way through what follows
+            partial = self._starts.get(sequence)
+            if partial is not None and partial.total - partial.length == offset and not sub_type:
+                partial.parts.append(payload[HEADER:])
+                partial.length += len(payload) - HEADER
+                if len(partial.parts) > MAX_PARTS:
+                    partial.parts = [b"".join(partial.parts)]
+                del self._starts[sequence]
+                self._starts[sequence + 1] = partial
+                return []
         if sub_type != 0:
             raise ParseError(f"AGGFRAG sub-type {sub_type} was not agreed on")
         data = payload[HEADER:]
@@ -221,16 +237,21 @@ class Unpacker:
         if not offset and total >= 20 and data[0] == _PLAIN and data[2] << 8 | data[3] == total:
             self._starts.pop(sequence, None)
             return [((data,), NONE)]  # one IPv4 packet, and nothing else
-        if offset > total:  # in the middle of a long packet, in order
-            partial = self._starts.get(sequence)
-            if partial is not None and partial.length + total < partial.total:
-                partial.append(data)
-                del self._starts[sequence]
-                found: list[Packet] = []
-                self._wait(partial, sequence + 1, found)
-                return found
+        if (
+            self._super_packets
+            and not offset
+            and total >= 24
+            and data[0] == _OFFLOAD_TYPE
+            and data[4] == _PLAIN
+            and data[6] << 8 | data[7] == total - HEADER
+        ):
+            self._starts.pop(sequence, None)
+            packet = data[4:]
+            plain = data[1] == GSO_NONE and packet[9] == _UDP and total >= 32
+            # the same with an offload block
+            return [((packet,), UDP4_CHECKSUM if plain else _offload_of(data, packet))]
         packets, tail = self._blocks(data, min(offset, total))
-        found = []
+        found: list[Packet] = []
         partial = self._starts.pop(sequence, None)
         if offset:
             if partial is not None:

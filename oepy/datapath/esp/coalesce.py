@@ -2,7 +2,8 @@
 
 Only what segmentation would give back: same flow and headers, in order, whole IPv4 header checksum, ACK (and PSH
 at the end) as the only flags, no fragments, no extension headers. Everything else passes alone, after what was
-gathered of its flow. Nothing waits: `flush` at the end of each batch of datagrams.
+gathered of its flow. Nothing waits: `flush` at the end of each batch of datagrams. UDP datagrams of one size are
+put together too (IPv4), where their checksums are still to be made, or quickly verified.
 
 Checksums. A super-packet for this host keeps the end-to-end check: its checksum is made from those that its
 segments carry, so that the kernel, which sums it up once more, finds any byte that has changed since the sender.
@@ -17,11 +18,20 @@ from collections.abc import Callable, Sequence
 
 from oepy.datapath.esp.checksum import pseudo_header, word_sum
 from oepy.datapath.esp.inner import Bytes
-from oepy.datapath.esp.offload import GSO_TCP4, GSO_TCP6, NEEDS_CHECKSUM, Offload
+from oepy.datapath.esp.offload import (
+    GSO_TCP4,
+    GSO_TCP6,
+    GSO_UDP,
+    NEEDS_CHECKSUM,
+    UDP4_CHECKSUM,
+    Offload,
+)
 
 MAX_FLOWS = 64  # open at a time
 MAX_PACKET = 65_535
-_TCP = 6
+MAX_DATAGRAMS = 64  # in one super-packet, as the kernel wants
+MAX_VERIFIED = 300  # bytes of a datagram that is summed up here: for longer ones another crossing is quicker
+_TCP, _UDP = 6, 17
 _ACK, _PSH = 0x10, 0x08
 _FLAGS = 0x0FFF & ~_PSH  # all of them, and the bits that have no meaning yet
 # IPv4: version+TOS, length, identification, fragment, TTL+protocol, checksum, addresses+ports; then TCP's sequence,
@@ -29,6 +39,10 @@ _FLAGS = 0x0FFF & ~_PSH  # all of them, and the bits that have no meaning yet
 _V4 = struct.Struct("!HHHHHH12sIIHHHH")
 # IPv6: version+class+label, length, next header+hop limit, addresses+ports; then TCP's
 _V6 = struct.Struct("!IHH36sIIHHHH")
+_V4_UDP = struct.Struct("!HHHHHH12sHH")
+_V4_UDP_END = struct.Struct("!HH")
+_UDP_KEY = b"u"  # behind addresses and ports, apart from a TCP flow with the same
+_UNFINISHED_UDP = UDP4_CHECKSUM.pack()
 _SHORT = struct.Struct("!H")
 
 Write = Callable[[Sequence[Bytes], bytes], object]
@@ -48,14 +62,19 @@ class _Flow:
         "options_at",
         "parts",
         "residue",
+        "residue_ident",
         "same",
         "size",
         "start",
+        "udp",
+        "unfinished",
         "verify",
         "word",
     )
 
     first: bytes
+    udp: bool
+    unfinished: bool  # UDP: whether the checksums are those of the pseudo-headers
     parts: list[Bytes]  # without the first
     same: tuple[int, ...]  # header fields that do not change within a flow's burst
     options: Bytes  # TCP's
@@ -65,6 +84,7 @@ class _Flow:
     length: int  # of the whole packet so far
     next_sequence: int
     identification: int
+    residue_ident: int  # UDP: the first datagram's identification
     residue: int  # what length, identification and header checksum add up to
     claimed: int  # what the segments' checksums and changing fields add up to
     word: int
@@ -84,14 +104,19 @@ class Coalescer:
     def add(self, packet: bytes, verify: bool) -> None:
         """One IP packet with its whole header and nothing behind it. `verify`: it may be forwarded."""
         length = len(packet)
-        if length >= 40:
-            if packet[0] == 0x45:
-                if packet[9] == _TCP:
-                    self._add4(packet, length, verify)
-                    return
-            elif packet[0] >> 4 == 6 and packet[6] == _TCP and length >= 60:
-                self._add6(packet, length, verify)
+        if length >= 28 and packet[0] == 0x45:
+            if packet[9] == _TCP and length >= 40:
+                self._add4(packet, length, verify)
                 return
+            if packet[9] == _UDP:
+                if length <= MAX_VERIFIED:
+                    self._add_udp(packet, length, False)
+                else:
+                    self._alone(packet[12:24] + _UDP_KEY, packet)
+                return
+        elif length >= 60 and packet[0] >> 4 == 6 and packet[6] == _TCP:
+            self._add6(packet, length, verify)
+            return
         self._write_one(packet)
 
     def flush(self) -> None:
@@ -100,6 +125,76 @@ class Coalescer:
             flows, self._flows = self._flows, {}
             for flow in flows.values():
                 self._emit(flow)
+
+    def add_unfinished(self, packet: bytes) -> None:
+        """A UDP datagram in IPv4 without options, with its whole header; its checksum is that of the
+        pseudo-header (UDP4_CHECKSUM)."""
+        self._add_udp(packet, len(packet), True)
+
+    def _add_udp(self, packet: bytes, length: int, unfinished: bool) -> None:
+        first, _, ident, fragment, ttl, check, key, udp_length, udp_check = _V4_UDP.unpack_from(packet)
+        key += _UDP_KEY
+        flow = self._flows.get(key)
+        same = (first, fragment, ttl, unfinished)
+        fine = not fragment & 0xBFFF and udp_length == length - 20 and length > 28
+        if flow is not None:
+            # An identification that stays 0 is what Linux gives to datagrams that are not to be fragmented
+            # (RFC 6864 §4.1: there it says nothing)
+            follows = ident == flow.identification or (fragment and ident == 0 == flow.residue_ident)
+            if (
+                fine
+                and follows
+                and same == flow.same
+                and length - 28 <= flow.size
+                and flow.length + length - 28 <= MAX_PACKET
+                and (check + length + ident) % 65535 == flow.residue
+                and (unfinished or (udp_check and _is_whole(packet)))
+            ):
+                flow.parts.append(memoryview(packet)[28:])
+                flow.length += length - 28
+                flow.identification = ident + 1 & 0xFFFF
+                if length - 28 < flow.size or len(flow.parts) >= MAX_DATAGRAMS - 1:
+                    del self._flows[key]
+                    self._emit_udp(flow)
+                return
+            del self._flows[key]
+            self._emit(flow)
+        residue = -(first + fragment + ttl + word_sum(key[:8])) % 65535
+        if not fine or (check + length + ident) % 65535 != residue:
+            whole = False
+        else:
+            whole = unfinished or (udp_check != 0 and _is_whole(packet))
+        if not whole:
+            self._pass(packet, unfinished)
+            return
+        if len(self._flows) >= MAX_FLOWS:
+            self.flush()
+        flow = _Flow()
+        flow.same, flow.first, flow.parts = same, packet, []
+        flow.start, flow.length, flow.size = 28, length, length - 28
+        flow.identification, flow.residue, flow.residue_ident = ident + 1 & 0xFFFF, residue, ident
+        flow.udp, flow.unfinished = True, unfinished
+        self._flows[key] = flow
+
+    def _pass(self, packet: bytes, unfinished: bool) -> None:
+        if unfinished:
+            self._write((packet,), _UNFINISHED_UDP)
+        else:
+            self._write_one(packet)
+
+    def _emit_udp(self, flow: _Flow) -> None:
+        first = flow.first
+        if not flow.parts:
+            self._pass(first, flow.unfinished)
+            return
+        header = bytearray(first[:28])
+        ident = header[4] << 8 | header[5]
+        pseudo = pseudo_header(first[12:20], _UDP, flow.length - 20) % 65535
+        _SHORT.pack_into(header, 2, flow.length)
+        _SHORT.pack_into(header, 10, (flow.residue - flow.length - ident) % 65535)
+        _V4_UDP_END.pack_into(header, 24, flow.length - 20, pseudo)
+        offload = Offload(NEEDS_CHECKSUM, GSO_UDP, 28, flow.size, 20, 6)
+        self._write([header, memoryview(first)[28:], *flow.parts], offload.pack())
 
     def _add4(self, packet: bytes, length: int, verify: bool) -> None:
         (first, _, ident, fragment, ttl, check, key, sequence, ack, word, window, tcp_check, urgent) = (
@@ -203,11 +298,15 @@ class Coalescer:
         flow.options = packet[flow.options_at : start]
         flow.next_sequence = (sequence + flow.size) & 0xFFFFFFFF
         flow.word = word
+        flow.udp = False
         # At odd offsets words would be added with their bytes swapped: such segments are summed up here
         flow.verify, flow.checked = verify or flow.size & 1 == 1, False
         self._flows[key] = flow
 
     def _emit(self, flow: _Flow) -> None:
+        if flow.udp:
+            self._emit_udp(flow)
+            return
         start, first = flow.start, flow.first
         if not flow.parts:
             self._write_one(first)
@@ -242,8 +341,11 @@ class Coalescer:
         return -(fixed + flow.length - transport + sequence + flow.word + payload) % 65535
 
 
-def _is_whole(packet: Bytes) -> bool:
-    """Whether the TCP checksum fits."""
-    transport, addresses = (20, packet[12:20]) if packet[0] == 0x45 else (40, packet[8:40])
+def _is_whole(packet: bytes) -> bool:
+    """Whether the TCP or UDP checksum fits."""
+    if packet[0] == 0x45:
+        transport, protocol, addresses = 20, packet[9], packet[12:20]
+    else:
+        transport, protocol, addresses = 40, packet[6], packet[8:40]
     segment = memoryview(packet)[transport:]
-    return (pseudo_header(addresses, _TCP, len(segment)) + word_sum(segment)) % 65535 == 0
+    return (pseudo_header(addresses, protocol, len(segment)) + word_sum(segment)) % 65535 == 0

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from oepy.datapath.esp.inner import Bytes, addresses, both_addresses
+from oepy.datapath.esp.inner import Bytes, addresses
 from oepy.datapath.esp.sa import EspPair
 
 MAX_PAIRS = 1 << 18
+_IPV6 = 0x60  # from here on, a packet's first byte is IPv6's
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ class SaDatabase:
 
     def outbound(self, packet: Bytes) -> EspPair | None:
         """The pair that carries this IP packet; None where none may."""
-        direct = self._direct.get(bytes(both_addresses(packet)))
+        direct = self._direct.get(bytes(packet[12:20] if packet[0] < _IPV6 else packet[8:40]))
         if direct is not None and not self._hosts:
             return direct[0]
         _, destination = addresses(packet)

@@ -32,8 +32,17 @@ class Offload(NamedTuple):
 
 NONE = Offload()
 NONE_BYTES = NONE.pack()
+UDP4_CHECKSUM = Offload(NEEDS_CHECKSUM, GSO_NONE, 0, 0, 20, 6)  # of a datagram in IPv4 without options
+_MAX_KNOWN = 256
+_known = {offload.pack(): offload for offload in (NONE, UDP4_CHECKSUM)}
 
 
 def parse(header: memoryview) -> Offload:
-    """Of the SIZE bytes before a packet."""
-    return Offload(*_HEADER.unpack_from(header))
+    """Of the SIZE bytes before a packet. The two above are always these very objects."""
+    packed = bytes(header[:SIZE])
+    found = _known.get(packed)
+    if found is None:
+        found = Offload(*_HEADER.unpack(packed))
+        if len(_known) < _MAX_KNOWN:
+            _known[packed] = found
+    return found

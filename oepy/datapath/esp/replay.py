@@ -38,6 +38,11 @@ class ReplayWindow:
         self.top = sequence
         self._seen = (self._seen << ahead | 1) & self._mask if ahead < self.size else 1
 
+    def advance(self, count: int) -> None:
+        """Mark the `count` numbers next to the top as seen."""
+        self.top += count
+        self._seen = (self._seen << count | (1 << count) - 1) & self._mask
+
 
 def infer_sequence(low: int, top: int, window: int) -> int | None:
     """The 64-bit sequence number of a packet that carries its `low` 32 bits, given the highest number

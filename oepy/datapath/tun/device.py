@@ -13,7 +13,7 @@ from pathlib import Path
 
 from oepy.datapath.esp import offload
 from oepy.datapath.esp.inner import Bytes
-from oepy.datapath.esp.offload import NONE, NONE_BYTES, Offload
+from oepy.datapath.esp.offload import Offload
 from oepy.datapath.tun.seams import Received, Route
 from oepy.errors import OepyError
 from oepy.udp import ANCILLARY_SPACE, MAX_DATAGRAM
@@ -94,8 +94,7 @@ class TunDevice:
         except BlockingIOError:
             return None
         buffer = self._buffer
-        header = NONE if buffer[: offload.SIZE] == NONE_BYTES else offload.parse(buffer)
-        return buffer[offload.SIZE : length], header
+        return buffer[offload.SIZE : length], offload.parse(buffer)
 
     def write(self, parts: Sequence[Bytes], header: bytes) -> bool:
         try:

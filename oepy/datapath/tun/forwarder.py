@@ -20,7 +20,7 @@ from oepy.datapath.esp.coalesce import Coalescer
 from oepy.datapath.esp.database import SaDatabase
 from oepy.datapath.esp.inner import Bytes, addresses
 from oepy.datapath.esp.mss import clamp
-from oepy.datapath.esp.offload import NEEDS_CHECKSUM, NONE, NONE_BYTES, Offload
+from oepy.datapath.esp.offload import NEEDS_CHECKSUM, NONE, NONE_BYTES, UDP4_CHECKSUM, Offload
 from oepy.datapath.esp.sa import NEXT_HEADER, EspPair, ReplayError, SaEnded, SelectorError
 from oepy.datapath.esp.segment import segments
 from oepy.datapath.esp.suites import IntegrityError
@@ -86,7 +86,8 @@ class Forwarder:
         self._shared: WeakValueDictionary[tuple[Endpoint, Endpoint], Route] = WeakValueDictionary()
         self.database = SaDatabase()
         self.counters: Counter[str] = Counter()
-        self._outbox = Outbox(outers, self.counters)
+        self._outbox = Outbox(outers, self.counters, lambda pair: self._alarms(pair, self._now))
+        self._now = 0.0
         self._super: set[EspPair] = set()  # those that carry super-packets whole
         self._waiting: dict[EspPair, Packer] = {}  # AGGFRAG payloads that are not full
         self._inbox = Coalescer(self._deliver, self._deliver_one)
@@ -141,6 +142,7 @@ class Forwarder:
     def pump_device(self, limit: int, now: float) -> int:
         """Seal and send up to `limit` packets of the host, super-packets of any size among them. Returns how
         many there were."""
+        self._now = now
         count = taken = 0
         while count < limit and taken < MAX_TURN_BYTES:
             read = self._device.read()
@@ -149,7 +151,7 @@ class Forwarder:
             taken += len(read[0])
             self._outward(*read, now)
             count += 1
-        self._seal_rests()
+        self._lay_rests()
         self._outbox.flush()
         return count
 
@@ -165,18 +167,14 @@ class Forwarder:
             if pair.packer is not None:
                 self._pack(pair, pair.packer, packet, offload)
             elif offload.gso:
-                self._cut_and_seal(pair, clamp(packet, self._mtu), offload)
+                self._lay_burst(pair, clamp(packet, self._mtu), offload)
             elif offload.flags & NEEDS_CHECKSUM and not finish(packet, *offload[4:]):
                 raise ParseError("a checksum to be put outside of the packet")
             else:
-                self._seal(pair, clamp(packet, self._mtu))
-        except SaEnded:
-            self.counters["sa_ended"] += 1
+                self._lay(pair, clamp(packet, self._mtu))
         except ParseError:
             self.counters["malformed_out"] += 1
         pair.last_out = now
-        if pair.alarmed:
-            self._alarms(pair, now)
 
     def _pack(self, pair: EspPair, packer: Packer, packet: memoryview, offload: Offload) -> None:
         """Into AGGFRAG payloads; the last one waits for more, until the end of this turn."""
@@ -195,25 +193,27 @@ class Forwarder:
             self.counters["too_big"] += 1
             return
         if packer.alone(len(packet) + len(block)):
-            self._seal(pair, clamp(packet, self._mtu), WHOLE + block)
+            self._lay(pair, clamp(packet, self._mtu), WHOLE + block)
             return
         full = packer.add(clamp(packet, self._mtu), block)
         if full:
             if full[0] is not full[-1] and _size(full[0]) != _size(full[-1]):  # the first was closed early
-                self._seal_payloads(pair, full[:1])
+                self._lay_payloads(pair, full[:1])
                 del full[0]
-            self._seal_payloads(pair, full)
+            self._lay_payloads(pair, full)
         if packer.waiting:
             self._waiting[pair] = packer
 
-    def _seal_payloads(self, pair: EspPair, payloads: Sequence[Payload]) -> None:
+    def _lay_payloads(self, pair: EspPair, payloads: Sequence[Payload]) -> None:
         """All of one size."""
-        length = _size(payloads[0])
-        sequence, count = pair.reserve(len(payloads), length * len(payloads))
-        route, sealed, trailer = self._routes[pair], pair.sealed_length(length), pair.trailer(length, AGGFRAG)
+        route, length = self._routes.get(pair), _size(payloads[0])
+        if route is None:
+            self.counters["sa_ended"] += len(payloads)
+            return
+        sealed, trailer = pair.sealed_length(length), pair.trailer(length, AGGFRAG)
         done = 0
-        while done < count:
-            batch, fitting = self._outbox.batch_for(route, sealed, count - done)
+        while done < len(payloads):
+            batch, fitting = self._outbox.place(pair, route, sealed, len(payloads) - done)
             view, start = batch.view, batch.used + pair.prefix
             for head, parts in payloads[done : done + fitting]:
                 at = start + AGGFRAG_HEADER
@@ -224,22 +224,17 @@ class Forwarder:
                     at = end
                 view[at : at + len(trailer)] = trailer
                 start += sealed
-            pair.seal(view, batch.used, sealed, sequence + done, fitting)
-            self._outbox.added(batch, sealed, fitting)
+            self._outbox.laid(batch, fitting * length, fitting)
             done += fitting
 
-    def _seal_rests(self) -> None:
+    def _lay_rests(self) -> None:
         if self._waiting:
             waiting, self._waiting = self._waiting, {}
             for pair, packer in waiting.items():
                 payload = packer.rest()
-                if pair in self._routes:  # not ended amid this turn
-                    try:
-                        self._seal_payloads(pair, (payload,))
-                    except SaEnded:
-                        self.counters["sa_ended"] += 1
+                self._lay_payloads(pair, (payload,))
 
-    def _seal(self, pair: EspPair, packet: memoryview, head: bytes = b"") -> None:
+    def _lay(self, pair: EspPair, packet: memoryview, head: bytes = b"") -> None:
         """One packet; `head` before it where it is an AGGFRAG payload."""
         next_header = AGGFRAG if head else NEXT_HEADER[packet[0] >> 4]
         if pair.transport is not None:
@@ -249,9 +244,11 @@ class Forwarder:
                 return
             packet, next_header = packet[split[0] :], split[1]
         length = len(head) + len(packet)
-        sequence, _ = pair.reserve(1, length)
-        sealed = pair.sealed_length(length)
-        batch, _ = self._outbox.batch_for(self._routes[pair], sealed)
+        route = self._routes.get(pair)
+        if route is None:  # it has ended amid this turn
+            self.counters["sa_ended"] += 1
+            return
+        batch, _ = self._outbox.place(pair, route, pair.sealed_length(length))
         view, start = batch.view, batch.used + pair.prefix
         end, trailer = start + length, pair.trailer(length, next_header)
         if head:
@@ -259,11 +256,10 @@ class Forwarder:
             start += len(head)
         view[start:end] = packet
         view[end : end + len(trailer)] = trailer
-        pair.seal(view, batch.used, sealed, sequence, 1)
-        self._outbox.added(batch, sealed)
+        self._outbox.laid(batch, length)
 
-    def _cut_and_seal(self, pair: EspPair, packet: memoryview, offload: Offload) -> None:
-        """A super-packet, in pieces made right where they are encrypted and sent from."""
+    def _lay_burst(self, pair: EspPair, packet: memoryview, offload: Offload) -> None:
+        """A super-packet, cut right where its pieces are encrypted and sent from."""
         count, header_length, pieces = segments(packet, offload)
         skip, next_header = 0, NEXT_HEADER[packet[0] >> 4]
         if pair.transport is not None:
@@ -272,31 +268,29 @@ class Forwarder:
                 self.counters["not_for_transport"] += count
                 return
             skip, next_header = split
-        whole = len(packet) - skip + (count - 1) * (header_length - skip)
         header_length -= skip
-        sequence, allowed = pair.reserve(count, whole)
-        equal = min(allowed, count - 1)  # all but the last one are of one length
-        length = header_length + offload.segment
-        self._lay_and_seal(pair, islice(pieces, equal), equal, sequence, length, skip, next_header)
-        if allowed == count:
-            length = whole - equal * length
-            self._lay_and_seal(pair, pieces, 1, sequence + equal, length, skip, next_header)
+        # All but the last one are of one length
+        self._lay_segments(pair, pieces, count - 1, header_length + offload.segment, skip, next_header)
+        rest = len(packet) - skip - header_length - (count - 1) * offload.segment
+        self._lay_segments(pair, pieces, 1, header_length + rest, skip, next_header)
 
-    def _lay_and_seal(
+    def _lay_segments(
         self,
         pair: EspPair,
         pieces: Iterator[tuple[bytearray, memoryview]],
         count: int,
-        sequence: int,
         length: int,
         skip: int,
         next_header: int,
     ) -> None:
         """`count` segments of one length, without the first `skip` bytes of their headers."""
-        route, prefix = self._routes[pair], pair.prefix
+        route, prefix = self._routes.get(pair), pair.prefix
+        if route is None:
+            self.counters["sa_ended"] += count
+            return
         sealed, trailer = pair.sealed_length(length), pair.trailer(length, next_header)
         while count > 0:
-            batch, fitting = self._outbox.batch_for(route, sealed, count)
+            batch, fitting = self._outbox.place(pair, route, sealed, count)
             view, start = batch.view, batch.used + prefix
             for header, payload in islice(pieces, fitting):
                 middle, end = start + len(header) - skip, start + length
@@ -304,10 +298,8 @@ class Forwarder:
                 view[middle:end] = payload
                 view[end : end + len(trailer)] = trailer
                 start += sealed
-            pair.seal(view, batch.used, sealed, sequence, fitting)
-            self._outbox.added(batch, sealed, fitting)
+            self._outbox.laid(batch, fitting * length, fitting)
             count -= fitting
-            sequence += fitting
 
     def _no_sa(self, packet: memoryview, now: float) -> None:
         """A host with several addresses: the tunnel to this destination was made for another of them."""
@@ -322,31 +314,72 @@ class Forwarder:
     def pump_outer(self, outer: OuterSocket, limit: int, now: float) -> int:
         """Take datagrams off the network, up to `limit` system calls. Returns how many datagrams there were."""
         count = 0
-        inbound, plain, stream = self.database.by_spi.get, self._plain, self._stream
+        inbound = self.database.by_spi.get
         for _ in range(limit):
             received = outer.receive()
             if received is None:
                 break
             data, _, _, size = received
-            for start in range(0, len(data) or 1, size or 1):
-                datagram = data[start : start + size]
-                pair = inbound(bytes(datagram[:4]))
-                count += 1
-                if pair is None:
-                    self._stranger(datagram, received, outer.port, now)
-                    continue
-                try:
-                    (plain if pair.packer is None else stream)(pair, datagram, now)
-                except (ReplayError, IntegrityError, ParseError, SaEnded) as error:
-                    self.counters[_REFUSALS[type(error)]] += 1
-                    continue
-                except SelectorError:
-                    self._mismatch(pair, now)
-                    continue
-                if pair.budget_in.alarm:
-                    self._alarms(pair, now)
+            start, total = 0, len(data)
+            while start < total or not total:
+                pair = inbound(bytes(data[start : start + 4]))
+                opened = pair.open_ahead(data, start, size) if pair is not None else ()
+                if opened:
+                    assert pair is not None
+                    self._opened(pair, opened, now)
+                else:
+                    self._datagram(pair, data[start : start + size], received, outer.port, now)
+                taken = len(opened) or 1
+                start += taken * size
+                count += taken
+                if not total:
+                    break
         self._inbox.flush()
         return count
+
+    def _datagram(
+        self, pair: EspPair | None, data: memoryview, received: Received, port: int, now: float
+    ) -> None:
+        """One that does not simply follow those before."""
+        if pair is None:
+            self._stranger(data, received, port, now)
+            return
+        try:
+            plaintext = pair.open(data)
+        except (ReplayError, IntegrityError, ParseError, SaEnded) as error:
+            self.counters[_REFUSALS[type(error)]] += 1
+        else:
+            self._opened(pair, (plaintext,), now)
+
+    def _opened(self, pair: EspPair, plaintexts: Sequence[bytes], now: float) -> None:
+        """Authentic plaintexts, of which the last has the pair's latest number."""
+        sequence = pair.latest - len(plaintexts)
+        aggregated, coalesces, verify = (
+            pair.packer is not None,
+            self._device.coalesces,
+            not pair.for_this_host,
+        )
+        for plaintext in plaintexts:
+            sequence += 1
+            try:
+                if aggregated:
+                    for parts, offload in pair.packets(plaintext, sequence, now):
+                        self._unpacked(pair, parts, offload, now)
+                    continue
+                packet = pair.packet(plaintext, now)
+            except (ParseError, SaEnded) as error:
+                self.counters[_REFUSALS[type(error)]] += 1
+            except SelectorError:
+                self._mismatch(pair, now)
+            else:
+                if packet is None:
+                    self.counters["dummies"] += 1
+                elif coalesces:
+                    self._inbox.add(packet, verify)
+                else:
+                    self._deliver_one(packet)
+        if pair.budget_in.alarm:
+            self._alarms(pair, now)
 
     def _stranger(self, data: memoryview, received: Received, port: int, now: float) -> None:
         """A datagram with no SA of ours."""
@@ -369,19 +402,6 @@ class Forwarder:
         remote = Endpoint(_address(received), received[2][1])
         self._on_ike(bytes(data[len(NON_ESP_MARKER) :]), Endpoint(local, port), remote)
 
-    def _plain(self, pair: EspPair, datagram: memoryview, now: float) -> None:
-        packet = pair.open(datagram, now)
-        if packet is None:
-            self.counters["dummies"] += 1
-        elif self._device.coalesces:
-            self._inbox.add(packet, not pair.for_this_host)
-        else:
-            self._deliver_one(packet)
-
-    def _stream(self, pair: EspPair, datagram: memoryview, now: float) -> None:
-        for parts, offload in pair.open_stream(datagram, now):
-            self._unpacked(pair, parts, offload, now)
-
     def _mismatch(self, pair: EspPair, now: float) -> None:
         self.counters["selector_mismatch"] += 1
         self._report(
@@ -403,8 +423,11 @@ class Forwarder:
             else:
                 self._deliver_one(packet)
         elif self._device.coalesces:
-            self._inbox.flush()  # what came before goes before
-            self._deliver(parts, offload.pack())
+            if offload is UDP4_CHECKSUM:
+                self._inbox.add_unfinished(bytes(parts[0]) if len(parts) == 1 else b"".join(parts))
+            else:
+                self._inbox.flush()  # what came before goes before
+                self._deliver(parts, offload.pack())
         else:
             packet_view = memoryview(bytearray(b"".join(parts)))
             if not offload.gso:
