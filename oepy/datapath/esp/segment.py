@@ -34,7 +34,8 @@ def segments(packet: memoryview, offload: Offload) -> tuple[int, int, Iterator[t
     protocol = _UDP if gso == GSO_UDP else _TCP
     if not fits or size < 1 or transport < (20 if version == 4 else 40) or transport + 8 > len(packet):
         raise ParseError("a super-packet whose header does not fit")
-    if version == 4 and (packet[9] != protocol or (packet[0] & 15) * 4 != transport):
+    other = packet[9] != protocol if version == 4 else transport == 40 and packet[6] != protocol
+    if other or (version == 4 and (packet[0] & 15) * 4 != transport):
         raise ParseError("a super-packet of another protocol than its header says")
     start = transport + 8
     if protocol == _TCP:
