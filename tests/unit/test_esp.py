@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from ipaddress import ip_address
 
 import pytest
 from hypothesis import given
@@ -13,7 +14,7 @@ from oepy.datapath.esp.replay import MAX_WINDOW, ReplayWindow, infer_sequence
 from oepy.datapath.esp.sa import EspPair, ReplayError, SaEnded, SelectorError
 from oepy.datapath.esp.suites import IntegrityError, make_transform
 from oepy.errors import OepyError, ParseError, RemoteError
-from oepy.model import EspSuite, Lifetime, SaKeys, Secret
+from oepy.model import EspSuite, Lifetime, SaKeys, Secret, TrafficSelector
 from tests.fakes.datapath import (
     SUITES,
     esp_of,
@@ -364,6 +365,54 @@ def test_the_narrowest_selector_carries_the_packet() -> None:
     ):
         assert database.outbound(ipv4_packet("192.0.2.1", destination)) is found[inner]
     assert database.outbound(ipv4_packet("192.0.2.1", "11.0.0.1")) is None
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60), st.booleans(), st.booleans()), max_size=12),
+    st.sets(st.integers(0, 11)),
+    st.integers(0, 70),
+    st.sampled_from([52, 53]),
+)
+def test_the_right_pair_is_found_among_any(
+    ranges: list[tuple[int, int, bool, bool]], removed: set[int], host: int, port: int
+) -> None:
+    """As a walk through all of them decides: narrowest selector, then with a port, then the newest; and what is
+    removed leaves nothing behind."""
+    database, model = SaDatabase(), []
+    for index, (one, other, ported, wide) in enumerate(ranges):
+        low, high = sorted((one, other))
+        base = int(ip_address("10.0.0.0"))
+        remote = TrafficSelector(
+            ip_address(base + low),
+            ip_address(base + high),
+            17 if ported else 0,
+            *((53, 53) if ported else ()),
+        )
+        local = selector("0.0.0.0/0" if wide else "192.0.2.1")
+        pair = EspPair(pairs(selectors=(local, remote), spis=(0x1000 + index, 1))[0], 0.0)
+        database.add(pair)
+        database.enable_sending(pair)
+        direct = not ported and not wide and low == high
+        model.append(((high - low, not ported and not direct, not ported, -index), low, high, ported, pair))
+    for index in removed & set(range(len(ranges))):
+        database.remove(0x1000 + index)
+    packet = ipv4_packet("192.0.2.1", str(ip_address(int(ip_address("10.0.0.0")) + host)), ports=(9, port))
+    fitting = [
+        (rank, pair)
+        for index, (rank, low, high, ported, pair) in enumerate(model)
+        if index not in removed and low <= host <= high and (not ported or port == 53)
+    ]
+    expected = min(fitting, key=lambda item: _order(item[0]))[1] if fitting else None
+    assert database.outbound(packet) is expected
+    for index in range(len(ranges)):
+        database.remove(0x1000 + index)
+    assert not database._prefixes
+    assert not database._direct
+
+
+def _order(rank: tuple[int, bool, bool, int]) -> tuple[int, int, int]:
+    size, neither, unported, age = rank
+    return size, 0 if not unported else 2 if neither else 1, age
 
 
 def test_an_spi_is_taken_once() -> None:

@@ -7,29 +7,35 @@ from dataclasses import dataclass
 
 from oepy.datapath.esp.inner import Bytes, addresses
 from oepy.datapath.esp.sa import EspPair
+from oepy.model import TrafficSelector
 
 MAX_PAIRS = 1 << 18
 _IPV6 = 0x60  # from here on, a packet's first byte is IPv6's
 
 
 @dataclass(frozen=True, slots=True)
-class _Range:
-    start: bytes
-    end: bytes
-    size: int
+class _Entry:
+    """One prefix of a pair's remote selectors. The lowest `rank` carries a packet: the narrowest selector, those
+    with protocols or ports before those without, the newest."""
+
+    rank: tuple[int, bool, int]
     pair: EspPair
 
 
+_Table = dict[int, list[_Entry]]
+
+
 class SaDatabase:
-    """Of several pairs for one destination the one enabled last sends (a rekey); all of them receive."""
+    """Of several pairs for one destination the one enabled last sends (a rekey); all of them receive. Finding one
+    takes as long with many pairs as with few: it grows with the number of different prefix lengths only."""
 
     def __init__(self) -> None:
         self.by_spi: dict[bytes, EspPair] = {}  # by the first four bytes of a datagram
-        self._direct: dict[
-            bytes, list[EspPair]
-        ] = {}  # by source and destination as in the packet, newest first
-        self._hosts: dict[bytes, list[EspPair]] = {}  # by destination, newest first
-        self._ranges: list[_Range] = []  # narrowest first, then newest first
+        # One host to one host: by both addresses as they stand in the packet, newest first
+        self._direct: dict[bytes, list[EspPair]] = {}
+        # All others: by width of the address and host bits, then by the bits before those
+        self._prefixes: dict[tuple[int, int], _Table] = {}
+        self._enabled = 0
 
     def __len__(self) -> int:
         return len(self.by_spi)
@@ -57,52 +63,68 @@ class SaDatabase:
         if pair.selectors.direct:
             self._direct.setdefault(pair.selectors.direct, []).insert(0, pair)
             return
+        self._enabled += 1
         for selector in pair.pair.remote_ts:
-            start, end = selector.start.packed, selector.end.packed
-            if start == end:
-                self._hosts.setdefault(start, []).insert(0, pair)
-            else:
-                size = int(selector.end) - int(selector.start)
-                self._ranges.insert(0, _Range(start, end, size, pair))
-        self._ranges.sort(key=lambda item: item.size)
+            size = int(selector.end) - int(selector.start)
+            entry = _Entry((size, pair.selectors.addresses_only, -self._enabled), pair)
+            for width, shift, bits in _prefixes_of(selector):
+                self._prefixes.setdefault((width, shift), {}).setdefault(bits, []).append(entry)
 
     def remove(self, spi_in: int) -> EspPair | None:
         pair = self.by_spi.pop(spi_in.to_bytes(4, "big"), None)
         if pair is None:
             return None
-        _take_out(self._direct, pair.selectors.direct, pair)
-        for selector in pair.pair.remote_ts:
-            _take_out(self._hosts, selector.start.packed, pair)
-        if any(item.pair is pair for item in self._ranges):
-            self._ranges = [item for item in self._ranges if item.pair is not pair]
+        if pair.sending and pair.selectors.direct:
+            others = [other for other in self._direct[pair.selectors.direct] if other is not pair]
+            if others:
+                self._direct[pair.selectors.direct] = others
+            else:
+                del self._direct[pair.selectors.direct]
+        elif pair.sending:
+            for selector in pair.pair.remote_ts:
+                for width, shift, bits in _prefixes_of(selector):
+                    self._take_out((width, shift), bits, pair)
         pair.sending = False
         return pair
+
+    def _take_out(self, kind: tuple[int, int], bits: int, pair: EspPair) -> None:
+        table = self._prefixes.get(kind, {})
+        entries = [entry for entry in table.get(bits, ()) if entry.pair is not pair]
+        if entries:
+            table[bits] = entries
+            return
+        table.pop(bits, None)
+        if not table:
+            self._prefixes.pop(kind, None)
 
     def outbound(self, packet: Bytes) -> EspPair | None:
         """The pair that carries this IP packet; None where none may."""
         direct = self._direct.get(bytes(packet[12:20] if packet[0] < _IPV6 else packet[8:40]))
-        if direct is not None and not self._hosts:
+        if direct is not None and not self._prefixes:
             return direct[0]
-        _, destination = addresses(packet)
-        hosts = self._hosts.get(destination, ())
-        for pair in hosts:  # protocols and ports are narrower than two addresses
-            if not pair.selectors.addresses_only and pair.selectors.allow_outward(packet):
-                return pair
-        if direct is not None:
+        destination = addresses(packet)[1]
+        number, best = int.from_bytes(destination, "big"), None
+        for (width, shift), table in self._prefixes.items():
+            if width != len(destination):
+                continue
+            for entry in table.get(number >> shift, ()):
+                better = best is None or entry.rank < best.rank
+                if better and entry.pair.selectors.allow_outward(packet):
+                    best = entry
+        # Two addresses are narrower than anything but one address with protocol and ports
+        if direct is not None and (best is None or best.rank[:2] != (0, False)):
             return direct[0]
-        for pair in hosts:
-            if pair.selectors.allow_outward(packet):
-                return pair
-        for item in self._ranges:
-            covered = len(destination) == len(item.start) and item.start <= destination <= item.end
-            if covered and item.pair.selectors.allow_outward(packet):
-                return item.pair
-        return None
+        return None if best is None else best.pair
 
 
-def _take_out(table: dict[bytes, list[EspPair]], key: bytes, pair: EspPair) -> None:
-    sharing = table.get(key)
-    if sharing is not None:
-        sharing[:] = [other for other in sharing if other is not pair]
-        if not sharing:
-            del table[key]
+def _prefixes_of(selector: TrafficSelector) -> Iterator[tuple[int, int, int]]:
+    """The prefixes that a range is made of: bytes of an address, host bits, the bits before them."""
+    width = len(selector.start.packed)
+    first, last = int(selector.start), int(selector.end)
+    while first <= last:
+        # The largest block that begins here and does not reach beyond the end
+        shift = min(
+            (first & -first).bit_length() - 1 if first else width * 8, (last - first + 1).bit_length() - 1
+        )
+        yield width, shift, first >> shift
+        first += 1 << shift

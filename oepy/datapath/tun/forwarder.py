@@ -156,7 +156,8 @@ class Forwarder:
         return count
 
     def _outward(self, packet: memoryview, offload: Offload, now: float) -> None:
-        if len(packet) < 40 and (len(packet) < 20 or packet[0] >> 4 != 4):
+        length = len(packet)
+        if length < 20 or (packet[0] >> 4 != 4 and (packet[0] >> 4 != 6 or length < 40)):
             self.counters["malformed_out"] += 1
             return
         pair = self.database.outbound(packet)
