@@ -2,7 +2,8 @@
 
 What is reported is what the receiver got. UDP runs in a closed loop: the receiver counts in a page that both
 have mapped, and the sender keeps a window of packets on their way. So no queue overflows for long, and a slow
-tunnel is not measured by how it copes with a flood. Whatever is lost leaves the window after a moment.
+tunnel is not measured by how it copes with a flood. Whatever is lost leaves the window after a moment. Several
+destinations have their turns in bursts, as flows have.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def _send_udp(job: dict[str, Any]) -> None:
             except OSError:  # a full queue: as good as lost on the way
                 continue
             sent += 1
-            at = at + 1 if at + 1 < count else 0
+        at = at + 1 if at + 1 < count else 0
     time.sleep(0.05)
     for _ in range(3):
         sends[0](_STOP)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from oepy.datapath.tun import device
 from oepy.lab.capture import Capture
 from oepy.model import EspSuite, SaPair
 from tests.fakes.datapath import mirrored, pairs
@@ -149,3 +150,45 @@ async def test_a_mode_may_change_with_a_rekey(hosts: tuple[Host, Host]) -> None:
     for host in hosts:
         assert (await host.datapath.counters())[0].integrity_failures == 0
         assert (await host.datapath.statistics()).get("malformed_in", 0) == 0
+
+
+async def test_a_narrow_path_gets_single_datagrams(
+    net: Wired, hosts: tuple[Host, Host], tmp_path: Path
+) -> None:
+    """Where the kernel refuses to cut batches (a route with a smaller MTU), packets go out one by one, and as
+    fragments: slower, but every byte arrives."""
+    a, b = hosts
+    for namespace in (a.namespace, b.namespace):
+        namespace.ip("route", "change", "198.18.0.0/24", "dev", "eth0", "proto", "kernel", "mtu", "1000")
+    try:
+        pair = _pair("super-packets", (A4, B4))
+        await a.datapath.install(pair)
+        await b.datapath.install(mirrored(pair))
+        with Capture(net.wire.namespace, net.wire.ports, tmp_path / "w.pcap", incoming_only=True) as capture:
+            await _exchange(a, b, B4, 200_000)
+            assert max(len(frame.data) for frame in capture.frames()) <= 1014
+        assert (await a.datapath.statistics()).get("send_failed", 0) == 0
+    finally:
+        for namespace in (a.namespace, b.namespace):
+            namespace.ip("route", "change", "198.18.0.0/24", "dev", "eth0", "proto", "kernel")
+
+
+async def test_an_old_kernels_device_works_without_some_offloads(
+    net: Wired, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What TUNSETOFFLOAD refuses is tried in a smaller set, then done without."""
+    with net.a.entered():
+        tun = device.TunDevice("oetest")
+        try:
+            monkeypatch.setattr(device, "_OFFLOADS", (0xFFFF, 0x07))
+            tun.offload(True)
+            features = net.a.run("ethtool", "-k", "oetest").stdout
+            assert "tcp-segmentation-offload: on" in features
+            tun.offload(False)
+            monkeypatch.setattr(device, "_OFFLOADS", (0xFFFF,))
+            tun.offload(True)
+            features = net.a.run("ethtool", "-k", "oetest").stdout
+            assert "tcp-segmentation-offload: off" in features
+            assert tun.read() is None
+        finally:
+            tun.close()

@@ -235,6 +235,17 @@ def test_packets_and_bytes_alarm_softly_and_end_hard() -> None:
         _open(d, sealed)
 
 
+def test_a_hard_limit_alone_ends_the_sa() -> None:
+    """Without a soft one, by packets and by bytes, in both directions."""
+    for lifetime in (Lifetime(hard_packets=2), Lifetime(hard_bytes=2 * len(PACKET))):
+        a, b = _ends(lifetime=lifetime)
+        for _ in range(2):
+            _open(b, esp_of(a, PACKET))
+        assert a.new_alarms(0.0) == b.new_alarms(0.0) == ["hard-expire"]
+        with pytest.raises(SaEnded):
+            esp_of(a, PACKET)
+
+
 def test_time_alarms() -> None:
     """Soft and hard seconds count from the installation."""
     one, _ = pairs(lifetime=Lifetime(soft_seconds=10, hard_seconds=20))

@@ -210,6 +210,17 @@ def test_a_hard_limit_holds_within_a_burst(aggregation: bool, super_packets: boo
     assert b.forwarder.counters.get("malformed_in", 0) == 0
 
 
+@pytest.mark.parametrize(("aggregation", "super_packets"), MODES)
+def test_a_limit_within_many_batches(aggregation: bool, super_packets: bool) -> None:
+    """The limit lies behind the first system call of a burst of a thousand segments."""
+    one, _ = pairs(lifetime=Lifetime(hard_packets=70))
+    a = End(dataclasses.replace(one, aggregation=aggregation, super_packets=super_packets))
+    burst = [_super(4, bytes(50_000), 150, ACK, b"", 1, 1) for _ in range(3)]
+    assert len(a.send(*burst)) == 70
+    assert a.forwarder.counters["sa_ended"] + a.forwarder.counters["no_sa"] > 0
+    assert [event.kind for event in a.events][:1] == ["hard-expire"]
+
+
 def test_aggregated_packets_outside_of_the_selectors_are_dropped_alone() -> None:
     """Two of three in one payload come through; the third is counted and told of."""
     wide, _ = pairs(selectors=(selector("0.0.0.0/0"), selector("0.0.0.0/0")))

@@ -63,11 +63,13 @@ class Budget:
     @classmethod
     def of(cls, lifetime: Lifetime, esn: bool) -> Budget:
         last = (1 << 64 if esn else 1 << 32) - 1
+        hard_bytes = lifetime.hard_bytes or math.inf
+        hard_packets = min(lifetime.hard_packets or math.inf, last)
         return cls(
-            lifetime.soft_bytes or math.inf,
-            lifetime.hard_bytes or math.inf,
-            min(lifetime.soft_packets or math.inf, int(last * _SOFT_SHARE)),
-            min(lifetime.hard_packets or math.inf, last),
+            min(lifetime.soft_bytes or math.inf, hard_bytes),
+            hard_bytes,
+            min(lifetime.soft_packets or math.inf, int(last * _SOFT_SHARE), hard_packets),
+            hard_packets,
         )
 
     def spend(self, count: int, packets: int = 1) -> None:
@@ -132,8 +134,14 @@ class EspPair:
 
     def reserve(self, packets: int, length: int) -> tuple[int, int]:
         """Take sequence numbers for packets with so many bytes of payload in all: the first of them, and how
-        many there are, which is fewer before a hard limit. Raises SaEnded behind it."""
+        many there are, which is fewer before a hard limit by packets; one by bytes ends the SA with the batch
+        that reaches it. Raises SaEnded behind a limit."""
         budget = self.budget_out
+        if not budget.alarm and self._sequence + packets <= budget.soft_packets:
+            first = self._sequence + 1  # the usual case: all limits are far away
+            self._sequence += packets
+            budget.spend(length, packets)
+            return first, packets
         left = min(self._last_sequence - self._sequence, budget.hard_packets - budget.packets)
         if budget.alarm == "hard-expire" or left < 1:
             raise SaEnded("hard limit reached")
