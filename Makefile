@@ -4,12 +4,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-long check dev fuzz clean
+.PHONY: help demo demo-kernel test test-kernel test-long check dev fuzz clean
 
 help:
 	@echo "make demo       the main job, in a lab on this machine (root)"
 	@echo "make test       all tests that this machine can run (root)"
-	@echo "make test-long  the slow ones too"
+	@echo "make test-kernel  those that need kernel ESP, in a second kernel (QEMU)"
+	@echo "make test-long  the slow ones too, in both kernels"
+	@echo "make demo-kernel  the main job in the second kernel, with the kernel's ESP"
 	@echo "make fuzz       the fuzzer, SECONDS=600 for each target in FUZZ"
 	@echo "make check      ruff, mypy, import contracts"
 	@echo "make dev        a virtual environment with everything, in $(VENV)"
@@ -32,6 +34,11 @@ demo:
 	@$(MAKE) --no-print-directory $(VENV)/.oepy
 	@$(BIN)/oepy lab run $(DEMO)
 
+demo-kernel:
+	@scripts/install-system kernel
+	@$(MAKE) --no-print-directory $(VENV)/.oepy
+	@scripts/second-kernel --cpus 2 $(BIN)/oepy lab run $(DEMO)
+
 check: $(VENV)/.dev
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check --quiet .
@@ -42,20 +49,30 @@ check: $(VENV)/.dev
 test:
 	@scripts/install-system test
 	@$(MAKE) --no-print-directory check
-	@scripts/run-tests -m "not long" $(PYTEST)
+	@scripts/run-tests -m "not long and not kernel" $(PYTEST)
+
+# Where the tests marked `kernel` and `any_kernel` are: to collect all the others takes a minute in there
+KERNEL_TESTS := tests/kernel tests/net/test_trap.py tests/net/test_trap_forward.py tests/net/test_leak.py
+
+test-kernel:
+	@scripts/install-system kernel
+	@$(MAKE) --no-print-directory $(VENV)/.dev
+	@scripts/second-kernel $(BIN)/python -m pytest -p no:cacheprovider -m "(kernel or any_kernel) and not long" $(KERNEL_TESTS) $(PYTEST)
 
 test-long:
 	@scripts/install-system test
 	@$(MAKE) --no-print-directory check
-	@scripts/run-tests $(PYTEST)
+	@scripts/run-tests -m "not kernel" $(PYTEST)
+	@scripts/install-system kernel
+	@scripts/second-kernel --time 3600 $(BIN)/python -m pytest -p no:cacheprovider -m "kernel or any_kernel" $(KERNEL_TESTS) $(PYTEST)
 
 # Not part of the tests: SECONDS for each target, one after the other. A finding is a file `crash-…`.
 SECONDS ?= 600
-FUZZ ?= ike ike_sealed records dns_reply esp trap
+FUZZ ?= ike ike_sealed records dns_reply esp trap xfrm
 fuzz: $(VENV)/.dev
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check atheris
 	@for target in $(FUZZ); do $(BIN)/python -m tests.fuzz.run $$target $(SECONDS) || exit 1; done
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .second-kernel build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

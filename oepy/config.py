@@ -137,8 +137,8 @@ class _File(_Section):
     identity: _Identity = Field(default_factory=_Identity)
     dns: _Dns = Field(default_factory=_Dns)
     policy: _Policy = Field(default_factory=_Policy)
-    datapath: Literal["auto", "tun", "none"] = "auto"
-    trap: Literal["auto", "nfqueue", "none"] = "auto"
+    datapath: Literal["auto", "xfrm", "tun", "none"] = "auto"
+    trap: Literal["auto", "nfqueue", "acquire", "none"] = "auto"
     device: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,15}$")] = "oe0"
     control: _Control = Field(default_factory=_Control)
     debug: _Debug = Field(default_factory=_Debug)
@@ -151,7 +151,6 @@ _MENDS = {
     ("connections",): _NOT_YET,
     ("secrets",): _NOT_YET,
     ("control", "dashboard"): "this version has no dashboard; set it to null or remove the line",
-    ("datapath",): "this version has auto, tun and none; the kernel's ESP (xfrm) is not in it yet",
 }
 
 

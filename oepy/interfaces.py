@@ -37,7 +37,8 @@ class TrapPolicy:
     resolvers: tuple[IpAddress, ...]  # DNS to these (ports 53 and 853, UDP and TCP) passes untouched
     ike_ports: tuple[int, ...] = (500, 4500)
     forward: bool = True  # trap forwarded packets as well
-    tunnel_device: str = "oe0"  # clear-text packets arriving from here are already decrypted
+    tunnel_device: str | None = "oe0"  # packets arriving from here are already decrypted; None: no device
+    kernel_ipsec: bool = False  # the kernel's own SAs protect, and not a process behind the device
 
 
 class Trap(Protocol):

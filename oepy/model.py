@@ -21,6 +21,7 @@ NAT_T_PORT = 4500
 MARK_MASK = 0x30000000
 MARK_PRIVATE = 0x10000000  # route this packet through the tunnel
 MARK_OWN = 0x20000000  # the daemon's own IKE, ESP and DNS traffic: never trapped
+XFRM_IF_ID = 17733  # ties the kernel's SAs and policies to the tunnel's device
 
 
 class Secret:
@@ -329,10 +330,12 @@ class Authenticated(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class EspSuite:
-    """A negotiated ESP transform set, by strongSwan's names.
+    """An ESP or AH transform set, by strongSwan's names.
 
-    `encryption`: aes128gcm16, aes192gcm16, aes256gcm16, chacha20poly1305, aes128, aes192, aes256, null.
-    `integrity`: "" for an AEAD, else sha256, sha384 or sha512 (HMAC, truncated by RFC 4868).
+    `encryption`: aes128gcm16, aes192gcm16, aes256gcm16, chacha20poly1305, aes128, aes192, aes256, null; in the
+    kernel's datapath also aes128ctr, aes192ctr, aes256ctr; "" for AH.
+    `integrity`: "" for an AEAD, else sha256, sha384 or sha512 (HMAC, truncated by RFC 4868); in the kernel's
+    datapath also sha1 (RFC 2404).
     """
 
     encryption: str
@@ -347,8 +350,8 @@ class EspSuite:
 
 @dataclass(frozen=True, slots=True)
 class SaKeys:
-    """Key material of one direction, in the order of RFC 7296 §2.17. `encryption` includes the AEAD salt
-    (4 bytes for GCM and ChaCha20-Poly1305) at its end; `integrity` is empty for an AEAD."""
+    """Key material of one direction, in the order of RFC 7296 §2.17. `encryption` includes the salt or nonce
+    (4 bytes for GCM, ChaCha20-Poly1305 and CTR) at its end; `integrity` is empty for an AEAD."""
 
     encryption: Secret
     integrity: Secret = field(default_factory=lambda: Secret(b""))

@@ -39,14 +39,42 @@ _TITLES = {
 @bench.command("first-packet")
 @click.option("--destinations", default=60, show_default=True, type=click.IntRange(1, 500))
 @click.option("--ipv6", is_flag=True, help="Over IPv6.")
+@click.option(
+    "--libreswan", is_flag=True, help="Beside libreswan; needs kernel ESP (see scripts/second-kernel)."
+)
+@click.option("--rounds", default=10, show_default=True, help="With --libreswan: destinations one by one.")
+@click.option("--together", default=100, show_default=True, help="With --libreswan: destinations at once.")
+@click.option(
+    "--key", "key_type", default="rsa-3072", show_default=True, help="With --libreswan: oepy's keys."
+)
+@click.option(
+    "--datapath",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "xfrm", "tun"]),
+    help="oepy's.",
+)
 @json_option
-def first_packet(destinations: int, ipv6: bool, as_json: bool) -> None:
+def first_packet(
+    destinations: int,
+    ipv6: bool,
+    libreswan: bool,
+    rounds: int,
+    together: int,
+    key_type: str,
+    datapath: str,
+    as_json: bool,
+) -> None:
     """First packet to first reply over cold destinations, with the shares of DNS and IKE.
 
     Each destination is an address of its own with its own key record: lookup, IKE, SA pair. Beside it, in the
-    same run: a ping through a tunnel that is there, and one in the clear.
+    same run: a ping through a tunnel that is there, and one in the clear. With --libreswan instead: the same
+    measured of libreswan's opportunistic encryption, in the same topology, DNS and run.
     """
     need_root()
+    if libreswan:
+        _beside_libreswan(rounds, together, key_type, datapath, as_json)
+        return
     from oepy.bench import first_packet as benchmark
 
     result = benchmark.run(destinations, 6 if ipv6 else 4, lambda done: progress(done, destinations))
@@ -67,6 +95,26 @@ def first_packet(destinations: int, ipv6: bool, as_json: bool) -> None:
         click.echo(f"{title:26}{milliseconds(row['p50']):>10}{milliseconds(row['p99']):>10}")
     if any(rows[kind]["lost"] for kind in _TITLES):
         raise OepyError("first packets were lost", "see `oepy lab run`, and the daemon's events")
+
+
+def _beside_libreswan(rounds: int, together: int, key_type: str, datapath: str, as_json: bool) -> None:
+    from oepy.bench import beside_libreswan as benchmark
+
+    rows = benchmark.summary(benchmark.run(rounds, together, key_type, datapath, progress))
+    if as_json:
+        print_json(rows)
+        return
+    click.secho(f"{'':18}{'':12}{'median':>10}{'worst':>10}{'sent':>7}{'lost':>6}  failed", bold=True)
+    for name, row in rows.items():
+        for system in benchmark.SYSTEMS:
+            found = row[system]
+            click.echo(
+                f"{name:18}{system:12}{milliseconds(found['median']):>10}{milliseconds(found['worst']):>10}"
+                f"{found['sent'] or '-':>7}{found['lost'] if found['sent'] else '-':>6}"
+                f"  {found['failed']} of {found['destinations']}"
+            )
+        if row["ratio"]:
+            click.echo(f"{'':18}{'ratio':12}{row['ratio']:>10.2f}")
 
 
 @bench.command()

@@ -48,6 +48,20 @@ def _need_root() -> None:
     type=click.Path(path_type=Path),
     help="Write the keys for tshark into this directory (for debugging; it makes the capture readable).",
 )
+@click.option(
+    "--datapath",
+    type=click.Choice(["auto", "xfrm", "tun"]),
+    default="auto",
+    show_default=True,
+    help="Of all hosts: the kernel's ESP, or the userland one.",
+)
+@click.option(
+    "--trap",
+    type=click.Choice(["auto", "nfqueue", "acquire"]),
+    default="auto",
+    show_default=True,
+    help="Of all hosts: the packet queue, or the kernel's own trap.",
+)
 @click.option("--private-seconds", default=30.0, show_default=True, help="Length of the leak test.")
 @click.option(
     "--keep-logs", type=click.Path(path_type=Path), help="Copy the daemons' logs to this directory."
@@ -56,6 +70,8 @@ def run(
     report_path: Path | None,
     capture_path: Path | None,
     key_log: Path | None,
+    datapath: str,
+    trap: str,
     private_seconds: float,
     keep_logs: Path | None,
 ) -> None:
@@ -76,7 +92,7 @@ def run(
         directory = Path(name)
         # BIND drops its privileges and must reach its files.
         directory.chmod(0o755)
-        with LabNetwork(directory, key_log=key_log is not None) as network:
+        with LabNetwork(directory, key_log=key_log is not None, datapath=datapath, trap=trap) as network:
             try:
                 _say("building the lab: eight hosts on one wire, BIND with a signed root of its own")
                 network.build()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 from oepy.config import Config
+from oepy.errors import OepyError
 from oepy.interfaces import Datapath, DatapathEvent
 from oepy.model import Endpoint, SaCounters, SaPair
 from oepy.udp import IkeSockets
@@ -45,11 +47,64 @@ class NoDatapath:
         self._spis.clear()
 
 
-def open_datapath(config: Config, sockets: IkeSockets, on_ike: OnIke) -> tuple[str, Datapath]:
-    """The datapath of the configuration with its name; `auto` is the userland one, which this version has.
-    Its process reads the NAT-T sockets and hands IKE to `on_ike`."""
-    if config.datapath == "none":
-        return "none", NoDatapath()
-    from oepy.datapath.tun.datapath import TunDatapath
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """A datapath, not started yet, and what follows from it for the rest of the daemon."""
 
-    return "tun", TunDatapath(sockets.nat_t, on_ike, device=config.device)
+    name: str  # xfrm, tun or none
+    datapath: Datapath
+    reason: str  # why this one
+    mode: str = ""  # of xfrm: interface; mark where the kernel has no XFRM interfaces; bare with its own trap
+    reads_nat_t: bool = False  # its process reads port 4500
+    encap_only: bool = False  # it speaks ESP in UDP only
+    aggregates: bool = False  # it knows AGGFRAG payloads (RFC 9347)
+    device: str | None = None  # from which decrypted packets come, where they come from one
+
+    @property
+    def kernel_ipsec(self) -> bool:
+        return self.name == "xfrm"
+
+
+def choose(wanted: str) -> tuple[str, str, str]:
+    """(name, mode, reason) for `datapath:` of the configuration. Tries what the kernel can, and changes nothing.
+    Raises OepyError where `xfrm` is wanted and cannot be had."""
+    if wanted in ("none", "tun"):
+        return wanted, "", "configured"
+    from oepy.datapath.xfrm.probe import probe
+
+    found = probe()
+    if found.missing is not None:
+        if wanted == "xfrm":
+            raise OepyError(found.missing.what, found.missing.mend)
+        return "tun", "", f"no kernel ESP: {found.missing.what}"
+    if found.interface.error is not None:
+        return "xfrm", "mark", f"kernel ESP works; {found.interface.error.what}"
+    return "xfrm", "interface", "kernel ESP and XFRM interfaces work"
+
+
+def open_datapath(config: Config, sockets: IkeSockets, on_ike: OnIke, *, bare: bool = False) -> Chosen:
+    """The datapath of the configuration. `bare`: the kernel's own trap is beside it, so that all traffic, and not
+    only what is marked or goes by the device, is subject to its policies. Raises OepyError with the mend.
+
+    `auto` takes the kernel's ESP where an SA can be installed, else the userland one, whose process reads the
+    NAT-T sockets and hands IKE to `on_ike`."""
+    name, mode, reason = choose("xfrm" if bare else config.datapath)
+    if name == "none":
+        return Chosen(name, NoDatapath(), reason, device=config.device)
+    if name == "tun":
+        from oepy.datapath.tun.datapath import TunDatapath
+        from oepy.datapath.xfrm.leftovers import remove_all
+
+        remove_all(config.device)
+        userland = TunDatapath(sockets.nat_t, on_ike, device=config.device)
+        return Chosen(
+            name, userland, reason, reads_nat_t=True, encap_only=True, aggregates=True, device=config.device
+        )
+    from oepy.datapath.xfrm.datapath import XfrmDatapath
+    from oepy.datapath.xfrm.plan import BARE, BY_DEVICE, BY_MARK
+
+    if bare:
+        mode = BARE.name
+    scheme = {found.name: found for found in (BARE, BY_DEVICE, BY_MARK)}[mode]
+    kernel = XfrmDatapath(sockets.ike, sockets.nat_t, device=config.device, scheme=scheme)
+    return Chosen(name, kernel, reason, mode, device=config.device if mode == "interface" else None)

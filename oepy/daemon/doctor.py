@@ -14,6 +14,7 @@ from pathlib import Path
 
 from oepy.config import Config
 from oepy.daemon.addresses import own_addresses
+from oepy.daemon.datapaths import choose
 from oepy.daemon.forecast import key_source
 from oepy.daemon.own import OwnRecords
 from oepy.errors import OepyError
@@ -43,7 +44,9 @@ def examine(config: Config) -> list[Finding]:
     return [
         *_privilege(),
         *_clock(),
+        *_kernel_ipsec(),
         *_tun(),
+        *_datapath(config),
         *_queue(),
         *_ports(),
         *_key(config),
@@ -77,6 +80,28 @@ def _tun() -> Iterator[Finding]:
         yield Finding("TUN", "bad", f"/dev/net/tun: {error.strerror}", "give this process CAP_NET_ADMIN")
     else:
         yield Finding("TUN", "good", "/dev/net/tun opens")
+
+
+def _kernel_ipsec() -> Iterator[Finding]:
+    """Tried with an SA and a device that are removed at once."""
+    from oepy.datapath.xfrm.probe import probe
+
+    found = probe()
+    for trial in (*found.esp, found.interface):
+        if trial.error is None:
+            yield Finding(trial.what, "good", "works in this kernel")
+        else:
+            yield Finding(trial.what, "warning", trial.error.what, trial.error.mend)
+
+
+def _datapath(config: Config) -> Iterator[Finding]:
+    try:
+        name, mode, reason = choose(config.datapath)
+    except OepyError as error:
+        yield Finding("datapath", "bad", f"`datapath: {config.datapath}`: {error.what}", error.mend)
+    else:
+        by = f" by {mode}" if mode else ""
+        yield Finding("datapath", "good", f"`datapath: {config.datapath}` is {name}{by}: {reason}")
 
 
 def _queue() -> Iterator[Finding]:

@@ -25,7 +25,7 @@ from oepy.daemon.core import Core, Surroundings, engine_settings
 from oepy.daemon.datapaths import open_datapath
 from oepy.daemon.forecast import key_source
 from oepy.daemon.journal import Event, Journal
-from oepy.daemon.traps import open_trap
+from oepy.daemon.traps import choose_trap, open_trap
 from oepy.engine import messages as engine_messages
 from oepy.errors import ConfigError, OepyError
 from oepy.ike.events import Datagram
@@ -86,12 +86,17 @@ class Daemon(Core):
                 "remove debug.key_log from the configuration when done",
             )
         self.sockets = open_ike_sockets()
-        self.datapath_name, datapath = open_datapath(self.config, self.sockets, self.on_ike)
+        self.trap_name, self.trap_reason = await asyncio.to_thread(
+            choose_trap, self.config.trap, self.config.datapath
+        )
+        self.chosen = chosen = await asyncio.to_thread(
+            open_datapath, self.config, self.sockets, self.on_ike, bare=self.trap_name == "acquire"
+        )
         self.wire(
             Surroundings(
                 keys=key_source(self.config),
-                trap=open_trap(self.config),
-                datapath=datapath,
+                trap=open_trap(self.trap_name),
+                datapath=chosen.datapath,
                 send=self._send_datagram,
                 monotonic=time.monotonic,
                 host_key=self.host_key,
@@ -101,14 +106,19 @@ class Daemon(Core):
             )
         )
         await self.datapath.start(self.on_datapath_event)
-        # Port 4500 is read by the datapath process, where there is one.
-        read_here = self.sockets.ike if self.datapath_name != "none" else self._all_sockets()
+        read_here = self.sockets.ike if chosen.reads_nat_t else self._all_sockets()
         for sock in read_here:
             asyncio.get_running_loop().add_reader(sock.fileno(), self._ike_readable, sock)
         self._control = ControlServer(ControlApi(self), self.config.socket)
         await self._control.start()
         self.trap.start(self._trap_policy(self.config), self.on_trapped)
-        self.journal.add("started", datapath=self.datapath_name, key=fingerprint(self.host_key.public))
+        self.journal.add(
+            "started",
+            datapath=chosen.name,
+            mode=chosen.mode,
+            reason=chosen.reason,
+            key=fingerprint(self.host_key.public),
+        )
         self._spawn(self._learn_own_records())
         self._spawn(self.watch_traffic())
 
@@ -128,9 +138,9 @@ class Daemon(Core):
     def _ike_settings(self) -> IkeSettings:
         return IkeSettings(
             identity=PeerIdentity.parse(self.config.identity) if self.config.identity else None,
-            force_encap=True,  # the userland datapath speaks ESP in UDP only
-            # No kernel before Linux 6.14 can; and a capture that somebody wants to read would not be readable
-            aggregation=self.datapath_name == "tun" and self.config.key_log is None,
+            force_encap=self.chosen.encap_only,
+            # A capture that somebody wants to read would not be readable: tshark does not know AGGFRAG
+            aggregation=self.chosen.aggregates and self.config.key_log is None,
             key_log=self.config.key_log is not None,
         )
 
@@ -139,7 +149,8 @@ class Daemon(Core):
             rules=config.rules,
             default=config.default_group,
             resolvers=config.resolvers,
-            tunnel_device=config.device,
+            tunnel_device=self.chosen.device,
+            kernel_ipsec=self.chosen.kernel_ipsec,
         )
 
     async def _learn_own_records(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
-from oepy.config import Config
+from oepy.errors import OepyError
 from oepy.interfaces import Trap, TrapPolicy
 from oepy.model import Flow, IpAddress, PolicyGroup, Verdict
 
@@ -39,10 +39,40 @@ class NoTrap:
         """Nothing to remove."""
 
 
-def open_trap(config: Config) -> Trap:
-    """The trap of the configuration; `auto` is NFQUEUE, the one that this version has."""
-    if config.trap == "none":
+def choose_trap(wanted: str, datapath: str) -> tuple[str, str]:
+    """(name, reason) for `trap:` and `datapath:` of the configuration. Tries what the kernel can, and leaves
+    nothing. Raises OepyError with the mend where first packets cannot be caught."""
+    if wanted == "none":
+        return wanted, "configured"
+    if wanted == "acquire" or datapath == "none":
+        if wanted == "acquire" and datapath in ("tun", "none"):
+            raise OepyError(
+                f"the kernel's trap goes with the kernel's datapath, not with `datapath: {datapath}`",
+                "use `trap: nfqueue`",
+            )
+        return ("acquire" if wanted == "acquire" else "nfqueue"), "configured"
+    if wanted == "nfqueue":
+        return wanted, "configured"
+    from oepy.trap.probe import packet_queue
+
+    lacking = packet_queue()
+    if lacking is None:
+        return "nfqueue", "packets can be queued"
+    from oepy.datapath.xfrm.probe import probe
+
+    if datapath == "tun" or probe().missing is not None:
+        raise lacking
+    return "acquire", f"no packet queue: {lacking.what}"
+
+
+def open_trap(name: str) -> Trap:
+    """The trap of this name."""
+    if name == "none":
         return NoTrap()
+    if name == "acquire":
+        from oepy.trap.acquire import AcquireTrap
+
+        return AcquireTrap()
     from oepy.trap.nfqueue import NfqueueTrap
 
     return NfqueueTrap()

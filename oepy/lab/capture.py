@@ -230,8 +230,8 @@ class Capture:
 
 @dataclass(frozen=True, slots=True)
 class Packet:
-    """An IP packet on the wire. `kind` is one of `esp` (protocol 50, or in UDP 4500), `ike` (UDP 500, or
-    with the non-ESP marker on 4500, or an ICMP error that quotes such a packet), `keepalive` (RFC 3948
+    """An IP packet on the wire. `kind` is one of `esp` (protocol 50, or in UDP 4500), `ah`, `ike` (UDP 500,
+    or with the non-ESP marker on 4500, or an ICMP error that quotes such a packet), `keepalive` (RFC 3948
     §2.3), `nd` (ICMPv6 133–137), `multicast` and `clear` (everything else). Ports are 0 where there are
     none, as in a later fragment."""
 
@@ -314,8 +314,8 @@ def _transport(
 
 
 def _kind(protocol: int, ports: tuple[int, int], payload: bytes, destination: IpAddress) -> str:
-    if protocol == 50:
-        return "esp"
+    if protocol in (50, 51):
+        return "esp" if protocol == 50 else "ah"
     if protocol == 17 and NAT_T_PORT in ports:
         if payload == b"\xff":
             return "keepalive"

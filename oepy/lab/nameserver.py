@@ -71,6 +71,7 @@ class LabDns:
     """One name server with the whole tree. Use as a context manager, or `start` and `stop`.
 
     `keys` gives the published key by the host's first label ("alpha"); a host without one gets no key record.
+    `gateway` is that of the key records: "self" or, as libreswan wants it, "none".
     `resource_records` are lines of master-file form by zone, added as they are (tests want odd ones).
     """
 
@@ -82,6 +83,7 @@ class LabDns:
         *,
         extra_hosts: Sequence[ExtraHost] = (),
         resource_records: Mapping[str, Sequence[str]] | None = None,
+        gateway: str = "self",
         zones_directory: Path = _ZONES_DIRECTORY,
     ) -> None:
         self.directory = directory.resolve()
@@ -91,6 +93,7 @@ class LabDns:
         self._keys = keys
         self._extra_hosts = extra_hosts
         self._resource_records = resource_records or {}
+        self._gateway = gateway
         self._templates = zones_directory
         self._process: subprocess.Popen[bytes] | None = None
         self._inventory: Inventory | None = None
@@ -176,7 +179,11 @@ class LabDns:
             key = self._keys.get(host["name"].partition(".")[0])
             if key is not None:
                 host["keys"] = [f"{int(key.algorithm)} {encode(key)}"]
-        document["hosts"] += [_inventory_entry(host) for host in self._extra_hosts]
+                host["gateway"] = self._gateway
+        extra = [_inventory_entry(host) for host in self._extra_hosts]
+        document["hosts"] += [
+            {**entry, "gateway": self._gateway} if "keys" in entry else entry for entry in extra
+        ]
         path = self.directory / "inventory.yaml"
         path.write_text(yaml.dump(document, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper)))
         return Inventory(path)

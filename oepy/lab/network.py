@@ -31,13 +31,14 @@ from oepy.lab.nameserver import ExtraHost, LabDns
 from oepy.lab.namespaces import Lab, Namespace, Wire
 from oepy.model import PublicKey
 
-START_SECONDS = 20.0
+START_SECONDS = 240.0  # an emulated machine takes a minute for six daemons
 PAGE_PORT = 80
 
 
 @dataclass(frozen=True, slots=True)
 class HostPlan:
-    """`daemon`: runs oepy. `publishes`: own (its own key), other (somebody else's), none."""
+    """`daemon`: runs oepy. `publishes`: own (its own key), other (somebody else's), given (of `public_keys`),
+    none."""
 
     name: str
     v4: str
@@ -70,6 +71,8 @@ class LabHost:
     resolv_conf: Path
     policy: dict[str, Any] = field(default_factory=dict)
     key_log: Path | None = None
+    datapath: str = "auto"
+    trap: str = "auto"
     process: subprocess.Popen[Any] | None = None
 
     @property
@@ -91,6 +94,8 @@ class LabHost:
             "dns": {"resolvers": [NS_V4], "trust_anchors": [str(self.anchors)]},
             "policy": self.policy,
             "control": {"socket": str(self.directory / "oepy.sock")},
+            "datapath": self.datapath,
+            "trap": self.trap,
         }
         if self.key_log is not None:
             config["debug"] = {"key_log": str(self.key_log)}
@@ -118,7 +123,7 @@ class LabHost:
             assert self.process is not None
             if self.process.poll() is not None or time.monotonic() > deadline:
                 raise OepyError(f"the daemon of {self.plan.name} did not start", self.log_end())
-            time.sleep(0.02)
+            time.sleep(0.1)
 
     def log_end(self) -> str:
         return (self.directory / "daemon.log").read_text(errors="replace")[-2000:]
@@ -166,16 +171,24 @@ class LabNetwork:
         directory: Path,
         *,
         key_log: bool = False,
+        datapath: str = "auto",
+        trap: str = "auto",
         hosts: tuple[HostPlan, ...] = HOSTS,
         extra_dns: Sequence[ExtraHost] = (),
         host_keys: Mapping[str, HostKey] | None = None,
         odd_records: Mapping[str, Sequence[str]] | None = None,
+        public_keys: Mapping[str, PublicKey] | None = None,
+        gateway: str = "self",
     ) -> None:
         self.directory = directory
         self._key_log = key_log
+        self._datapath = datapath
+        self._trap = trap
         self._plans = hosts
         self._extra_dns = extra_dns
         self._host_keys = host_keys or {}
+        self._public_keys = public_keys or {}
+        self._gateway = gateway
         self._odd_records = odd_records or {}  # by zone, for tests
         self.lab = Lab()
         self.hosts: dict[str, LabHost] = {}
@@ -212,6 +225,7 @@ class LabNetwork:
             keys,
             extra_hosts=self._extra_dns,
             resource_records=self._odd_records,
+            gateway=self._gateway,
         )
         self.dns.start()
         for host in self.hosts.values():
@@ -232,6 +246,7 @@ class LabNetwork:
             resolv_conf.write_text(f"nameserver {NS_V4}\noptions timeout:2 attempts:2\n")
             (directory / "nsswitch.conf").write_text("hosts: files dns\n")
             host = LabHost(plan, namespace, directory, directory / "anchors.key", resolv_conf)
+            host.datapath, host.trap = self._datapath, self._trap
             if self._key_log:
                 host.key_log = directory / "keylog"
             self.hosts[plan.name] = host
@@ -241,6 +256,8 @@ class LabNetwork:
                 published[plan.name] = key.public
             elif plan.publishes == "other":
                 published[plan.name] = HostKey.generate("ed25519").public
+            elif plan.publishes == "given":
+                published[plan.name] = self._public_keys[plan.name]
         return published
 
     def start_daemons(self) -> None:
@@ -249,6 +266,10 @@ class LabNetwork:
             host.start_daemon()
         for host in running:
             host.await_daemon()
+
+    def trap_of(self, host: str) -> str:
+        """The trap that the daemon of this host has found."""
+        return str(self.hosts[host].client.get(protocol.STATUS)["trap"])
 
     def capture(self, path: Path) -> Capture:
         """Every frame on the wire, once."""

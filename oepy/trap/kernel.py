@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from oepy.errors import OepyError
 from oepy.trap import netlink as nl
 from oepy.trap import queue, tables
-from oepy.trap.rules import ASK_CLOSED, ASK_OPEN, COMMENT, TABLE, TABLES
+from oepy.trap.rules import COMMENT, TABLES
 
 NFT_SECONDS = 120.0
 _SOL_NETLINK = 270
@@ -133,16 +133,15 @@ class Tables:
                     f"rename it, or remove it with `nft delete table inet {name}`",
                 )
 
-    def insert_queue_rules(self, open_queue: int, closed_queue: int) -> str:
-        """By nftables' own expression or, where the kernel lacks it, by the xt target. Returns which."""
+    def insert_queue_rules(self, table: str, queues: Iterable[tuple[str, int, bool]]) -> str:
+        """`queues`: chain, number, and whether packets pass while nobody reads it. By nftables' own expression
+        or, where the kernel lacks it, by the xt target. Returns which."""
+        wanted = tuple(queues)
         for native in (True, False):
             try:
                 self.transaction(
-                    tables.insert_queue_rule(TABLE, chain, number, bypass=bypass, native=native)
-                    for chain, number, bypass in (
-                        (ASK_OPEN, open_queue, True),
-                        (ASK_CLOSED, closed_queue, False),
-                    )
+                    tables.insert_queue_rule(table, chain, number, bypass=bypass, native=native)
+                    for chain, number, bypass in wanted
                 )
             except NetlinkRefused as refused:
                 if not (native and refused.errno in _UNKNOWN):

@@ -1,7 +1,6 @@
-"""Netlink and nfnetlink framing (linux/netlink.h, linux/nfnetlink.h): bytes in, values out, no sockets.
+"""nfnetlink on top of netlink's framing (linux/netfilter/nfnetlink.h): bytes in, values out, no sockets.
 
-Headers of messages and attributes are in host byte order; what netfilter puts into attributes is in network
-byte order. Everything is padded to 4 bytes.
+What netfilter puts into attributes is in network byte order.
 """
 
 from __future__ import annotations
@@ -11,38 +10,43 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from oepy.errors import ParseError
-from oepy.wire import Reader
+from oepy.netlink import (
+    NLM_F_ACK,
+    NLM_F_CREATE,
+    NLMSG_DONE,
+    NLMSG_ERROR,
+    attribute,
+    frame,
+    nested,
+    parse_attributes,
+    parse_frames,
+)
 
 NETLINK_NETFILTER = 12
 
-NLM_F_REQUEST = 0x001
-NLM_F_MULTI = 0x002
-NLM_F_ACK = 0x004
-NLM_F_DUMP = 0x300
-NLM_F_CREATE = 0x400
-NLM_F_APPEND = 0x800
-
-NLMSG_ERROR = 2
-NLMSG_DONE = 3
 NFNL_MSG_BATCH_BEGIN = 0x10
 NFNL_MSG_BATCH_END = 0x11
 
-NLA_F_NESTED = 0x8000
-_NLA_TYPE_MASK = 0x3FFF
-
-_MESSAGE = struct.Struct("=IHHII")  # length, type, flags, sequence, port
-_ATTRIBUTE = struct.Struct("=HH")  # length, type
 _NFGENMSG = struct.Struct("!BBH")  # family, version, resource
-_ERROR = struct.Struct("=i")
 
-
-def attribute(kind: int, value: bytes) -> bytes:
-    """One attribute, padded. Raises struct.error beyond 65,531 bytes."""
-    return _ATTRIBUTE.pack(4 + len(value), kind) + value + bytes(-len(value) & 3)
-
-
-def nested(kind: int, value: bytes) -> bytes:
-    return _ATTRIBUTE.pack(4 + len(value), kind | NLA_F_NESTED) + value + bytes(-len(value) & 3)
+__all__ = [
+    "NETLINK_NETFILTER",
+    "NFNL_MSG_BATCH_BEGIN",
+    "NFNL_MSG_BATCH_END",
+    "NLMSG_DONE",
+    "NLMSG_ERROR",
+    "NLM_F_ACK",
+    "NLM_F_CREATE",
+    "Message",
+    "attribute",
+    "message",
+    "nested",
+    "parse_attributes",
+    "parse_messages",
+    "text",
+    "u32",
+    "u64",
+]
 
 
 def text(kind: int, value: str) -> bytes:
@@ -62,9 +66,7 @@ def message(
     kind: int, flags: int, body: bytes, *, family: int = 0, resource: int = 0, sequence: int = 0
 ) -> bytes:
     """One nfnetlink message: netlink header, nfgenmsg (`resource` in host order here), attributes."""
-    length = _MESSAGE.size + _NFGENMSG.size + len(body)
-    head = _MESSAGE.pack(length, kind, flags | NLM_F_REQUEST, sequence, 0)
-    return head + _NFGENMSG.pack(family, 0, resource) + body
+    return frame(kind, flags, _NFGENMSG.pack(family, 0, resource) + body, sequence)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,32 +84,12 @@ class Message:
 
 def parse_messages(data: bytes) -> Iterator[Message]:
     """All messages of one datagram. Raises ParseError where a length does not fit."""
-    reader = Reader(data, what="netlink message")
-    while reader.remaining:
-        length, kind, flags, sequence, _ = _MESSAGE.unpack(reader.pull_bytes(_MESSAGE.size))
-        if length < _MESSAGE.size:
-            raise ParseError(f"netlink message of {length} bytes")
-        body = reader.pull_reader(length - _MESSAGE.size)
-        reader.pull_bytes(min(reader.remaining, -length & 3))
-        if kind == NLMSG_ERROR:
-            number = _ERROR.unpack(body.pull_bytes(4))[0]
-            yield Message(kind, flags, sequence, error=-number)
-        elif kind == NLMSG_DONE:
-            yield Message(kind, flags, sequence)
-        else:
-            family, _, resource = _NFGENMSG.unpack(body.pull_bytes(_NFGENMSG.size))
-            yield Message(kind, flags, sequence, family, resource, body.pull_rest())
-
-
-def parse_attributes(data: bytes) -> dict[int, bytes]:
-    """Attribute type → value, without the nested and byte-order flags; of equal types the last one counts.
-    Raises ParseError where a length does not fit, or is below the header's own 4 bytes."""
-    found: dict[int, bytes] = {}
-    reader = Reader(data, what="netlink attribute")
-    while reader.remaining:
-        length, kind = _ATTRIBUTE.unpack(reader.pull_bytes(4))
-        if length < 4:
-            raise ParseError(f"netlink attribute of {length} bytes")
-        found[kind & _NLA_TYPE_MASK] = reader.pull_bytes(length - 4)
-        reader.pull_bytes(min(reader.remaining, -length & 3))
-    return found
+    for found in parse_frames(data):
+        if found.kind in (NLMSG_ERROR, NLMSG_DONE):
+            yield Message(found.kind, found.flags, found.sequence, error=found.error)
+            continue
+        if len(found.body) < _NFGENMSG.size:
+            raise ParseError(f"nfnetlink message of {len(found.body)} bytes")
+        family, _, resource = _NFGENMSG.unpack_from(found.body)
+        body = found.body[_NFGENMSG.size :]
+        yield Message(found.kind, found.flags, found.sequence, family, resource, body)

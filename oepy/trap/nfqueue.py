@@ -20,7 +20,7 @@ from oepy.trap import netlink as nl
 from oepy.trap.decided import Decided, SetChange
 from oepy.trap.hold import MAX_PACKETS, Destination, HeldPacket, Hold
 from oepy.trap.packet import parse_flow
-from oepy.trap.rules import TABLE, Ruleset
+from oepy.trap.rules import ASK_CLOSED, ASK_OPEN, TABLE, Ruleset
 
 OPEN_QUEUE, CLOSED_QUEUE = 17733, 17734
 QUEUE_MAX_LENGTH = 2 * MAX_PACKETS  # in the kernel, beyond what we ever hold
@@ -108,6 +108,7 @@ class NfqueueTrap:
 
     def __init__(self, *, open_queue: int = OPEN_QUEUE, closed_queue: int = CLOSED_QUEUE) -> None:
         self._queues = (open_queue, closed_queue)
+        self._queue_rules = ((ASK_OPEN, open_queue, True), (ASK_CLOSED, closed_queue, False))
         self._hold = Hold()
         self._decided = Decided()
         self._counters: Counter[str] = Counter()
@@ -139,7 +140,7 @@ class NfqueueTrap:
             switch.take_over(policy, ruleset)
             # Without queues the trap cannot work: then back to shut, where it was not open before
             undo.callback(switch.leave, policy, leftovers)
-            changer.insert_queue_rules(*self._queues)
+            changer.insert_queue_rules(TABLE, self._queue_rules)
             undo.pop_all()
         self._running = _Running(
             loop=loop,
@@ -372,7 +373,7 @@ class NfqueueTrap:
             return
         running.check_namespace()
         switch.take_over(running.policy, running.ruleset)
-        running.tables.insert_queue_rules(*self._queues)
+        running.tables.insert_queue_rules(TABLE, self._queue_rules)
         self._commit(running, self._decided.all_elements())
 
     def _kernel_counters(self) -> dict[str, int]:

@@ -9,7 +9,8 @@ Theory of operation. All stands in one table of the inet family:
         for this host:   exempt accepted, then dropped where the source's prefix fails closed
         to be forwarded: dropped where the source's prefix fails closed, then `sort`
     leaving  (filter postrouting) a packet marked private that is about to leave by anything but the tunnel's
-             device is dropped: somebody has removed the mark's routing rule, or there is no datapath
+             device, and without an SA of the kernel's own IPsec, is dropped: somebody has removed the mark's
+             routing rule, or there is no datapath
     sort     one verdict map for each (protocol, port) named by a rule, then one for all others, of disjoint
              ranges (see prefixes.py): from here on a packet belongs to exactly one group
     group_*  what the group does with a packet. The order of its lines is the group's policy:
@@ -236,7 +237,7 @@ class Ruleset:
         return [
             f"ip6 hoplimit 255 {_NEIGHBOUR_DISCOVERY} accept",
             *([f"udp dport {{ {ports} }} accept"] if ports else []),
-            "meta l4proto 50 accept",
+            "meta l4proto { 50, 51 } accept",  # ESP and AH
             *_dhcp(("67", "68"), ("547", "546")),
             *self._resolver("saddr", "sport", "ct direction reply "),
         ]
@@ -266,20 +267,26 @@ class Ruleset:
     def _leaving(self) -> list[str]:
         """Routes are not ours alone (systemd-networkd removes rules that it does not know when it starts, an
         admin may flush them): a marked packet that finds the main table must not go out in the clear."""
-        device = json.dumps(self._policy.tunnel_device)
+        device, unprotected = self._policy.tunnel_device, ""
+        if device is not None:
+            unprotected += f"oifname != {json.dumps(device)} "
+        if self._policy.kernel_ipsec:
+            # Here comes by, too, what has found its SA behind the device and is about to be encrypted
+            unprotected += "rt ipsec missing "
         return [
             "type filter hook postrouting priority -140; policy accept;",
-            f"meta mark & {MARK_MASK:#x} == {MARK_PRIVATE:#x} oifname != {device} drop",
+            f"meta mark & {MARK_MASK:#x} == {MARK_PRIVATE:#x} {unprotected}drop",
         ]
 
     def _arriving(self) -> list[str]:
-        device = json.dumps(self._policy.tunnel_device)
+        device = self._policy.tunnel_device
+        decrypted = "meta ipsec exists" if device is None else f"iifname {json.dumps(device)}"
         remember = f"ct mark set (ct mark & {_FOREIGN_BITS:#x}) | {MARK_PRIVATE:#x} "
         return [
             f"type filter hook prerouting priority {-140 + self._later}; policy accept;",
             *self._pass_marked(),
             'iifname "lo" accept',
-            f"iifname {device} {'' if self._guard else remember}accept",
+            f"{decrypted} {'' if self._guard else remember}accept",
             "fib daddr type { local, broadcast, multicast } goto to_host",
             *(["jump refuse", "goto sort"] if self._policy.forward else []),
         ]

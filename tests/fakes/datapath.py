@@ -33,14 +33,15 @@ KEY_LENGTHS = {
     "aes128": 16,
     "aes192": 24,
     "aes256": 32,
-    "null": 0,
     "aes128ctr": 20,
     "aes192ctr": 28,
     "aes256ctr": 36,
+    "null": 0,
+    "": 0,
 }
 GCM = EspSuite("aes128gcm16")
 UNLIMITED = Lifetime()
-MAC_LENGTHS = {"": 0, "sha256": 32, "sha384": 48, "sha512": 64}
+MAC_LENGTHS = {"": 0, "sha1": 20, "sha256": 32, "sha384": 48, "sha512": 64}
 SUITES = [
     *(
         EspSuite(name, "", esn)

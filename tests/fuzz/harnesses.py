@@ -27,8 +27,10 @@ from oepy.ike.session import Session
 from oepy.ike.settings import IkeSettings
 from oepy.keys import from_public_key
 from oepy.model import Direction, SaPair
+from oepy.netlink import Frame, parse_frames
 from oepy.trap import netlink, queue
 from oepy.trap.packet import parse_flow
+from oepy.xfrm import answers, pieces, requests, values
 from tests.fakes.datapath import esp_of, pairs, sealed_plaintext
 from tests.fakes.network_card import cut, transport_sum
 from tests.sim.ike_net import Host, Net, request, two_hosts
@@ -311,6 +313,28 @@ def trap(data: bytes) -> None:
             parse_flow(body, Direction.FORWARD)
 
 
+# ---- the kernel's SAD and SPD ------------------------------------------------------------------------------
+
+
+def xfrm(data: bytes) -> None:
+    """XFRM messages: values, which build and parse to the same values again, or ParseError.
+
+    First byte: 0 a netlink datagram, else the kind of message, of which the rest is the body."""
+    if not data:
+        return
+    kind, body = data[0], data[1:]
+    with contextlib.suppress(ParseError):
+        frames = list(parse_frames(body)) if kind == 0 else [Frame(kind, 0, 0, body)]
+        for frame in frames:
+            answer = answers.parse(frame)
+            if isinstance(answer, values.Sa) and (answer.replay is None or answer.replay.bitmap):
+                again = answers.parse(Frame(pieces.MSG_NEWSA, 0, 0, requests.sa_body(answer)))
+                assert again == answer
+            elif isinstance(answer, values.Policy):
+                again = answers.parse(Frame(pieces.MSG_NEWPOLICY, 0, 0, requests.policy_body(answer)))
+                assert again == answer
+
+
 HARNESSES: dict[str, Callable[[bytes], None]] = {
     "ike": ike,
     "ike_sealed": ike_sealed,
@@ -318,4 +342,5 @@ HARNESSES: dict[str, Callable[[bytes], None]] = {
     "dns_reply": dns_reply,
     "esp": esp,
     "trap": trap,
+    "xfrm": xfrm,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import struct
 
@@ -10,14 +11,19 @@ import dns.rdatatype
 
 from oepy.datapath.esp.aggfrag import Packer, offload_block
 from oepy.datapath.esp.offload import GSO_TCP4, GSO_TCP6, GSO_UDP, NEEDS_CHECKSUM, Offload
+from oepy.datapath.xfrm import plan
 from oepy.dns.records import IpsecKey, OeText, build_ipseckey, build_oe_text
 from oepy.ike.header import parse_header
 from oepy.ike.message import open_sealed
 from oepy.ike.payloads import parse_chain
 from oepy.keys import to_public_key
+from oepy.model import EspSuite
+from oepy.netlink import frame
 from oepy.trap import netlink
-from tests.fakes.datapath import ipv4_packet, ipv6_packet
+from oepy.xfrm import pieces, requests, values
+from tests.fakes.datapath import ipv4_packet, ipv6_packet, pairs
 from tests.fakes.network_card import cut, with_checksums
+from tests.fakes.xfrm import acquire_body, expire_body, mapping_body, policy_expire_body
 from tests.fuzz.harnesses import SCENES, Scene
 from tests.sim.ike_net import rsa_key, two_hosts
 
@@ -55,6 +61,7 @@ def seeds() -> dict[str, list[bytes]]:
         body = netlink.attribute(1, bytes(7)) + netlink.attribute(10, packet)
         made["trap"] += [b"\1" + body, b"\0" + netlink.message(0x300, 0, body)]
     _esp(made["esp"])
+    _xfrm(made)
     return made
 
 
@@ -90,6 +97,30 @@ def _esp(made: list[bytes]) -> None:
     ] * 3
     made.append(b"\5\0" + b"".join(bytes((len(piece),)) + piece for piece in datagrams))
     made.append(b"\4" + Offload(1, GSO_UDP, 28, 8, 20, 6).pack() + datagrams[0])
+
+
+def _xfrm(made: dict[str, list[bytes]]) -> None:
+    """What the kernel sends of two pairs, and of those that it sends alone."""
+    (one, _), (other, _) = pairs(), pairs("2001:db8::1", "2001:db8::2", suite=EspSuite("aes256", "sha512"))
+    for pair in (one, dataclasses.replace(other, encap=False, protocol="esp")):
+        inbound, outbound = plan.sas(pair, 0x6F000001, plan.BY_DEVICE)
+        policies = [
+            *plan.inward_policies(pair, 1, plan.BY_DEVICE),
+            *plan.outward_policies(pair, 1, plan.BY_MARK),
+        ]
+        asked = [requests.new_sa(inbound), requests.new_sa(outbound), *map(requests.new_policy, policies)]
+        asked += [requests.delete_sa(inbound.id), requests.delete_policy(policies[0].id)]
+        bodies = [(request.kind, request.body) for request in asked]
+        bodies.append((pieces.MSG_EXPIRE, expire_body(inbound, True)))
+        bodies.append((pieces.MSG_POLEXPIRE, policy_expire_body(policies[-1], False)))
+        ends = inbound.source, inbound.destination
+        acquire = values.Acquire(*ends, values.ESP, policies[0].selector, policies[0], 7)
+        bodies.append((pieces.MSG_ACQUIRE, acquire_body(acquire)))
+        bodies.append(
+            (pieces.MSG_MAPPING, mapping_body(values.Mapping(inbound.id, 1, ends[0], ends[1], 1, 2)))
+        )
+        made.setdefault("xfrm", []).extend(bytes((kind,)) + body for kind, body in bodies)
+        made["xfrm"].append(b"\0" + b"".join(frame(*request) for request in asked[:3]))
 
 
 def _records(made: dict[str, list[bytes]]) -> None:

@@ -41,7 +41,7 @@ from tests.net.harness import (
     wired,
 )
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.any_kernel]
 
 
 @pytest.fixture(scope="module")
@@ -522,7 +522,7 @@ async def test_thousands_of_prefixes_load_quickly(net: Wired) -> None:
     begun = time.monotonic()
     with trapping(net.a, chosen) as trap:
         trap.reload(chosen)
-        assert time.monotonic() - begun < 8
+        assert time.monotonic() - begun < 30  # linear; quadratic would take minutes
         assert await pinged(net.a, B4, within=0.2) == 0
         assert not trap.asked
 

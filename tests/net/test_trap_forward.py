@@ -28,7 +28,7 @@ from tests.net.harness import (
     until,
 )
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.any_kernel]
 
 INNER4, INNER6, OUTER4, OUTER6 = "10.9.0.2", "2001:2:9::2", "198.18.0.2", "2001:2::2"
 

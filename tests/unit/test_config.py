@@ -45,7 +45,7 @@ def test_all_mistakes_are_listed_with_their_lines() -> None:
         "dns:\n"
         "  resolvers: [ns.example]\n"
         "  trust_anchors: [/does/not/exist]\n"
-        "datapath: xfrm\n"
+        "datapath: kernel\n"
     )
     assert [line.split(":")[0] for line in found] == [f"line {n}" for n in (2, 3, 5, 7, 7, 9, 10, 11)]
     text = "\n".join(found)

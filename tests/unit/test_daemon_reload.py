@@ -15,6 +15,7 @@ from oepy.control.client import ControlClient
 from oepy.control.server import ControlServer
 from oepy.daemon.api import ControlApi
 from oepy.daemon.core import Surroundings
+from oepy.daemon.datapaths import Chosen, NoDatapath
 from oepy.daemon.runtime import Daemon
 from oepy.engine.messages import Trapped
 from oepy.errors import OepyError
@@ -34,6 +35,7 @@ def daemon_of(path: Path, trap: FakeTrap) -> Daemon:
     path.write_text(BEFORE)
     daemon = Daemon(configuration.load(path), str(path), lambda _: None)
     daemon.host_key = HostKey.generate("ed25519")
+    daemon.chosen = Chosen("none", NoDatapath(), "for this test")
     daemon.wire(
         Surroundings(
             keys=FakeKeys({}),

@@ -68,7 +68,7 @@ def test_ipv6_within_and_between_families() -> None:
 
 def test_the_largest_packet_fits_the_wire() -> None:
     """A packet of the tunnel's MTU never makes more than 1500 bytes with outer IPv6, in any suite."""
-    from oepy.datapath.tun.device import TUNNEL_MTU
+    from oepy.datapath.routes import TUNNEL_MTU
 
     for suite in SUITES:
         a, _ = _ends(suite=suite)

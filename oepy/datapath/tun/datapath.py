@@ -10,8 +10,8 @@ import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
+from oepy.datapath.routes import TUNNEL_MTU
 from oepy.datapath.tun import control
-from oepy.datapath.tun.device import TUNNEL_MTU
 from oepy.errors import MisuseError, OepyError, ParseError
 from oepy.interfaces import DatapathEvent
 from oepy.model import Endpoint, SaCounters, SaPair

@@ -9,7 +9,6 @@ import os
 import socket
 import struct
 from collections.abc import Sequence
-from pathlib import Path
 
 from oepy.datapath.esp import offload
 from oepy.datapath.esp.inner import Bytes
@@ -17,11 +16,6 @@ from oepy.datapath.esp.offload import Offload
 from oepy.datapath.tun.seams import Received, Route
 from oepy.errors import OepyError
 from oepy.udp import ANCILLARY_SPACE, MAX_DATAGRAM
-
-# 1500 on the wire - 40 outer IPv6 - 8 UDP - 8 ESP header - 16 CBC IV - 32 ICV of HMAC-SHA2-512 = 1396 for
-# payload and trailer; CBC rounds to blocks of 16: 1392; less the trailer's 2. Over IPv4, and with an AEAD,
-# the packet stays below 1500 with room to spare.
-TUNNEL_MTU = 1390
 
 _TUNSETIFF, _TUNSETOFFLOAD = 0x400454CA, 0x400454D0  # linux/if_tun.h
 _IFF_TUN, _IFF_NO_PI, _IFF_VNET_HDR = 0x0001, 0x1000, 0x4000
@@ -156,23 +150,3 @@ class OuterUdp:
                 # Whatever the reason, the packet is lost as on any hop; the caller counts it
                 lost += 1
         return lost
-
-
-def settle(name: str) -> None:
-    """The device's own sysctls: decrypted packets come from addresses that the main table routes elsewhere
-    (rp_filter loose; the kernel takes the larger of this and `all`), and no IPv6 chatter of its own. IPv6
-    ones are missing where the host has none."""
-    settings = {
-        f"ipv4/conf/{name}/rp_filter": "2",
-        f"ipv4/conf/{name}/accept_redirects": "0",
-        f"ipv4/conf/{name}/send_redirects": "0",
-        f"ipv6/conf/{name}/autoconf": "0",
-        f"ipv6/conf/{name}/accept_ra": "0",
-        f"ipv6/conf/{name}/accept_redirects": "0",
-        f"ipv6/conf/{name}/addr_gen_mode": "1",
-        f"ipv6/conf/{name}/router_solicitations": "0",
-    }
-    for path, value in settings.items():
-        file = Path("/proc/sys/net") / path
-        if file.exists():
-            file.write_text(value)

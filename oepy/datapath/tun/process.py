@@ -16,8 +16,10 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from oepy.datapath.tun import control, routes
-from oepy.datapath.tun.device import TUNNEL_MTU, OuterUdp, TunDevice, settle
+from oepy.datapath import routes
+from oepy.datapath.routes import TUNNEL_MTU
+from oepy.datapath.tun import control
+from oepy.datapath.tun.device import OuterUdp, TunDevice
 from oepy.datapath.tun.forwarder import Forwarder
 from oepy.errors import OepyError, ParseError
 from oepy.interfaces import DatapathEvent
@@ -42,7 +44,6 @@ class _Process:
         self.ended = False
         self._name, self._mtu = arguments.device, arguments.mtu
         self._device = TunDevice(arguments.device)
-        settle(arguments.device)
         routes.set_up(arguments.device, arguments.mtu)
         self._forwarder = Forwarder(
             self._device,

@@ -1,0 +1,1 @@
+"""The kernel's own ESP and AH: SAs and policies over an XFRM netlink socket."""

@@ -1,0 +1,69 @@
+"""Which datapath a host gets, by what its kernel was found to do, and what the trap makes of it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from oepy.daemon.datapaths import choose
+from oepy.datapath.xfrm import probe as module
+from oepy.datapath.xfrm.probe import Abilities, Trial
+from oepy.errors import OepyError
+from oepy.interfaces import TrapPolicy
+from oepy.model import PolicyGroup
+from oepy.trap.rules import Ruleset
+
+GOOD, BAD = Trial("it"), Trial("it", OepyError("no such thing", "modprobe it"))
+POLICY = TrapPolicy((), PolicyGroup.PRIVATE_OR_CLEAR, ())
+
+
+def found(monkeypatch: pytest.MonkeyPatch, esp: Trial, interface: Trial) -> None:
+    monkeypatch.setattr(module, "probe", lambda: Abilities((GOOD, esp), interface))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "esp", "interface", "name", "mode"),
+    [
+        ("auto", GOOD, GOOD, "xfrm", "interface"),
+        ("auto", GOOD, BAD, "xfrm", "mark"),
+        ("auto", BAD, GOOD, "tun", ""),
+        ("xfrm", GOOD, GOOD, "xfrm", "interface"),
+        ("xfrm", GOOD, BAD, "xfrm", "mark"),
+        ("tun", GOOD, GOOD, "tun", ""),
+        ("none", BAD, BAD, "none", ""),
+    ],
+)
+def test_the_choice(
+    monkeypatch: pytest.MonkeyPatch, wanted: str, esp: Trial, interface: Trial, name: str, mode: str
+) -> None:
+    """The kernel's where both families' ESP works; by the mark without interfaces; with a reason."""
+    found(monkeypatch, esp, interface)
+    assert choose(wanted)[:2] == (name, mode)
+    assert choose(wanted)[2]
+
+
+def test_what_cannot_be_had_is_an_error_with_its_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datapath: xfrm` does not fall back to anything."""
+    found(monkeypatch, BAD, GOOD)
+    with pytest.raises(OepyError, match="modprobe it"):
+        choose("xfrm")
+
+
+def test_the_trap_knows_what_is_protected() -> None:
+    """A marked packet leaves by the device; with the kernel's IPsec by an SA, too. Without a device the mark of
+    decrypted packets is that IPsec has seen them. Without either nothing marked leaves."""
+    lines = {
+        (device, kernel): Ruleset(
+            dataclasses.replace(POLICY, tunnel_device=device, kernel_ipsec=kernel)
+        ).replacing(Ruleset(POLICY))
+        for device in ("oe0", None)
+        for kernel in (False, True)
+    }
+    marked = "meta mark & 0x30000000 == 0x10000000 "
+    assert f'{marked}oifname != "oe0" drop' in lines["oe0", False]
+    assert f'{marked}oifname != "oe0" rt ipsec missing drop' in lines["oe0", True]
+    assert f"{marked}rt ipsec missing drop" in lines[None, True]
+    assert f"{marked}drop" in lines[None, False]
+    assert 'iifname "oe0" ' in lines["oe0", True]
+    assert "meta ipsec exists " in lines[None, True]
