@@ -8,6 +8,7 @@ destinations have their turns in bursts, as flows have.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
@@ -78,7 +79,8 @@ def _send_udp(job: dict[str, Any]) -> None:
         at = at + 1 if at + 1 < count else 0
     time.sleep(0.05)
     for _ in range(3):
-        sends[0](_STOP)
+        with contextlib.suppress(OSError):  # the first one was enough, and nobody listens any more
+            sends[0](_STOP)
     print(json.dumps({"sent": sent}), flush=True)
 
 
