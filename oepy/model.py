@@ -392,6 +392,9 @@ class SaPair:
     replay_window: int = 1024
     lifetime: Lifetime = Lifetime()
     connection: str = ""  # name of a configured connection; "" for opportunistic
+    aggregation: bool = False  # AGGFRAG payloads (RFC 9347) in both directions
+    fragments: bool = True  # with aggregation: whether the peer takes packets in several payloads
+    super_packets: bool = False  # with aggregation: whether both sides know oepy's offload blocks
 
 
 @dataclass(frozen=True, slots=True)

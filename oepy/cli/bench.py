@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 import click
 
@@ -165,3 +166,51 @@ def sa(ctx: click.Context, turns: int, as_json: bool) -> None:
     for name in result.datapaths:
         click.echo(f"{name}: slowest by fastest {result.ratio(name):.2f}")
     ctx.exit(0 if result.flat else 1)
+
+
+_MEASURES = ("tcp", "udp64", "udp512", "udp1300", "sas1", "sas100", "sas1000")
+_ESP_TITLES = {
+    "tcp": "one TCP stream",
+    **{f"udp{size}": f"UDP, {size} bytes" for size in (64, 512, 1300)},
+    **{f"sas{count}": f"UDP, 1300 bytes, {count:,} SAs" for count in (1, 100, 1000)},
+}
+
+
+@bench.command()
+@click.option("--seconds", default=2.0, show_default=True, help="Length of one turn.")
+@click.option("--rounds", default=5, show_default=True, type=click.IntRange(1, 50), help="Turns of each.")
+@click.option("--measure", "measures", multiple=True, type=click.Choice(_MEASURES), help="Only these.")
+@json_option
+def esp(seconds: float, rounds: int, measures: tuple[str, ...], as_json: bool) -> None:
+    """Userland ESP beside strongSwan's kernel-libipsec and, where installed, wireguard-go.
+
+    In turns over veth between namespaces; medians of what the receiver got. For numbers of SAs the ratio is to one.
+    """
+    need_root()
+    from oepy.bench.esp import GOALS, SA_COST, run
+
+    result = run(seconds=seconds, rounds=rounds, measures=measures or _MEASURES, progress=progress)
+    data = result.data()
+    if as_json:
+        print_json(data)
+        return
+    for name in result.missing:
+        click.secho(f"NOT MEASURED: {name} is not installed", fg="yellow", bold=True)
+    heads = ("Mbit/s", "ratio", "packets/s", "Mbit/CPU-s", "ratio")
+    for measure in dict.fromkeys(row["measure"] for row in data["rows"]):
+        click.secho(f"{_ESP_TITLES[measure]:34}" + "".join(f"{head:>12}" for head in heads), bold=True)
+        for row in data["rows"]:
+            if row["measure"] == measure:
+                click.echo(_esp_line(row, GOALS.get(measure, {}).get(row["tunnel"]), SA_COST))
+
+
+def _esp_line(row: dict[str, Any], goal: float | None, sa_cost: float) -> str:
+    if row["measure"].startswith("sas") and row["measure"] != "sas1":
+        goal = 1 - sa_cost
+    rate, cpu = ("" if row[name] is None else f"{row[name]:.2f}" for name in ("rate_ratio", "cpu_ratio"))
+    packets = f"{row['packets_per_second']:,.0f}" if row["packets_per_second"] else ""
+    said = f"  goal {goal:.1f}" if goal is not None else ""
+    return (
+        f"  {row['tunnel']:32}{row['mbit_per_second']:12,.0f}{rate:>12}{packets:>12}"
+        f"{row['mbit_per_cpu_second']:12,.0f}{cpu:>12}{said}"
+    )

@@ -57,6 +57,7 @@ class Chosen:
     mode: str = ""  # of xfrm: interface; mark where the kernel has no XFRM interfaces; bare with its own trap
     reads_nat_t: bool = False  # its process reads port 4500
     encap_only: bool = False  # it speaks ESP in UDP only
+    aggregates: bool = False  # it knows AGGFRAG payloads (RFC 9347)
     device: str | None = None  # from which decrypted packets come, where they come from one
 
     @property
@@ -96,7 +97,9 @@ def open_datapath(config: Config, sockets: IkeSockets, on_ike: OnIke, *, bare: b
 
         remove_all(config.device)
         userland = TunDatapath(sockets.nat_t, on_ike, device=config.device)
-        return Chosen(name, userland, reason, reads_nat_t=True, encap_only=True, device=config.device)
+        return Chosen(
+            name, userland, reason, reads_nat_t=True, encap_only=True, aggregates=True, device=config.device
+        )
     from oepy.datapath.xfrm.datapath import XfrmDatapath
     from oepy.datapath.xfrm.plan import BARE, BY_DEVICE, BY_MARK
 

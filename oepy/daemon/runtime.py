@@ -145,6 +145,8 @@ class Daemon(Core):
         return IkeSettings(
             identity=PeerIdentity.parse(self.config.identity) if self.config.identity else None,
             force_encap=self.chosen.encap_only,
+            # A capture that somebody wants to read would not be readable: tshark does not know AGGFRAG
+            aggregation=self.chosen.aggregates and self.config.key_log is None,
             key_log=self.config.key_log is not None,
         )
 

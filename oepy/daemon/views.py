@@ -69,6 +69,7 @@ def sa_view(pair: SaPair, counters: SaCounters | None, since: float, now: float)
         "mode": pair.mode,
         "protocol": pair.protocol,
         "encap": pair.encap,
+        "aggregation": pair.aggregation,
         "algorithm": str(pair.suite),
         "local_ts": [str(ts) for ts in pair.local_ts],
         "remote_ts": [str(ts) for ts in pair.remote_ts],

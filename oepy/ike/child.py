@@ -15,6 +15,7 @@ from oepy.ike.payload_sa import PROTOCOL_ESP
 from oepy.model import Lifetime, SaPair, TrafficSelector
 
 if TYPE_CHECKING:
+    from oepy.ike.aggregation import Aggregation
     from oepy.ike.message import Message
     from oepy.ike.session import Session
     from oepy.model import EspSuite
@@ -26,6 +27,7 @@ class ChildSa:
     """One ESP pair, without its keys. `spi_in` is ours, its name everywhere in this host."""
 
     __slots__ = (
+        "aggregation",
         "connection",
         "deleting",
         "expires_at",
@@ -65,6 +67,7 @@ class ChildSa:
         self.offers = offers
         self.connection = connection
         self.initiator = initiator
+        self.aggregation: Aggregation | None = None
         self.installed_at = 0.0
         self.rekey_at = float("inf")
         self.expires_at = float("inf")
@@ -147,6 +150,9 @@ def install(
             hard_packets=lifetimes.child_hard_packets,
         ),
         connection=child.connection,
+        aggregation=child.aggregation is not None,
+        fragments=child.aggregation is None or child.aggregation.fragments,
+        super_packets=child.aggregation is not None and child.aggregation.super_packets,
     )
     context.counters["children"] += 1
     context.emit(ChildUp(session.number, pair, child.initiator, replaces, outbound, session.label))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from oepy.ike import aggregation
 from oepy.ike.algorithms import accepted, choose, esp_suite, to_proposals, without_groups
 from oepy.ike.child import ChildSa, install, read_selectors, spi_of, within
 from oepy.ike.events import DownReason, NeedSpi
@@ -80,6 +81,12 @@ def _make_successor(
         group = chosen.transforms[TransformType.KE].id
         answer.append((PayloadType.KE, build_ke(group, share.public)))
     answer += [tsi, tsr]
+    if old is not None:
+        child.aggregation = old.aggregation  # RFC 9347 §5.1: a rekey says nothing of it
+    elif session.context.settings.aggregation:
+        child.aggregation = aggregation.asked_for(message)
+        if child.aggregation is not None:
+            answer += aggregation.payloads()
     if old is not None and old.replaced:
         # ours was done first, and won: the peer will see that and delete this one, which it never sends on
         install(session, child, shared, nonces, outbound=False)
@@ -237,7 +244,7 @@ def _agreed(old: ChildSa, offers: tuple[Offer, ...], spi_in: int, answer: Messag
     local_ts, remote_ts = read_selectors(answer)
     if not within(local_ts, old.local_ts) or not within(remote_ts, old.remote_ts):
         raise ChildRefused(NotifyType.TS_UNACCEPTABLE, "the peer widened the traffic selectors")
-    return ChildSa(
+    child = ChildSa(
         spi_in,
         spi_of(chosen),
         esp_suite(chosen),
@@ -247,6 +254,8 @@ def _agreed(old: ChildSa, offers: tuple[Offer, ...], spi_in: int, answer: Messag
         connection=old.connection,
         initiator=True,
     )
+    child.aggregation = old.aggregation
+    return child
 
 
 def _finish(

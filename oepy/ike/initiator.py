@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from oepy.errors import ParseError
+from oepy.ike import aggregation
 from oepy.ike.algorithms import accepted, esp_suite, ike_suite, to_proposals, without_groups
 from oepy.ike.authentication import AuthMethod, matches, null_auth, psk_auth, verify_auth
 from oepy.ike.child import ChildSa, install, read_selectors, spi_of, within
@@ -208,6 +209,8 @@ def _auth(session: Session, request: Initiate, handshake: Handshake) -> OwnSteps
         (PayloadType.TSI, build_ts(request.local_ts)),
         (PayloadType.TSR, build_ts(request.remote_ts)),
     ]
+    if context.settings.aggregation:
+        payloads += aggregation.payloads()
     answer = yield Send(Exchange.IKE_AUTH, payloads)
     error = first_error(answer.chain)
     if answer.get(PayloadType.AUTH, AuthData) is None:
@@ -220,6 +223,7 @@ def _auth(session: Session, request: Initiate, handshake: Handshake) -> OwnSteps
     session.connection = request.connection
     try:
         child = _agreed_child(request, offers, spi_in, answer)
+        child.aggregation = aggregation.agreed_on(answer, asked=context.settings.aggregation)
     except ChildRefused as refused:
         # An IKE SA without a child is of no use to us: the peer hears of its end
         kind = FailureKind.REJECTED if error is not None else FailureKind.PROTOCOL

@@ -39,6 +39,8 @@ class NotifyType(enum.IntEnum):
     MOBIKE_SUPPORTED = 16396
     FRAGMENTATION_SUPPORTED = 16430
     SIGNATURE_HASH_ALGORITHMS = 16431
+    USE_AGGFRAG = 16442
+    OEPY_SUPER_PACKETS = 53773  # private use; see ike/aggregation.py
 
 
 def notify_name(number: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from oepy.ike import rules
+from oepy.ike import aggregation, rules
 from oepy.ike.algorithms import choose, esp_suite, ike_suite, without_groups
 from oepy.ike.authentication import AuthMethod, matches, null_auth, psk_auth, verify_auth
 from oepy.ike.child import ChildSa, install, read_selectors, spi_of, within
@@ -176,6 +176,8 @@ def serve_auth(session: Session, message: Message) -> PeerSteps:
         initial_contact(session)
     if child is not None:
         payloads += child_payloads(child[0], child[1])
+        if child[0].aggregation is not None:
+            payloads += aggregation.payloads()
         install(session, child[0], b"", nonces)
         from oepy.ike.duplicates import after_establishment
 
@@ -270,6 +272,8 @@ def _child(session: Session, message: Message) -> Questions[tuple[ChildSa, Chose
     if chosen is None:
         raise ChildRefused(NotifyType.NO_PROPOSAL_CHOSEN, "no ESP suite in common")
     child = yield from make_child(session, narrowed, chosen)
+    if session.context.settings.aggregation:
+        child.aggregation = aggregation.asked_for(message)
     return child, chosen
 
 

@@ -65,6 +65,7 @@ class IkeSettings:
     max_half_open_per_prefix: int = 64  # of one IPv4 /24 or IPv6 /56
     max_sessions: int = 100_000
     force_encap: bool = True
+    aggregation: bool = False  # AGGFRAG payloads (RFC 9347): whether the datapath can
     ike_port: int = 500
     nat_t_port: int = 4500
     keepalive_interval: float = 20.0

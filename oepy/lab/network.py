@@ -240,6 +240,8 @@ class LabNetwork:
             directory.mkdir(parents=True)
             namespace = self.lab.namespace(plan.name)
             self.wire.attach(namespace, "eth0", [f"{plan.v4}/15", f"{plan.v6}/48"])
+            # As on a real wire: no bursts that a card would still have to cut. Captures are read packet by packet.
+            namespace.ip("link", "set", "eth0", "gso_max_segs", "1")
             resolv_conf = directory / "resolv.conf"
             resolv_conf.write_text(f"nameserver {NS_V4}\noptions timeout:2 attempts:2\n")
             (directory / "nsswitch.conf").write_text("hosts: files dns\n")

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
+from collections.abc import Sequence
 from ipaddress import IPv4Address, ip_address, ip_network
 from typing import Any
 
+from oepy.datapath.esp.inner import Bytes
+from oepy.datapath.esp.offload import NONE, Offload, parse
+from oepy.datapath.esp.sa import NEXT_HEADER, EspPair
 from oepy.datapath.tun.seams import Received, Route
 from oepy.model import (
     Authenticated,
@@ -19,6 +23,7 @@ from oepy.model import (
     Secret,
     TrafficSelector,
 )
+from tests.fakes.network_card import cut
 
 KEY_LENGTHS = {
     "aes128gcm16": 20,
@@ -47,6 +52,8 @@ SUITES = [
     *(EspSuite("aes256", mac, esn) for mac in ("sha256", "sha384", "sha512") for esn in (True, False)),
     EspSuite("aes128", "sha256"),
     EspSuite("null", "sha256"),
+    EspSuite("aes128ctr", "sha256"),
+    EspSuite("aes256ctr", "sha384", False),
 ]
 
 
@@ -131,45 +138,84 @@ def ipv6_packet(
     return head + ip_address(source).packed + ip_address(destination).packed + body
 
 
+def esp_of(pair: EspPair, packet: bytes, next_header: int | None = None) -> bytes:
+    """The ESP packet that `pair` makes of this payload; by default of this IP packet, in tunnel mode."""
+    number = NEXT_HEADER[packet[0] >> 4] if next_header is None else next_header
+    sequence, count = pair.reserve(1, len(packet))
+    assert count == 1
+    plaintext = packet + pair.trailer(len(packet), number)
+    buffer = memoryview(bytearray(pair.sealed_length(len(packet))))
+    buffer[pair.prefix : pair.prefix + len(plaintext)] = plaintext
+    pair.seal(buffer, 0, len(buffer), sequence, 1)
+    return bytes(buffer)
+
+
+def sealed_plaintext(pair: EspPair, plaintext: bytes) -> bytes:
+    """Any plaintext, trailer and all, authentic and with the pair's next number."""
+    pair._sequence += 1
+    icv = pair._around - pair.prefix
+    buffer = memoryview(bytearray(pair._around + len(plaintext)))
+    buffer[pair.prefix : len(buffer) - icv] = plaintext
+    pair.seal(buffer, 0, len(buffer), pair._sequence, 1)
+    return bytes(buffer)
+
+
 class MemoryDevice:
-    """`incoming` are packets of the host for the tunnel, `written` what came out of the tunnel."""
+    """`incoming` are packets of the host for the tunnel, plain or with an Offload; `written` what came out of
+    the tunnel, as a network card would send it; `crossings` how it came, with its Offload."""
+
+    coalesces = True
 
     def __init__(self) -> None:
-        self.incoming: deque[bytes] = deque()
+        self.incoming: deque[bytes | tuple[bytes, Offload]] = deque()
         self.written: list[bytes] = []
-        self.refuses = False
+        self.crossings: list[tuple[bytes, Offload]] = []
+        self.refuses = self.offloads = False
 
-    def read(self) -> bytes | None:
-        return self.incoming.popleft() if self.incoming else None
+    def read(self) -> tuple[memoryview, Offload] | None:
+        if not self.incoming:
+            return None
+        entry = self.incoming.popleft()
+        packet, offload = entry if isinstance(entry, tuple) else (entry, NONE)
+        return memoryview(bytearray(packet)), offload
 
-    def write(self, packet: bytes) -> bool:
+    def offload(self, wanted: bool) -> None:
+        self.offloads = wanted
+
+    def write(self, parts: Sequence[Bytes], header: bytes) -> bool:
         if self.refuses:
             return False
-        self.written.append(packet)
+        packet, offload = b"".join(parts), parse(memoryview(header))
+        self.crossings.append((packet, offload))
+        self.written += cut(packet, offload)
         return True
 
 
 class MemorySocket:
-    """`sent` are datagrams with their route; `deliver` puts one in to be received."""
+    """`sent` are datagrams with their route; `deliver` puts datagrams of one size in to be received."""
 
     port = 4500
 
     def __init__(self) -> None:
         self.sent: list[tuple[bytes, Route]] = []
+        self.calls: list[int] = []  # datagrams of each system call
         self.refuses = False
         self._incoming: deque[Received] = deque()
 
-    def deliver(self, data: bytes, source: str = "192.0.2.2", to: str = "192.0.2.1") -> None:
+    def deliver(self, *data: bytes, source: str = "192.0.2.2", to: str = "192.0.2.1") -> None:
         info = bytes(4) + bytes(4) + IPv4Address(to).packed
         ancillary: list[tuple[int, int, bytes]] = [(0, 8, info)]
         address: tuple[Any, ...] = (source, 4500)
-        self._incoming.append((memoryview(data), ancillary, address))
+        assert all(len(datagram) == len(data[0]) for datagram in data[:-1])
+        self._incoming.append((memoryview(b"".join(data)), ancillary, address, len(data[0])))
 
     def receive(self) -> Received | None:
         return self._incoming.popleft() if self._incoming else None
 
-    def send(self, data: bytes, route: Route) -> bool:
+    def send(self, data: memoryview, route: Route, segment: int) -> int:
+        pieces = [bytes(data[start : start + segment]) for start in range(0, len(data), segment)]
         if self.refuses:
-            return False
-        self.sent.append((data, route))
-        return True
+            return len(pieces)
+        self.calls.append(len(pieces))
+        self.sent += [(piece, route) for piece in pieces]
+        return 0

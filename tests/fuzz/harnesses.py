@@ -14,9 +14,13 @@ import yaml
 
 from oepy.convert.render import render
 from oepy.convert.run import convert
+from oepy.datapath.esp.aggfrag import MAX_WAITING, Unpacker
+from oepy.datapath.esp.coalesce import Coalescer
 from oepy.datapath.esp.inner import inner_length
 from oepy.datapath.esp.mss import clamp
+from oepy.datapath.esp.offload import NONE, SIZE, Offload, parse
 from oepy.datapath.esp.sa import EspPair
+from oepy.datapath.esp.segment import segments
 from oepy.dns.message import Question, parse_reply
 from oepy.dns.records import build_ipseckey, build_oe_text, is_oe_text, parse_ipseckey, parse_oe_text
 from oepy.errors import KeyFormatError, OepyError, ParseError, RemoteError
@@ -34,7 +38,8 @@ from oepy.netlink import Frame, parse_frames
 from oepy.trap import netlink, queue
 from oepy.trap.packet import parse_flow
 from oepy.xfrm import answers, pieces, requests, values
-from tests.fakes.datapath import pairs
+from tests.fakes.datapath import esp_of, pairs, sealed_plaintext
+from tests.fakes.network_card import cut, transport_sum
 from tests.sim.ike_net import Host, Net, request, two_hosts
 
 # ---- IKE ---------------------------------------------------------------------------------------------------
@@ -185,26 +190,113 @@ def esp(data: bytes) -> None:
     """ESP from outside and inner packets of a peer that holds the keys: an IP packet within the selectors, a
     dummy, or RemoteError.
 
-    First byte: 0 a datagram, 1 the plaintext inside of an authentic one, 2 a packet outward."""
-    if not data:
-        return
+    First byte: 0 a datagram, 1 the plaintext inside of an authentic one, 2 a packet outward, 3 AGGFRAG payloads,
+    4 a super-packet to be cut, 5 packets to be put together."""
+    if data:
+        with contextlib.suppress(RemoteError):
+            _ESP_KINDS[data[0] % len(_ESP_KINDS)](data[1:])
+
+
+def _esp_pairs() -> tuple[EspPair, EspPair]:
     one, other = pairs()
-    ours, theirs = EspPair(one, 0.0), EspPair(other, 0.0)
-    kind, body = data[0] % 3, data[1:]
-    with contextlib.suppress(RemoteError):
-        if kind == 0:
-            ours.open(memoryview(body), 1.0)
-            raise AssertionError("nobody without the key makes an authentic packet")
-        if kind == 1:
-            header = other.spi_out.to_bytes(4, "big") + (1).to_bytes(4, "big")
-            sealed = header + theirs._outward.seal(header, 1, body)
-            packet = ours.open(memoryview(sealed), 1.0)
-            assert packet is None or ours.selectors.allow_inward(packet)
-            return
-        inner_length(body, {4: 4, 6: 41}.get(body[0] >> 4 if body else 0, 0))
-        clamped = clamp(body, 1400)
-        assert len(clamped) == len(body)
-        assert theirs.open(memoryview(ours.seal(body, 1.0)), 1.0) is not None
+    return EspPair(one, 0.0), EspPair(other, 0.0)
+
+
+def _esp_datagram(body: bytes) -> None:
+    ours, _ = _esp_pairs()
+    assert ours.open_ahead(memoryview(body), 0, len(body)) == []
+    ours.open(memoryview(body))
+    raise AssertionError("nobody without the key makes an authentic packet")
+
+
+def _esp_plaintext(body: bytes) -> None:
+    ours, theirs = _esp_pairs()
+    sealed = memoryview(sealed_plaintext(theirs, body))
+    (plaintext,) = ours.open_ahead(sealed, 0, len(sealed))
+    assert plaintext == body
+    packet = ours.packet(plaintext, 1.0)
+    assert packet is None or ours.selectors.allow_inward(packet)
+
+
+def _esp_outward(body: bytes) -> None:
+    ours, theirs = _esp_pairs()
+    inner_length(body, {4: 4, 6: 41}.get(body[0] >> 4 if body else 0, 0), len(body))
+    clamped = clamp(body, 1400)
+    assert len(clamped) == len(body)
+    if ours.selectors.allow_outward(body):
+        assert theirs.packet(theirs.open(memoryview(esp_of(ours, body))), 1.0) is not None
+
+
+def _esp_aggfrag(body: bytes) -> None:
+    """A byte of flags, then payloads: sequence number, length, octets. Alone each is a packet or an error; what
+    comes out has the length that it says."""
+    unpacker, at = Unpacker(super_packets=bool(body[:1] < b"\x80")), 1
+    while at + 2 <= len(body):
+        sequence, length = body[at] % 32, body[at + 1]
+        payload = body[at + 2 : at + 2 + length]
+        at += 2 + length
+        with contextlib.suppress(RemoteError):
+            for parts, offload in unpacker.add(memoryview(payload), sequence):
+                packet = b"".join(parts)
+                assert inner_length(packet, 4 if packet[0] >> 4 == 4 else 41, len(packet)) == len(packet)
+                if offload.gso:
+                    _cut(packet, offload)
+    assert len(unpacker._starts) <= MAX_WAITING
+    assert len(unpacker._ends) <= MAX_WAITING
+
+
+def _cut(packet: bytes, offload: Offload) -> list[bytes]:
+    count, length, pieces = segments(memoryview(bytearray(packet)), offload)
+    made = [bytes(header) + bytes(payload) for header, payload in pieces]
+    assert len(made) == count
+    assert sum(map(len, made)) == len(packet) + (count - 1) * length
+    return made
+
+
+def _esp_segments(body: bytes) -> None:
+    """Ten bytes of virtio header, then the packet: the same pieces as a network card makes, or ParseError."""
+    if len(body) < SIZE:
+        return
+    packet, offload = body[SIZE:], parse(memoryview(body))
+    for piece in _cut(packet, offload):
+        if piece[0] >> 4 == 4 or offload.checksum_start == 40:
+            assert transport_sum(piece) == 0xFFFF
+
+
+def _esp_coalesce(body: bytes) -> None:
+    """A byte whether to verify, then packets: length, octets. All of them leave again, cut as they came."""
+    crossings: list[tuple[bytes, Offload]] = []
+    coalescer = Coalescer(
+        lambda parts, header: crossings.append((b"".join(parts), parse(memoryview(header)))),
+        lambda packet: crossings.append((packet, NONE)),
+    )
+    verify, at, packets = body[:1] < b"\x80", 1, []
+    while at < len(body):
+        packet = body[at + 1 : at + 1 + body[at]]
+        at += 1 + body[at]
+        with contextlib.suppress(RemoteError):
+            version = 4 if packet[:1] < b"\x60" else 41
+            packet = packet[: inner_length(packet, version, len(packet))]
+            packets.append(packet)
+            coalescer.add(packet, verify)
+    coalescer.flush()
+    left: list[bytes] = []
+    for packet, offload in crossings:
+        if offload.gso and not offload.flags and transport_sum(packet) != 0xFFFF:
+            assert not verify
+            return  # the kernel drops it: a segment was damaged
+        left += cut(packet, offload)
+    assert sorted(map(_unsigned, left)) == sorted(map(_unsigned, packets))
+
+
+def _unsigned(packet: bytes) -> bytes:
+    """Without the TCP or UDP checksum, of which 0 and 0xFFFF are the same."""
+    start, number = (20, packet[9]) if packet[0] == 0x45 else (40, packet[6] if packet[0] >> 4 == 6 else 0)
+    field = start + {6: 16, 17: 6}.get(number, len(packet))
+    return packet[:field] + packet[field + 2 :]
+
+
+_ESP_KINDS = (_esp_datagram, _esp_plaintext, _esp_outward, _esp_aggfrag, _esp_segments, _esp_coalesce)
 
 
 # ---- trap --------------------------------------------------------------------------------------------------

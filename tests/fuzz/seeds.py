@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import struct
 
 import dns.rdata
 import dns.rdatatype
 
+from oepy.datapath.esp.aggfrag import Packer, offload_block
+from oepy.datapath.esp.offload import GSO_TCP4, GSO_TCP6, GSO_UDP, NEEDS_CHECKSUM, Offload
 from oepy.datapath.xfrm import plan
 from oepy.dns.records import IpsecKey, OeText, build_ipseckey, build_oe_text
 from oepy.ike.header import parse_header
@@ -21,6 +24,7 @@ from oepy.trap import netlink
 from oepy.xfrm import pieces, requests, values
 from tests.fakes.datapath import ipv4_packet, ipv6_packet, pairs
 from tests.fakes.manual import section
+from tests.fakes.network_card import cut, with_checksums
 from tests.fakes.xfrm import acquire_body, expire_body, mapping_body, policy_expire_body
 from tests.fuzz.harnesses import SCENES, Scene
 from tests.sim.ike_net import rsa_key, two_hosts
@@ -59,8 +63,43 @@ def seeds() -> dict[str, list[bytes]]:
         made.setdefault("trap", []).append(b"\2" + packet)
         body = netlink.attribute(1, bytes(7)) + netlink.attribute(10, packet)
         made["trap"] += [b"\1" + body, b"\0" + netlink.message(0x300, 0, body)]
+    _esp(made["esp"])
     _xfrm(made)
     return made
+
+
+def _esp(made: list[bytes]) -> None:
+    """AGGFRAG payloads with and without fragments and offload blocks; super-packets and their segments."""
+    small, long = ipv4_packet("192.0.2.2", "192.0.2.1"), ipv4_packet("192.0.2.2", "192.0.2.1", bytes(200))
+    packer = Packer(100)
+    payloads = [*packer.add(memoryview(small)), *packer.add(memoryview(long)), packer.rest()]
+    stream = b"".join(
+        bytes((number, 4 + sum(map(len, parts)))) + head + b"".join(parts)
+        for number, (head, parts) in enumerate(payloads)
+    )
+    made += [b"\3\0" + stream, b"\3\xff" + stream]
+    for version, gso in ((4, GSO_TCP4), (6, GSO_TCP6)):
+        start = 20 if version == 4 else 40
+        make, ends = (ipv4_packet, ("192.0.2.2", "192.0.2.1"))
+        if version == 6:
+            make, ends = ipv6_packet, ("2001:db8::2", "2001:db8::1")
+        header = bytes(8) + b"\x50\x10" + bytes(6)
+        packet = with_checksums(make(*ends, header + bytes(120), 6))
+        offload = Offload(NEEDS_CHECKSUM, gso, start + 20, 50, start, 16)
+        made.append(b"\4" + offload.pack() + packet)
+        pieces = cut(packet, offload)
+        made += [
+            b"\5" + first + b"".join(bytes((len(piece),)) + piece for piece in pieces)
+            for first in (b"\0", b"\xff")
+        ]
+        block = offload_block(packet, offload)
+        assert block is not None
+        made.append(b"\3\0\0" + bytes((8 + len(packet),)) + bytes(4) + block + packet)
+    datagrams = [
+        with_checksums(ipv4_packet("192.0.2.2", "192.0.2.1", struct.pack("!HH", 28, 0) + bytes(20)))
+    ] * 3
+    made.append(b"\5\0" + b"".join(bytes((len(piece),)) + piece for piece in datagrams))
+    made.append(b"\4" + Offload(1, GSO_UDP, 28, 8, 20, 6).pack() + datagrams[0])
 
 
 def _xfrm(made: dict[str, list[bytes]]) -> None:

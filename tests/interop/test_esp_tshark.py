@@ -11,7 +11,7 @@ import pytest
 
 from oepy.datapath.esp.sa import EspPair
 from oepy.model import EspSuite
-from tests.fakes.datapath import ipv4_packet, pairs
+from tests.fakes.datapath import esp_of, ipv4_packet, pairs
 
 pytestmark = pytest.mark.interop
 
@@ -51,9 +51,8 @@ def test_tshark_reads_what_we_seal(suite: EspSuite, tmp_path: Path) -> None:
     """Inner ports appear, and where there is an HMAC, tshark finds it good (it checks no AEAD tag)."""
     assert shutil.which("tshark"), "tshark is missing: apt-get install tshark"
     one, _ = pairs(suite=suite)
-    esp = EspPair(one, 0.0).seal(
-        ipv4_packet("192.0.2.1", "192.0.2.2", bytes.fromhex("000a0000abcd"), ports=(1111, 2222)), 0.0
-    )
+    inner = ipv4_packet("192.0.2.1", "192.0.2.2", bytes.fromhex("000a0000abcd"), ports=(1111, 2222))
+    esp = esp_of(EspPair(one, 0.0), inner)
     packet = _udp_encapsulated(esp)
     file = tmp_path / "esp.pcap"
     file.write_bytes(

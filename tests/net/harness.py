@@ -94,6 +94,12 @@ def trapping(namespace: Namespace, chosen: TrapPolicy, answer: Verdict | None = 
         inside.stop(guard=False)
 
 
+def cut_here(namespace: Namespace, device: str) -> None:
+    """Let the kernel cut batches of datagrams before they reach this device, as any real card would at last:
+    a capture behind it shows the packets of a real wire."""
+    namespace.run("ethtool", "-K", device, "tx-udp-segmentation", "off")
+
+
 async def until(condition: Callable[[], object], seconds: float = 3.0) -> None:
     """Wait for it, with the loop running. Fails where it does not come true."""
     deadline = time.monotonic() + seconds

@@ -37,6 +37,7 @@ from tests.net.harness import (
     GROUP,
     TrapIn,
     Wired,
+    cut_here,
     listen_udp,
     pinged,
     policy,
@@ -54,6 +55,8 @@ GCM = EspSuite("aes128gcm16")
 @pytest.fixture(scope="module")
 def net() -> Iterator[Wired]:
     with wired() as made:
+        for namespace in (made.a, made.b):
+            cut_here(namespace, "eth0")
         yield made
 
 
@@ -109,7 +112,7 @@ async def _join(a: Host, b: Host, pair: SaPair) -> None:
     await b.datapath.install(mirrored(pair))
 
 
-def _clear(capture: Capture) -> list[object]:
+def clear_packets(capture: Capture) -> list[object]:
     """What went in the clear between the hosts, neighbour discovery and multicast aside."""
     return [packet for packet in capture.packets() if packet.kind == "clear"]
 
@@ -154,7 +157,7 @@ async def test_everything_crosses_as_esp(
         for size in (56, 1400, 4000):
             assert await pinged(a.namespace, inner[1], count=2, size=size, within=1) == 2, size
         assert await _transfer(a, b, inner[1], 500_000) == 500_000
-        assert _clear(capture) == []
+        assert clear_packets(capture) == []
         assert Counter(packet.kind for packet in capture.packets())["esp"] > 300
         assert max(len(frame.data) for frame in capture.frames()) <= 1514
     (counters,) = await a.datapath.counters()
@@ -229,7 +232,7 @@ async def test_a_hard_limit_ends_the_sa_and_nothing_leaks(
     await _join(a, b, pair)
     with Capture(net.wire.namespace, net.wire.ports, tmp_path / "wire.pcap", incoming_only=True) as capture:
         assert await pinged(a.namespace, B4, count=6, within=0.2) in (3, 4)
-        assert _clear(capture) == []
+        assert clear_packets(capture) == []
     assert a.kinds()[:2] == ["soft-expire", "hard-expire"]
     assert a.events[0].spi == pair.spi_in
     assert await a.datapath.counters() == []
@@ -267,7 +270,7 @@ async def test_a_stream_survives_being_asked_for_again(
             for host, peer in ((a, B4), (b, A4)):
                 host.trap.trap.forget([(GROUP.PRIVATE_OR_CLEAR, ip_address(peer))])
         assert await moving == 3_000_000
-        assert _clear(capture) == []
+        assert clear_packets(capture) == []
     assert len(a.trap.asked) > 3
 
 
@@ -315,12 +318,12 @@ async def test_a_killed_process_is_told_and_nothing_leaks(
         os.kill(process, signal.SIGKILL)
         await until(lambda: "failed" in a.kinds())
         assert await pinged(a.namespace, B4, count=3, within=0.1) == 0
-        assert _clear(capture) == []
+        assert clear_packets(capture) == []
         with pytest.raises(OepyError, match="not running"):
             await a.datapath.install(pair)
         await a.start()
         assert await pinged(a.namespace, B4, within=0.1) == 0
-        assert _clear(capture) == []
+        assert clear_packets(capture) == []
         await a.datapath.install(pairs(A4, B4, spis=(0x5005, 0x6006))[0])
         await b.datapath.install(pairs(A4, B4, spis=(0x5005, 0x6006))[1])
         assert await pinged(a.namespace, B4) == 1
@@ -457,7 +460,7 @@ async def test_rules_and_routes_that_others_remove_come_back(
         assert await pinged(a.namespace, B4, count=2, within=0.1) == 0
         await asyncio.sleep(6)
         assert await pinged(a.namespace, B4) == 1
-        assert _clear(capture) == []
+        assert clear_packets(capture) == []
     assert (await a.datapath.statistics())["routes_mended"] == 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from ipaddress import ip_address
 
 import pytest
 from hypothesis import given
@@ -13,8 +14,17 @@ from oepy.datapath.esp.replay import MAX_WINDOW, ReplayWindow, infer_sequence
 from oepy.datapath.esp.sa import EspPair, ReplayError, SaEnded, SelectorError
 from oepy.datapath.esp.suites import IntegrityError, make_transform
 from oepy.errors import OepyError, ParseError, RemoteError
-from oepy.model import EspSuite, Lifetime, SaKeys, Secret
-from tests.fakes.datapath import SUITES, ipv4_packet, ipv6_packet, keys_of, pairs, selector
+from oepy.model import EspSuite, Lifetime, SaKeys, Secret, TrafficSelector
+from tests.fakes.datapath import (
+    SUITES,
+    esp_of,
+    ipv4_packet,
+    ipv6_packet,
+    keys_of,
+    pairs,
+    sealed_plaintext,
+    selector,
+)
 
 
 def _ends(**options: object) -> tuple[EspPair, EspPair]:
@@ -23,7 +33,7 @@ def _ends(**options: object) -> tuple[EspPair, EspPair]:
 
 
 def _open(pair: EspPair, datagram: bytes, now: float = 1.0) -> bytes | None:
-    return pair.open(memoryview(datagram), now)
+    return pair.packet(pair.open(memoryview(datagram)), now)
 
 
 PACKET = ipv4_packet("192.0.2.1", "192.0.2.2")
@@ -40,20 +50,20 @@ def test_what_one_end_seals_the_other_opens(suite: EspSuite, length: int) -> Non
     a, b = _ends(suite=suite)
     for payload in (bytes(length), b"\xff" * length):
         packet = ipv4_packet("192.0.2.1", "192.0.2.2", payload)
-        sealed = a.seal(packet, 1.0)
+        sealed = esp_of(a, packet)
         assert (len(sealed) - 8) % 4 == 0
         assert len(sealed) <= len(packet) + 8 + 16 + 32 + 17
         assert _open(b, sealed) == packet
     assert a.counters().packets_out == b.counters().packets_in == 2
     assert a.counters().bytes_out == b.counters().bytes_in
-    assert (a.last_out, b.last_in) == (1.0, 1.0)
+    assert b.last_in == 1.0
 
 
 def test_ipv6_within_and_between_families() -> None:
     """IPv6 in an SA of its own, next header 41."""
     a, b = _ends(local="2001:db8::1", remote="2001:db8::2")
     packet = ipv6_packet("2001:db8::1", "2001:db8::2")
-    assert _open(b, a.seal(packet, 0.0)) == packet
+    assert _open(b, esp_of(a, packet)) == packet
 
 
 def test_the_largest_packet_fits_the_wire() -> None:
@@ -64,7 +74,7 @@ def test_the_largest_packet_fits_the_wire() -> None:
         a, _ = _ends(suite=suite)
         packet = ipv4_packet("192.0.2.1", "192.0.2.2", bytes(TUNNEL_MTU - 24))
         assert len(packet) == TUNNEL_MTU
-        assert 40 + 8 + len(a.seal(packet, 0.0)) <= 1500, str(suite)
+        assert 40 + 8 + len(esp_of(a, packet)) <= 1500, str(suite)
 
 
 def test_keys_of_the_wrong_length_and_unknown_suites_are_refused() -> None:
@@ -76,9 +86,9 @@ def test_keys_of_the_wrong_length_and_unknown_suites_are_refused() -> None:
         (EspSuite("aes256"), SaKeys(Secret(bytes(32)))),
     ):
         with pytest.raises(OepyError, match=suite.encryption):
-            make_transform(suite, keys)
-    with pytest.raises(OepyError, match="transport"):
-        EspPair(dataclasses.replace(pairs()[0], mode="transport"), 0.0)
+            make_transform(suite, keys, 1)
+    with pytest.raises(OepyError, match="AH"):
+        EspPair(dataclasses.replace(pairs()[0], protocol="ah"), 0.0)
 
 
 # -- what must not come through --------------------------------------------------------------------------
@@ -88,7 +98,7 @@ def test_keys_of_the_wrong_length_and_unknown_suites_are_refused() -> None:
 def test_a_changed_packet_is_refused_and_moves_no_window(suite: EspSuite) -> None:
     """Each changed byte after the SPI, also in the sequence number; then the true packet still comes in."""
     a, b = _ends(suite=suite)
-    sealed = a.seal(PACKET, 0.0)
+    sealed = esp_of(a, PACKET)
     for index in range(4, len(sealed)):
         changed = bytearray(sealed)
         changed[index] ^= 0x40
@@ -100,7 +110,7 @@ def test_a_changed_packet_is_refused_and_moves_no_window(suite: EspSuite) -> Non
 def test_a_packet_is_taken_once() -> None:
     """A replay is refused and counted, in order and out of order."""
     a, b = _ends()
-    sealed = [a.seal(PACKET, 0.0) for _ in range(5)]
+    sealed = [esp_of(a, PACKET) for _ in range(5)]
     for index in (3, 0, 4, 1, 2):
         assert _open(b, sealed[index]) == PACKET
     for datagram in sealed:
@@ -109,18 +119,11 @@ def test_a_packet_is_taken_once() -> None:
     assert b.counters().replayed == 5
 
 
-def _sealed_by(pair: EspPair, plaintext: bytes) -> bytes:
-    """Any plaintext with its trailer, sealed with the pair's next number."""
-    number = pair._sequence = pair._sequence + 1
-    header = pair.pair.spi_out.to_bytes(4, "big") + number.to_bytes(4, "big")
-    return header + pair._outward.seal(header, number, plaintext)
-
-
 def test_tfc_padding_is_cut_off_and_dummies_vanish() -> None:
     """RFC 4303 §2.7 and §2.6: bytes behind the inner packet's end, and next header 59."""
     a, b = _ends()
-    assert _open(b, _sealed_by(a, PACKET + bytes(100) + b"\x00\x04")) == PACKET
-    assert _open(b, _sealed_by(a, b"anything" + b"\x00\x3b")) is None
+    assert _open(b, sealed_plaintext(a, PACKET + bytes(100) + b"\x00\x04")) == PACKET
+    assert _open(b, sealed_plaintext(a, b"anything" + b"\x00\x3b")) is None
 
 
 @pytest.mark.parametrize(
@@ -142,7 +145,7 @@ def test_an_authentic_but_malformed_packet_is_refused(plaintext: bytes) -> None:
     """By ParseError, counted, whatever its sender authenticated."""
     a, b = _ends()
     with pytest.raises(ParseError):
-        _open(b, _sealed_by(a, plaintext))
+        _open(b, sealed_plaintext(a, plaintext))
     assert b.malformed == 1
 
 
@@ -154,18 +157,17 @@ def test_selectors_hold_in_both_directions() -> None:
         ipv4_packet("192.0.2.1", "192.0.2.9"),
         ipv6_packet("2001:db8::1", "2001:db8::2"),
     ):
-        with pytest.raises(SelectorError):
-            a.seal(packet, 0.0)
+        assert not a.selectors.allow_outward(packet)
         number = 41 if packet[0] >> 4 == 6 else 4
         with pytest.raises(SelectorError):
-            _open(b, _sealed_by(a, packet + bytes(2) + bytes((0, number))))
-    assert a.counters().selector_mismatches == b.counters().selector_mismatches == 3
+            _open(b, sealed_plaintext(a, packet + bytes(2) + bytes((0, number))))
+    assert b.counters().selector_mismatches == 3
 
 
 def test_protocol_and_port_selectors_hold() -> None:
     """A pair for udp/53 of the peer carries nothing else; fragments without ports do not pass either."""
     a, _ = _ends(selectors=(selector("192.0.2.1"), selector("192.0.2.2", 17, 53)))
-    a.seal(ipv4_packet("192.0.2.1", "192.0.2.2", ports=(9, 53)), 0.0)
+    assert a.selectors.allow_outward(ipv4_packet("192.0.2.1", "192.0.2.2", ports=(9, 53)))
     later = bytearray(ipv4_packet("192.0.2.1", "192.0.2.2", ports=(9, 53)))
     later[7] = 5
     for packet in (
@@ -173,8 +175,7 @@ def test_protocol_and_port_selectors_hold() -> None:
         ipv4_packet("192.0.2.1", "192.0.2.2", protocol=6, ports=(9, 53)),
         bytes(later),
     ):
-        with pytest.raises(SelectorError):
-            a.seal(packet, 0.0)
+        assert not a.selectors.allow_outward(packet)
 
 
 @given(st.binary(max_size=120))
@@ -190,7 +191,7 @@ def test_random_datagrams_end_in_a_remote_error(data: bytes) -> None:
 def test_truncated_datagrams_end_in_a_remote_error(suite: EspSuite) -> None:
     """A true packet cut off at any length."""
     a, b = _ends(suite=suite)
-    sealed = a.seal(PACKET, 0.0)
+    sealed = esp_of(a, PACKET)
     for length in range(len(sealed)):
         with pytest.raises(RemoteError):
             _open(b, sealed[:length])
@@ -203,7 +204,7 @@ def test_random_authentic_payloads_end_in_a_remote_error_or_a_permitted_packet(
     """Even a peer that holds the keys cannot make the parser do anything else."""
     a, b = _ends()
     try:
-        packet = _open(b, _sealed_by(a, data + bytes((0, number))))
+        packet = _open(b, sealed_plaintext(a, data + bytes((0, number))))
     except RemoteError:
         return
     assert packet is None or b.selectors.allow_inward(packet)
@@ -218,20 +219,31 @@ def test_packets_and_bytes_alarm_softly_and_end_hard() -> None:
     alarms = []
     sealed = b""
     for _ in range(4):
-        sealed = a.seal(PACKET, 0.0)
+        sealed = esp_of(a, PACKET)
         alarms += a.new_alarms(0.0)
     assert alarms == ["soft-expire", "hard-expire"]
     with pytest.raises(SaEnded):
-        a.seal(PACKET, 0.0)
+        esp_of(a, PACKET)
     for _ in range(4):
-        _open(a, b.seal(BACK, 0.0))
+        _open(a, esp_of(b, BACK))
     c, d = _ends(lifetime=Lifetime(soft_bytes=len(PACKET), hard_bytes=2 * len(PACKET)))
-    _open(d, c.seal(PACKET, 0.0))
+    _open(d, esp_of(c, PACKET))
     assert (c.new_alarms(0.0), d.new_alarms(0.0)) == (["soft-expire"], ["soft-expire"])
-    _open(d, c.seal(PACKET, 0.0))
+    _open(d, esp_of(c, PACKET))
     assert d.new_alarms(0.0) == ["hard-expire"]
     with pytest.raises(SaEnded):
         _open(d, sealed)
+
+
+def test_a_hard_limit_alone_ends_the_sa() -> None:
+    """Without a soft one, by packets and by bytes, in both directions."""
+    for lifetime in (Lifetime(hard_packets=2), Lifetime(hard_bytes=2 * len(PACKET))):
+        a, b = _ends(lifetime=lifetime)
+        for _ in range(2):
+            _open(b, esp_of(a, PACKET))
+        assert a.new_alarms(0.0) == b.new_alarms(0.0) == ["hard-expire"]
+        with pytest.raises(SaEnded):
+            esp_of(a, PACKET)
 
 
 def test_time_alarms() -> None:
@@ -248,9 +260,9 @@ def test_sequence_numbers_never_wrap() -> None:
     """Without ESN the 2^32nd packet is not sent, and a rekey is asked for well before."""
     a, _ = _ends(suite=EspSuite("aes128gcm16", esn=False))
     a._sequence = 0xFFFFFFFE
-    a.seal(PACKET, 0.0)
+    esp_of(a, PACKET)
     with pytest.raises(SaEnded):
-        a.seal(PACKET, 0.0)
+        esp_of(a, PACKET)
     assert a.budget_out.soft_packets < 0xFFFFFFFF * 0.9
 
 
@@ -259,7 +271,7 @@ def test_extended_numbers_cross_the_32_bit_line() -> None:
     a, b = _ends()
     a._sequence = 0xFFFFFFFC
     b._window.update(0xFFFFFFFC)
-    sealed = [a.seal(PACKET, 0.0) for _ in range(8)]
+    sealed = [esp_of(a, PACKET) for _ in range(8)]
     for index in (0, 5, 1, 7, 2, 3, 6, 4):
         assert _open(b, sealed[index]) == PACKET
     assert b._window.top == 0x100000004
@@ -337,7 +349,7 @@ def test_a_rekeyed_pair_sends_and_the_old_one_still_receives() -> None:
     assert database.outbound(PACKET) is old
     database.enable_sending(new)
     assert database.outbound(PACKET) is new
-    assert database.inbound(b"\x00\x00\x10\x01") is old
+    assert database.by_spi.get(b"\x00\x00\x10\x01") is old
     database.remove(0x1003)
     assert database.outbound(PACKET) is old
     database.remove(0x1001)
@@ -364,6 +376,54 @@ def test_the_narrowest_selector_carries_the_packet() -> None:
     ):
         assert database.outbound(ipv4_packet("192.0.2.1", destination)) is found[inner]
     assert database.outbound(ipv4_packet("192.0.2.1", "11.0.0.1")) is None
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60), st.booleans(), st.booleans()), max_size=12),
+    st.sets(st.integers(0, 11)),
+    st.integers(0, 70),
+    st.sampled_from([52, 53]),
+)
+def test_the_right_pair_is_found_among_any(
+    ranges: list[tuple[int, int, bool, bool]], removed: set[int], host: int, port: int
+) -> None:
+    """As a walk through all of them decides: narrowest selector, then with a port, then the newest; and what is
+    removed leaves nothing behind."""
+    database, model = SaDatabase(), []
+    for index, (one, other, ported, wide) in enumerate(ranges):
+        low, high = sorted((one, other))
+        base = int(ip_address("10.0.0.0"))
+        remote = TrafficSelector(
+            ip_address(base + low),
+            ip_address(base + high),
+            17 if ported else 0,
+            *((53, 53) if ported else ()),
+        )
+        local = selector("0.0.0.0/0" if wide else "192.0.2.1")
+        pair = EspPair(pairs(selectors=(local, remote), spis=(0x1000 + index, 1))[0], 0.0)
+        database.add(pair)
+        database.enable_sending(pair)
+        direct = not ported and not wide and low == high
+        model.append(((high - low, not ported and not direct, not ported, -index), low, high, ported, pair))
+    for index in removed & set(range(len(ranges))):
+        database.remove(0x1000 + index)
+    packet = ipv4_packet("192.0.2.1", str(ip_address(int(ip_address("10.0.0.0")) + host)), ports=(9, port))
+    fitting = [
+        (rank, pair)
+        for index, (rank, low, high, ported, pair) in enumerate(model)
+        if index not in removed and low <= host <= high and (not ported or port == 53)
+    ]
+    expected = min(fitting, key=lambda item: _order(item[0]))[1] if fitting else None
+    assert database.outbound(packet) is expected
+    for index in range(len(ranges)):
+        database.remove(0x1000 + index)
+    assert not database._prefixes
+    assert not database._direct
+
+
+def _order(rank: tuple[int, bool, bool, int]) -> tuple[int, int, int]:
+    size, neither, unported, age = rank
+    return size, 0 if not unported else 2 if neither else 1, age
 
 
 def test_an_spi_is_taken_once() -> None:

@@ -43,7 +43,7 @@ class End:
         assert self.forwarder.pump_device(10, now) == 1
 
     def take(self, data: bytes, now: float = 0.0, source: str = B) -> None:
-        self.socket.deliver(data, source)
+        self.socket.deliver(data, source=source)
         assert self.forwarder.pump_outer(self.socket, 10, now) == 1
 
 

@@ -5,87 +5,126 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from oepy.datapath.esp.inner import addresses
+from oepy.datapath.esp.inner import Bytes, addresses
 from oepy.datapath.esp.sa import EspPair
+from oepy.model import TrafficSelector
 
 MAX_PAIRS = 1 << 18
+_IPV6 = 0x60  # from here on, a packet's first byte is IPv6's
 
 
 @dataclass(frozen=True, slots=True)
-class _Range:
-    start: bytes
-    end: bytes
-    size: int
+class _Entry:
+    """One prefix of a pair's remote selectors. The lowest `rank` carries a packet: the narrowest selector, those
+    with protocols or ports before those without, the newest."""
+
+    rank: tuple[int, bool, int]
     pair: EspPair
 
 
+_Table = dict[int, list[_Entry]]
+
+
 class SaDatabase:
-    """Of several pairs for one destination the one enabled last sends (a rekey); all of them receive."""
+    """Of several pairs for one destination the one enabled last sends (a rekey); all of them receive. Finding one
+    takes as long with many pairs as with few: it grows with the number of different prefix lengths only."""
 
     def __init__(self) -> None:
-        self._inbound: dict[bytes, EspPair] = {}
-        self._hosts: dict[bytes, list[EspPair]] = {}  # newest first
-        self._ranges: list[_Range] = []  # narrowest first, then newest first
+        self.by_spi: dict[bytes, EspPair] = {}  # by the first four bytes of a datagram
+        # One host to one host: by both addresses as they stand in the packet, newest first
+        self._direct: dict[bytes, list[EspPair]] = {}
+        # All others: by width of the address and host bits, then by the bits before those
+        self._prefixes: dict[tuple[int, int], _Table] = {}
+        self._enabled = 0
 
     def __len__(self) -> int:
-        return len(self._inbound)
+        return len(self.by_spi)
 
     def __iter__(self) -> Iterator[EspPair]:
-        return iter(list(self._inbound.values()))
+        return iter(list(self.by_spi.values()))
 
     def get(self, spi_in: int) -> EspPair | None:
-        return self._inbound.get(spi_in.to_bytes(4, "big"))
+        return self.by_spi.get(spi_in.to_bytes(4, "big"))
 
     def add(self, pair: EspPair) -> None:
         """Receive on it. Raises ValueError where the SPI is taken, or there are MAX_PAIRS."""
         key = pair.pair.spi_in.to_bytes(4, "big")
-        if key in self._inbound:
+        if key in self.by_spi:
             raise ValueError(f"SPI {pair.pair.spi_in:#x} is in use")
-        if len(self._inbound) >= MAX_PAIRS:
+        if len(self.by_spi) >= MAX_PAIRS:
             raise ValueError(f"there are {MAX_PAIRS} SA pairs already")
-        self._inbound[key] = pair
+        self.by_spi[key] = pair
 
     def enable_sending(self, pair: EspPair) -> None:
         """From now on it sends, before older ones for the same destinations."""
         if pair.sending:
             return
         pair.sending = True
+        if pair.selectors.direct:
+            self._direct.setdefault(pair.selectors.direct, []).insert(0, pair)
+            return
+        self._enabled += 1
         for selector in pair.pair.remote_ts:
-            start, end = selector.start.packed, selector.end.packed
-            if start == end:
-                self._hosts.setdefault(start, []).insert(0, pair)
-            else:
-                size = int(selector.end) - int(selector.start)
-                self._ranges.insert(0, _Range(start, end, size, pair))
-        self._ranges.sort(key=lambda item: item.size)
+            size = int(selector.end) - int(selector.start)
+            entry = _Entry((size, pair.selectors.addresses_only, -self._enabled), pair)
+            for width, shift, bits in _prefixes_of(selector):
+                self._prefixes.setdefault((width, shift), {}).setdefault(bits, []).append(entry)
 
     def remove(self, spi_in: int) -> EspPair | None:
-        pair = self._inbound.pop(spi_in.to_bytes(4, "big"), None)
+        pair = self.by_spi.pop(spi_in.to_bytes(4, "big"), None)
         if pair is None:
             return None
-        for selector in pair.pair.remote_ts:
-            start = selector.start.packed
-            sharing = self._hosts.get(start)
-            if sharing is not None:
-                sharing[:] = [other for other in sharing if other is not pair]
-                if not sharing:
-                    del self._hosts[start]
-        self._ranges = [item for item in self._ranges if item.pair is not pair]
+        if pair.sending and pair.selectors.direct:
+            others = [other for other in self._direct[pair.selectors.direct] if other is not pair]
+            if others:
+                self._direct[pair.selectors.direct] = others
+            else:
+                del self._direct[pair.selectors.direct]
+        elif pair.sending:
+            for selector in pair.pair.remote_ts:
+                for width, shift, bits in _prefixes_of(selector):
+                    self._take_out((width, shift), bits, pair)
         pair.sending = False
         return pair
 
-    def inbound(self, spi: bytes) -> EspPair | None:
-        """By the first four bytes of a datagram."""
-        return self._inbound.get(spi)
+    def _take_out(self, kind: tuple[int, int], bits: int, pair: EspPair) -> None:
+        table = self._prefixes.get(kind, {})
+        entries = [entry for entry in table.get(bits, ()) if entry.pair is not pair]
+        if entries:
+            table[bits] = entries
+            return
+        table.pop(bits, None)
+        if not table:
+            self._prefixes.pop(kind, None)
 
-    def outbound(self, packet: bytes) -> EspPair | None:
+    def outbound(self, packet: Bytes) -> EspPair | None:
         """The pair that carries this IP packet; None where none may."""
-        _, destination = addresses(packet)
-        for pair in self._hosts.get(destination, ()):
-            if pair.selectors.allow_outward(packet):
-                return pair
-        for item in self._ranges:
-            covered = len(destination) == len(item.start) and item.start <= destination <= item.end
-            if covered and item.pair.selectors.allow_outward(packet):
-                return item.pair
-        return None
+        direct = self._direct.get(bytes(packet[12:20] if packet[0] < _IPV6 else packet[8:40]))
+        if direct is not None and not self._prefixes:
+            return direct[0]
+        destination = addresses(packet)[1]
+        number, best = int.from_bytes(destination, "big"), None
+        for (width, shift), table in self._prefixes.items():
+            if width != len(destination):
+                continue
+            for entry in table.get(number >> shift, ()):
+                better = best is None or entry.rank < best.rank
+                if better and entry.pair.selectors.allow_outward(packet):
+                    best = entry
+        # Two addresses are narrower than anything but one address with protocol and ports
+        if direct is not None and (best is None or best.rank[:2] != (0, False)):
+            return direct[0]
+        return None if best is None else best.pair
+
+
+def _prefixes_of(selector: TrafficSelector) -> Iterator[tuple[int, int, int]]:
+    """The prefixes that a range is made of: bytes of an address, host bits, the bits before them."""
+    width = len(selector.start.packed)
+    first, last = int(selector.start), int(selector.end)
+    while first <= last:
+        # The largest block that begins here and does not reach beyond the end
+        shift = min(
+            (first & -first).bit_length() - 1 if first else width * 8, (last - first + 1).bit_length() - 1
+        )
+        yield width, shift, first >> shift
+        first += 1 << shift

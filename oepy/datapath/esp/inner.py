@@ -14,21 +14,21 @@ _WITH_PORTS = frozenset((6, 17, 33, 132, 136))
 _ICMP = frozenset((1, 58))
 OPAQUE = -1  # ports that cannot be seen: only a selector for any port matches them
 
-Bytes = bytes | memoryview
+Bytes = bytes | bytearray | memoryview
 
 
-def inner_length(packet: Bytes, next_header: int) -> int:
-    """The packet's own length, which TFC padding may follow (RFC 4303 §2.7). `next_header` as in the ESP
-    trailer: 4 for IPv4, 41 for IPv6. Raises ParseError where packet and header do not fit."""
+def inner_length(packet: Bytes, next_header: int, available: int) -> int:
+    """The packet's own length, which TFC padding may follow (RFC 4303 §2.7), of `available` bytes. `next_header`
+    as in the ESP trailer: 4 for IPv4, 41 for IPv6. Raises ParseError where packet and header do not fit."""
     if next_header == 4:
-        if len(packet) >= 20 and packet[0] >> 4 == 4 and packet[0] & 15 >= 5:
+        if available >= 20 and packet[0] >> 4 == 4 and packet[0] & 15 >= 5:
             length = packet[2] << 8 | packet[3]
-            if (packet[0] & 15) * 4 <= length <= len(packet):
+            if (packet[0] & 15) * 4 <= length <= available:
                 return length
     elif next_header == 41:
-        if len(packet) >= 40 and packet[0] >> 4 == 6:
+        if available >= 40 and packet[0] >> 4 == 6:
             length = 40 + (packet[4] << 8 | packet[5])
-            if length <= len(packet):
+            if length <= available:
                 return length
     else:
         raise ParseError(f"next header {next_header} is no IP packet")
@@ -110,29 +110,29 @@ def _side(selector: TrafficSelector) -> _Side:
 class Selectors:
     """What one SA pair may carry, in either direction."""
 
-    __slots__ = ("_addresses_only", "_inward", "_local", "_outward", "_remote")
+    __slots__ = ("_local", "_remote", "addresses_only", "direct", "inward")
 
     def __init__(self, local: tuple[TrafficSelector, ...], remote: tuple[TrafficSelector, ...]) -> None:
         self._local = tuple(_side(selector) for selector in local)
         self._remote = tuple(_side(selector) for selector in remote)
-        self._addresses_only = all(
+        self.addresses_only = all(
             side.protocol == 0 and (side.start_port, side.end_port) == (0, 65535)
             for side in (*self._local, *self._remote)
         )
 
         # The opportunistic case, one host to one host: both addresses at once, as they stand in the packet
-        self._outward = self._inward = b""
-        if self._addresses_only and len(local) == len(remote) == 1:
+        self.direct = self.inward = b""
+        if self.addresses_only and len(local) == len(remote) == 1:
             (here,), (there,) = self._local, self._remote
             if here.start == here.end and there.start == there.end:
-                self._outward, self._inward = here.start + there.start, there.start + here.start
+                self.direct, self.inward = here.start + there.start, there.start + here.start
 
     def allow_outward(self, packet: Bytes) -> bool:
         """From a local to a remote selector."""
-        if self._outward:
-            return _both_addresses(packet) == self._outward
+        if self.direct:
+            return both_addresses(packet) == self.direct
         source, destination = addresses(packet)
-        if self._addresses_only:
+        if self.addresses_only:
             return _any_has(self._local, source) and _any_has(self._remote, destination)
         protocol, source_port, destination_port = protocol_and_ports(packet)
         return any(
@@ -144,10 +144,10 @@ class Selectors:
 
     def allow_inward(self, packet: Bytes) -> bool:
         """From a remote to a local selector (RFC 4301 §5.2 step 4)."""
-        if self._inward:
-            return _both_addresses(packet) == self._inward
+        if self.inward:
+            return both_addresses(packet) == self.inward
         source, destination = addresses(packet)
-        if self._addresses_only:
+        if self.addresses_only:
             return _any_has(self._remote, source) and _any_has(self._local, destination)
         protocol, source_port, destination_port = protocol_and_ports(packet)
         return any(
@@ -158,7 +158,8 @@ class Selectors:
         )
 
 
-def _both_addresses(packet: Bytes) -> Bytes:
+def both_addresses(packet: Bytes) -> Bytes:
+    """Source and destination as they stand in a packet that has its whole header."""
     return packet[12:20] if packet[0] >> 4 == 4 else packet[8:40]
 
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
+from oepy.datapath.esp.inner import Bytes
+
 _TCP = 6
 _SYN = 0x02
 _END, _NO_OPERATION, _MSS = 0, 1, 2
 _HEADERS = {4: 40, 6: 60}  # IP and TCP without options
 
 
-def clamp(packet: bytes, mtu: int) -> bytes:
+_Packet = TypeVar("_Packet", bytes, memoryview)
+
+
+def clamp(packet: _Packet, mtu: int) -> _Packet:
     """The packet itself, or a copy with a smaller MSS option where a SYN announces more than fits into `mtu`.
 
     `packet` has a whole IP header. IPv6 SYNs behind extension headers are left alone.
@@ -37,15 +44,17 @@ def clamp(packet: bytes, mtu: int) -> bytes:
         if length < 2:
             break
         if kind == _MSS and length == 4 and position + 4 <= end:
-            return _lower(packet, position + 2, start + 16, mtu - _HEADERS[version])
+            limit = mtu - _HEADERS[version]
+            if packet[position + 2] << 8 | packet[position + 3] <= limit:
+                return packet
+            changed = _lower(packet, position + 2, start + 16, limit)
+            return memoryview(changed) if isinstance(packet, memoryview) else bytes(changed)
         position += length
     return packet
 
 
-def _lower(packet: bytes, position: int, checksum_at: int, limit: int) -> bytes:
+def _lower(packet: Bytes, position: int, checksum_at: int, limit: int) -> bytearray:
     announced = packet[position] << 8 | packet[position + 1]
-    if announced <= limit:
-        return packet
     changed = bytearray(packet)
     changed[position : position + 2] = limit.to_bytes(2, "big")
     # RFC 1624 §3, eqn. 3: HC' = ~(~HC + ~m + m'). The option may begin at an odd offset: then the two bytes
@@ -58,7 +67,7 @@ def _lower(packet: bytes, position: int, checksum_at: int, limit: int) -> bytes:
     total = (total & 0xFFFF) + (total >> 16)
     total = (total & 0xFFFF) + (total >> 16)
     changed[checksum_at : checksum_at + 2] = (~total & 0xFFFF).to_bytes(2, "big")
-    return bytes(changed)
+    return changed
 
 
 def _swapped(word: int) -> int:

@@ -1,10 +1,8 @@
-"""The anti-replay window (RFC 4303 §3.4.3, as RFC 6479 lays it out) and extended sequence numbers
-(RFC 4303 appendix A)."""
+"""The anti-replay window (RFC 4303 §3.4.3) and extended sequence numbers (RFC 4303 appendix A)."""
 
 from __future__ import annotations
 
 MAX_WINDOW = 4096
-_BLOCK = 64
 
 
 class ReplayWindow:
@@ -14,16 +12,15 @@ class ReplayWindow:
     manual keys, whose sender begins anew after each restart (RFC 4303 §3.4.3).
     """
 
-    __slots__ = ("_blocks", "_count", "size", "top")
+    __slots__ = ("_mask", "_seen", "size", "top")
 
     def __init__(self, size: int) -> None:
         if not 0 <= size <= MAX_WINDOW:
             raise ValueError(f"a replay window of {size} packets is not within 0..{MAX_WINDOW}")
         self.size = size
         self.top = 0
-        # One block more than the window needs: moving on clears whole blocks, never single bits
-        self._count = -(-size // _BLOCK) + 1
-        self._blocks = [0] * self._count
+        self._mask = (1 << size) - 1
+        self._seen = 0  # bit n: whether top - n was seen
 
     def check(self, sequence: int) -> bool:
         """Whether this number is new: above the window, or within and not seen. 0 is never sent."""
@@ -33,19 +30,25 @@ class ReplayWindow:
             return True
         if sequence <= 0 or sequence + self.size <= self.top:
             return False
-        return not self._blocks[sequence // _BLOCK % self._count] >> (sequence % _BLOCK) & 1
+        return not self._seen >> (self.top - sequence) & 1
 
     def update(self, sequence: int) -> None:
         """Mark as seen, and move the window where the number is above it."""
         if not self.size:
             return
-        block = sequence // _BLOCK
-        if sequence > self.top:
-            behind = self.top // _BLOCK
-            for number in range(max(behind, block - self._count) + 1, block + 1):
-                self._blocks[number % self._count] = 0
-            self.top = sequence
-        self._blocks[block % self._count] |= 1 << (sequence % _BLOCK)
+        ahead = sequence - self.top
+        if ahead <= 0:
+            self._seen |= 1 << -ahead
+            return
+        self.top = sequence
+        self._seen = (self._seen << ahead | 1) & self._mask if ahead < self.size else 1
+
+    def advance(self, count: int) -> None:
+        """Mark the `count` numbers next to the top as seen."""
+        if not self.size:
+            return
+        self.top += count
+        self._seen = (self._seen << count | (1 << count) - 1) & self._mask
 
 
 def infer_sequence(low: int, top: int, window: int) -> int | None:

@@ -91,6 +91,7 @@ def encode_pair(pair: SaPair) -> Json:
         "replay_window": pair.replay_window,
         "lifetime": dataclasses.astuple(pair.lifetime),
         "connection": pair.connection,
+        "aggregation": [pair.aggregation, pair.fragments, pair.super_packets],
     }
 
 
@@ -126,6 +127,9 @@ def decode_pair(value: Json) -> SaPair:
         replay_window=value["replay_window"],
         lifetime=Lifetime(*value["lifetime"]),
         connection=value["connection"],
+        aggregation=value["aggregation"][0],
+        fragments=value["aggregation"][1],
+        super_packets=value["aggregation"][2],
     )
 
 

@@ -7,14 +7,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from ipaddress import IPv4Address, IPv6Address
+from itertools import islice
+from weakref import WeakValueDictionary
 
+from oepy.datapath.esp.aggfrag import HEADER as AGGFRAG_HEADER
+from oepy.datapath.esp.aggfrag import NEXT_HEADER as AGGFRAG
+from oepy.datapath.esp.aggfrag import WHOLE, Packer, Payload, offload_block
+from oepy.datapath.esp.checksum import finish
+from oepy.datapath.esp.coalesce import Coalescer
 from oepy.datapath.esp.database import SaDatabase
-from oepy.datapath.esp.inner import addresses
+from oepy.datapath.esp.inner import Bytes, addresses
 from oepy.datapath.esp.mss import clamp
-from oepy.datapath.esp.sa import EspPair, ReplayError, SaEnded, SelectorError
+from oepy.datapath.esp.offload import NEEDS_CHECKSUM, NONE, NONE_BYTES, UDP4_CHECKSUM, Offload
+from oepy.datapath.esp.sa import NEXT_HEADER, EspPair, ReplayError, SaEnded, SelectorError
+from oepy.datapath.esp.segment import segments
 from oepy.datapath.esp.suites import IntegrityError
+from oepy.datapath.tun.outbox import Outbox
 from oepy.datapath.tun.seams import OuterSocket, PacketDevice, Received, Route
 from oepy.errors import MisuseError, ParseError
 from oepy.interfaces import DatapathEvent
@@ -23,6 +33,7 @@ from oepy.udp import NON_ESP_MARKER, Kind, classify, received_at
 
 EVENT_INTERVAL = 10.0  # seconds between events of one kind about one peer or SA
 MAX_EVENT_SUBJECTS = 1024
+MAX_TURN_BYTES = 1 << 20  # taken from the device before the other direction has its turn
 MAX_EVENTS_PER_INTERVAL = 100
 
 OnIke = Callable[[bytes, Endpoint, Endpoint], None]
@@ -52,7 +63,8 @@ class _EventLimit:
 
 
 class Forwarder:
-    """`on_event` and `on_ike` are called from within the pumps; `counters` are the process's own."""
+    """`on_event` and `on_ike` are called from within the pumps; `counters` are the process's own. `is_own` tells
+    this host's addresses from those behind it."""
 
     def __init__(
         self,
@@ -61,16 +73,24 @@ class Forwarder:
         mtu: int,
         on_event: Callable[[DatapathEvent], None],
         on_ike: OnIke,
+        is_own: Callable[[IpAddress], bool] = lambda _: False,
     ) -> None:
         self._device = device
         self._outers = outers
         self._mtu = mtu
         self._on_event = on_event
         self._on_ike = on_ike
+        self._is_own = is_own
         self._limit = _EventLimit()
         self._routes: dict[EspPair, Route] = {}
+        self._shared: WeakValueDictionary[tuple[Endpoint, Endpoint], Route] = WeakValueDictionary()
         self.database = SaDatabase()
         self.counters: Counter[str] = Counter()
+        self._outbox = Outbox(outers, self.counters, lambda pair: self._alarms(pair, self._now))
+        self._now = 0.0
+        self._super: set[EspPair] = set()  # those that carry super-packets whole
+        self._waiting: dict[EspPair, Packer] = {}  # AGGFRAG payloads that are not full
+        self._inbox = Coalescer(self._deliver, self._deliver_one)
 
     # -- SAs -----------------------------------------------------------------------------------------
 
@@ -88,14 +108,23 @@ class Forwarder:
         elif dataclasses.replace(known.pair, local=pair.local, remote=pair.remote) != pair:
             raise ValueError(f"SPI {pair.spi_in:#x} is in use")
         known.pair = pair
-        self._routes[known] = Route.between(pair.local, pair.remote)
+        ends = (pair.local, pair.remote)
+        route = self._shared.get(ends) or Route.between(*ends)
+        self._shared[ends] = self._routes[known] = route
+        known.for_this_host = all(ts.start == ts.end and self._is_own(ts.start) for ts in pair.local_ts)
         if sending:
             self.database.enable_sending(known)
+            if pair.super_packets:
+                self._super.add(known)
+                self._device.offload(True)
 
     def remove(self, spi_in: int) -> None:
         pair = self.database.remove(spi_in)
         if pair is not None:
             del self._routes[pair]
+            if pair in self._super:
+                self._super.remove(pair)
+                self._device.offload(bool(self._super))
 
     def tick(self, now: float) -> None:
         """Once a second: the lifetimes in time."""
@@ -111,16 +140,24 @@ class Forwarder:
     # -- packets -------------------------------------------------------------------------------------
 
     def pump_device(self, limit: int, now: float) -> int:
-        """Seal and send up to `limit` packets of the host. Returns how many there were."""
-        for count in range(limit):
-            packet = self._device.read()
-            if packet is None:
-                return count
-            self._outward(packet, now)
-        return limit
+        """Seal and send up to `limit` packets of the host, super-packets of any size among them. Returns how
+        many there were."""
+        self._now = now
+        count = taken = 0
+        while count < limit and taken < MAX_TURN_BYTES:
+            read = self._device.read()
+            if read is None:
+                break
+            taken += len(read[0])
+            self._outward(*read, now)
+            count += 1
+        self._lay_rests()
+        self._outbox.flush()
+        return count
 
-    def _outward(self, packet: bytes, now: float) -> None:
-        if len(packet) < 40 and (len(packet) < 20 or packet[0] >> 4 != 4):
+    def _outward(self, packet: memoryview, offload: Offload, now: float) -> None:
+        length = len(packet)
+        if length < 20 or (packet[0] >> 4 != 4 and (packet[0] >> 4 != 6 or length < 40)):
             self.counters["malformed_out"] += 1
             return
         pair = self.database.outbound(packet)
@@ -128,17 +165,144 @@ class Forwarder:
             self._no_sa(packet, now)
             return
         try:
-            datagram = pair.seal(clamp(packet, self._mtu), now)
-        except SaEnded:
+            if pair.packer is not None:
+                self._pack(pair, pair.packer, packet, offload)
+            elif offload.gso:
+                self._lay_burst(pair, clamp(packet, self._mtu), offload)
+            elif offload.flags & NEEDS_CHECKSUM and not finish(packet, *offload[4:]):
+                raise ParseError("a checksum to be put outside of the packet")
+            else:
+                self._lay(pair, clamp(packet, self._mtu))
+        except ParseError:
+            self.counters["malformed_out"] += 1
+        pair.last_out = now
+
+    def _pack(self, pair: EspPair, packer: Packer, packet: memoryview, offload: Offload) -> None:
+        """Into AGGFRAG payloads; the last one waits for more, until the end of this turn."""
+        block = b""
+        if offload.gso or offload.flags & NEEDS_CHECKSUM:
+            clamped = clamp(packet, self._mtu) is not packet
+            wanted = pair.pair.super_packets and pair.pair.fragments and not clamped
+            block = (wanted and offload_block(packet, offload)) or b""
+            if not block and offload.gso:
+                for header, payload in segments(clamp(packet, self._mtu), offload)[2]:
+                    self._pack(pair, packer, memoryview(b"".join((header, payload))), NONE)
+                return
+            if not block and not finish(packet, *offload[4:]):
+                raise ParseError("a checksum to be put outside of the packet")
+        if not packer.fits(len(packet)):
+            self.counters["too_big"] += 1
+            return
+        if packer.alone(len(packet) + len(block)):
+            self._lay(pair, clamp(packet, self._mtu), WHOLE + block)
+            return
+        full = packer.add(clamp(packet, self._mtu), block)
+        if full:
+            if full[0] is not full[-1] and _size(full[0]) != _size(full[-1]):  # the first was closed early
+                self._lay_payloads(pair, full[:1])
+                del full[0]
+            self._lay_payloads(pair, full)
+        if packer.waiting:
+            self._waiting[pair] = packer
+
+    def _lay_payloads(self, pair: EspPair, payloads: Sequence[Payload]) -> None:
+        """All of one size."""
+        route, length = self._routes.get(pair), _size(payloads[0])
+        if route is None:
+            self.counters["sa_ended"] += len(payloads)
+            return
+        sealed, trailer = pair.sealed_length(length), pair.trailer(length, AGGFRAG)
+        done = 0
+        while done < len(payloads):
+            batch, fitting = self._outbox.place(pair, route, sealed, len(payloads) - done)
+            view, start = batch.view, batch.used + pair.prefix
+            for head, parts in payloads[done : done + fitting]:
+                at = start + AGGFRAG_HEADER
+                view[start:at] = head
+                for part in parts:
+                    end = at + len(part)
+                    view[at:end] = part
+                    at = end
+                view[at : at + len(trailer)] = trailer
+                start += sealed
+            self._outbox.laid(batch, fitting * length, fitting)
+            done += fitting
+
+    def _lay_rests(self) -> None:
+        if self._waiting:
+            waiting, self._waiting = self._waiting, {}
+            for pair, packer in waiting.items():
+                payload = packer.rest()
+                self._lay_payloads(pair, (payload,))
+
+    def _lay(self, pair: EspPair, packet: memoryview, head: bytes = b"") -> None:
+        """One packet; `head` before it where it is an AGGFRAG payload."""
+        next_header = AGGFRAG if head else NEXT_HEADER[packet[0] >> 4]
+        if pair.transport is not None:
+            split = pair.transport.split(packet)
+            if split is None:
+                self.counters["not_for_transport"] += 1
+                return
+            packet, next_header = packet[split[0] :], split[1]
+        length = len(head) + len(packet)
+        route = self._routes.get(pair)
+        if route is None:  # it has ended amid this turn
             self.counters["sa_ended"] += 1
             return
-        route = self._routes[pair]
-        if not self._outers[route.version].send(datagram, route):
-            self.counters["send_failed"] += 1
-        if pair.alarmed:
-            self._alarms(pair, now)
+        batch, _ = self._outbox.place(pair, route, pair.sealed_length(length))
+        view, start = batch.view, batch.used + pair.prefix
+        end, trailer = start + length, pair.trailer(length, next_header)
+        if head:
+            view[start : start + len(head)] = head
+            start += len(head)
+        view[start:end] = packet
+        view[end : end + len(trailer)] = trailer
+        self._outbox.laid(batch, length)
 
-    def _no_sa(self, packet: bytes, now: float) -> None:
+    def _lay_burst(self, pair: EspPair, packet: memoryview, offload: Offload) -> None:
+        """A super-packet, cut right where its pieces are encrypted and sent from."""
+        count, header_length, pieces = segments(packet, offload)
+        skip, next_header = 0, NEXT_HEADER[packet[0] >> 4]
+        if pair.transport is not None:
+            split = pair.transport.split(packet)
+            if split is None:
+                self.counters["not_for_transport"] += count
+                return
+            skip, next_header = split
+        header_length -= skip
+        # All but the last one are of one length
+        self._lay_segments(pair, pieces, count - 1, header_length + offload.segment, skip, next_header)
+        rest = len(packet) - skip - header_length - (count - 1) * offload.segment
+        self._lay_segments(pair, pieces, 1, header_length + rest, skip, next_header)
+
+    def _lay_segments(
+        self,
+        pair: EspPair,
+        pieces: Iterator[tuple[bytearray, memoryview]],
+        count: int,
+        length: int,
+        skip: int,
+        next_header: int,
+    ) -> None:
+        """`count` segments of one length, without the first `skip` bytes of their headers."""
+        route, prefix = self._routes.get(pair), pair.prefix
+        if route is None:
+            self.counters["sa_ended"] += count
+            return
+        sealed, trailer = pair.sealed_length(length), pair.trailer(length, next_header)
+        while count > 0:
+            batch, fitting = self._outbox.place(pair, route, sealed, count)
+            view, start = batch.view, batch.used + prefix
+            for header, payload in islice(pieces, fitting):
+                middle, end = start + len(header) - skip, start + length
+                view[start:middle] = header[skip:] if skip else header
+                view[middle:end] = payload
+                view[end : end + len(trailer)] = trailer
+                start += sealed
+            self._outbox.laid(batch, fitting * length, fitting)
+            count -= fitting
+
+    def _no_sa(self, packet: memoryview, now: float) -> None:
         """A host with several addresses: the tunnel to this destination was made for another of them."""
         if _is_multicast(packet):  # the kernel's own listener reports (MLD) on the device
             self.counters["multicast"] += 1
@@ -149,59 +313,137 @@ class Forwarder:
             self._on_event(DatapathEvent("no-sa", 0, destination, source=source))
 
     def pump_outer(self, outer: OuterSocket, limit: int, now: float) -> int:
-        """Take up to `limit` datagrams off the network. Returns how many there were."""
-        for count in range(limit):
+        """Take datagrams off the network, up to `limit` system calls. Returns how many datagrams there were."""
+        count = 0
+        inbound = self.database.by_spi.get
+        for _ in range(limit):
             received = outer.receive()
             if received is None:
-                return count
-            kind = classify(received[0])
-            if kind is Kind.ESP:
-                self._inward(received, now)
-            elif kind is Kind.IKE:
-                self._ike(received, outer.port)
-            else:
-                self.counters["keepalives"] += 1
-        return limit
+                break
+            data, _, _, size = received
+            start, total = 0, len(data)
+            while start < total or not total:
+                pair = inbound(bytes(data[start : start + 4]))
+                opened = pair.open_ahead(data, start, size) if pair is not None else ()
+                if opened:
+                    assert pair is not None
+                    self._opened(pair, opened, now)
+                else:
+                    self._datagram(pair, data[start : start + size], received, outer.port, now)
+                taken = len(opened) or 1
+                start += taken * size
+                count += taken
+                if not total:
+                    break
+        self._inbox.flush()
+        return count
 
-    def _ike(self, received: Received, port: int) -> None:
-        data, ancillary, _ = received
-        local = received_at(ancillary)
+    def _datagram(
+        self, pair: EspPair | None, data: memoryview, received: Received, port: int, now: float
+    ) -> None:
+        """One that does not simply follow those before."""
+        if pair is None:
+            self._stranger(data, received, port, now)
+            return
+        try:
+            plaintext = pair.open(data)
+        except (ReplayError, IntegrityError, ParseError, SaEnded) as error:
+            self.counters[_REFUSALS[type(error)]] += 1
+        else:
+            self._opened(pair, (plaintext,), now)
+
+    def _opened(self, pair: EspPair, plaintexts: Sequence[bytes], now: float) -> None:
+        """Authentic plaintexts, of which the last has the pair's latest number."""
+        sequence = pair.latest - len(plaintexts)
+        aggregated, coalesces, verify = (
+            pair.packer is not None,
+            self._device.coalesces,
+            not pair.for_this_host,
+        )
+        for plaintext in plaintexts:
+            sequence += 1
+            try:
+                if aggregated:
+                    for parts, offload in pair.packets(plaintext, sequence, now):
+                        self._unpacked(pair, parts, offload, now)
+                    continue
+                packet = pair.packet(plaintext, now)
+            except (ParseError, SaEnded) as error:
+                self.counters[_REFUSALS[type(error)]] += 1
+            except SelectorError:
+                self._mismatch(pair, now)
+            else:
+                if packet is None:
+                    self.counters["dummies"] += 1
+                elif coalesces:
+                    self._inbox.add(packet, verify)
+                else:
+                    self._deliver_one(packet)
+        if pair.budget_in.alarm:
+            self._alarms(pair, now)
+
+    def _stranger(self, data: memoryview, received: Received, port: int, now: float) -> None:
+        """A datagram with no SA of ours."""
+        kind = classify(data)
+        if kind is Kind.IKE:
+            self._ike(data, received, port)
+        elif kind is Kind.KEEPALIVE:
+            self.counters["keepalives"] += 1
+        else:
+            self.counters["unknown_spi"] += 1
+            if len(data) >= 8:
+                peer = _address(received)
+                self._report("unknown-spi", peer, now, spi=int.from_bytes(data[:4], "big"))
+
+    def _ike(self, data: memoryview, received: Received, port: int) -> None:
+        local = received_at(received[1])
         if local is None:
             self.counters["malformed_in"] += 1
             return
         remote = Endpoint(_address(received), received[2][1])
         self._on_ike(bytes(data[len(NON_ESP_MARKER) :]), Endpoint(local, port), remote)
 
-    def _inward(self, received: Received, now: float) -> None:
-        data = received[0]
-        pair = self.database.inbound(bytes(data[:4]))
-        if pair is None:
-            self.counters["unknown_spi"] += 1
-            if len(data) >= 8:
-                peer = _address(received)
-                self._report("unknown-spi", peer, now, spi=int.from_bytes(data[:4], "big"))
-            return
-        try:
-            packet = pair.open(data, now)
-        except (ReplayError, IntegrityError, ParseError, SaEnded) as error:
-            self.counters[_REFUSALS[type(error)]] += 1
-            return
-        except SelectorError as error:
-            self.counters["selector_mismatch"] += 1
-            self._report(
-                "selector-mismatch",
-                pair.pair.remote.address,
-                now,
-                spi=pair.pair.spi_in,
-                detail=str(error),
-            )
-            return
-        if packet is None:
-            self.counters["dummies"] += 1
-        elif not self._device.write(clamp(packet, self._mtu)):
+    def _mismatch(self, pair: EspPair, now: float) -> None:
+        self.counters["selector_mismatch"] += 1
+        self._report(
+            "selector-mismatch",
+            pair.pair.remote.address,
+            now,
+            spi=pair.pair.spi_in,
+            detail="inbound packet outside of the selectors",
+        )
+
+    def _unpacked(self, pair: EspPair, parts: Sequence[Bytes], offload: Offload, now: float) -> None:
+        """A packet out of AGGFRAG payloads."""
+        if not pair.permits(parts[0]):
+            self._mismatch(pair, now)
+        elif not offload.flags:
+            packet = bytes(parts[0]) if len(parts) == 1 else b"".join(parts)
+            if self._device.coalesces:
+                self._inbox.add(packet, not pair.for_this_host)
+            else:
+                self._deliver_one(packet)
+        elif self._device.coalesces:
+            if offload is UDP4_CHECKSUM:
+                self._inbox.add_unfinished(bytes(parts[0]) if len(parts) == 1 else b"".join(parts))
+            else:
+                self._inbox.flush()  # what came before goes before
+                self._deliver(parts, offload.pack())
+        else:
+            packet_view = memoryview(bytearray(b"".join(parts)))
+            if not offload.gso:
+                finish(packet_view, *offload[4:])
+                self._deliver((packet_view,), NONE_BYTES)
+            else:
+                for header, payload in segments(packet_view, offload)[2]:
+                    self._deliver((header, payload), NONE_BYTES)
+
+    def _deliver_one(self, packet: bytes) -> None:
+        self._deliver((clamp(packet, self._mtu),), NONE_BYTES)
+
+    def _deliver(self, parts: Sequence[Bytes], header: bytes) -> None:
+        if not self._device.write(parts, header):
             self.counters["device_refused"] += 1
-        if pair.alarmed:
-            self._alarms(pair, now)
 
     def _report(self, kind: str, peer: IpAddress, now: float, *, spi: int, detail: str = "") -> None:
         if self._limit.allows(kind, peer, now):
@@ -216,7 +458,11 @@ _REFUSALS: dict[type[Exception], str] = {
 }
 
 
-def _is_multicast(packet: bytes) -> bool:
+def _size(payload: Payload) -> int:
+    return AGGFRAG_HEADER + sum(map(len, payload[1]))
+
+
+def _is_multicast(packet: Bytes) -> bool:
     return packet[16] >> 4 == 0xE if packet[0] >> 4 == 4 else packet[24] == 0xFF
 
 

@@ -23,9 +23,10 @@ from oepy.datapath.tun.device import OuterUdp, TunDevice
 from oepy.datapath.tun.forwarder import Forwarder
 from oepy.errors import OepyError, ParseError
 from oepy.interfaces import DatapathEvent
-from oepy.model import Endpoint
+from oepy.model import Endpoint, IpAddress
 
 PACKETS_PER_TURN = 128
+READS_PER_TURN = 16  # each up to 64 KiB: about a thousand packets before the other direction has its turn
 MAX_WAITING = 1024  # messages for a daemon that does not read
 _TICK_SECONDS = 1.0
 ROUTES_SECONDS = 5.0  # between two looks whether device, rules and routes are as they were made
@@ -50,6 +51,7 @@ class _Process:
             arguments.mtu,
             self._on_event,
             self._on_ike,
+            _is_own,
         )
         self._operations: dict[str, Callable[[control.Json], object]] = {
             "install": self._install,
@@ -154,13 +156,24 @@ class _Process:
                     self._flush()
                     self._on_control()
                 else:
-                    forwarder.pump_outer(by_descriptor[descriptor], PACKETS_PER_TURN, now)
+                    forwarder.pump_outer(by_descriptor[descriptor], READS_PER_TURN, now)
             if now >= next_tick:
                 forwarder.tick(now)
                 next_tick = now + _TICK_SECONDS
             if now >= next_routes:
                 self._mend_routes()
                 next_routes = now + ROUTES_SECONDS
+
+
+def _is_own(address: IpAddress) -> bool:
+    """Whether it is one of this host's: only to those a socket can be bound."""
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.bind((str(address), 0))
+    except OSError:
+        return False
+    return True
 
 
 def main() -> None:

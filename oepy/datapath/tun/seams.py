@@ -5,28 +5,38 @@ tests/fakes has an in-memory twin of each.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from oepy.datapath.esp.inner import Bytes
+from oepy.datapath.esp.offload import Offload
 from oepy.model import Endpoint
 from oepy.udp import Ancillary, source_ancillary
 
 
 class PacketDevice(Protocol):
-    def read(self) -> bytes | None:
-        """The next IP packet from the host, None for none now."""
+    coalesces: bool  # whether it takes super-packets
 
-    def write(self, packet: bytes) -> bool:
-        """Hand an IP packet to the host. False where the host refuses it."""
+    def read(self) -> tuple[memoryview, Offload] | None:
+        """The next IP packet from the host, None for none now. It may be changed in place, and is valid until
+        the next call. `Offload` says what is still to be done with it."""
+
+    def offload(self, wanted: bool) -> None:
+        """Whether `read` gives super-packets and unfinished checksums from now on, where the host can."""
+
+    def write(self, parts: Sequence[Bytes], header: bytes) -> bool:
+        """Hand an IP packet, in pieces, to the host; `header` is a packed Offload. False where it refuses."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Route:
-    """How to reach a peer's endpoint from ours, prepared once for each SA."""
+    """How to reach a peer's endpoint from ours. Packets with the same Route object go out together."""
 
     version: int
     ancillary: Ancillary
     address: tuple[str, int]
+    takes_segments: bool = True  # until the kernel refuses to cut datagrams for it
 
     @classmethod
     def between(cls, local: Endpoint, remote: Endpoint) -> Route:
@@ -35,8 +45,9 @@ class Route:
         )
 
 
-# Data, ancillary data and socket address, as recvmsg gives them: only IKE needs them decoded.
-Received = tuple[memoryview, Ancillary, tuple[Any, ...]]
+# Data, ancillary data and socket address, as recvmsg gives them (only IKE needs them decoded), and the length
+# of each of the datagrams that the data are made of; the last may be shorter.
+Received = tuple[memoryview, Ancillary, tuple[Any, ...], int]
 
 
 class OuterSocket(Protocol):
@@ -44,7 +55,7 @@ class OuterSocket(Protocol):
     def port(self) -> int: ...
 
     def receive(self) -> Received | None:
-        """The next datagram, None for none now. Its data are valid until the next call."""
+        """The next datagrams of one sender, None for none now. Data are valid until the next call."""
 
-    def send(self, data: bytes, route: Route) -> bool:
-        """False where the kernel did not take it."""
+    def send(self, data: memoryview, route: Route, segment: int) -> int:
+        """As datagrams of `segment` bytes, the last perhaps shorter. How many of them were lost."""
