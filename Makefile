@@ -52,7 +52,7 @@ test:
 	@scripts/run-tests -m "not long and not kernel" $(PYTEST)
 
 # Where the tests marked `kernel` and `any_kernel` are: to collect all the others takes a minute in there
-KERNEL_TESTS := tests/kernel tests/net/test_trap.py tests/net/test_trap_forward.py
+KERNEL_TESTS := tests/kernel tests/net/test_trap.py tests/net/test_trap_forward.py tests/net/test_leak.py
 
 test-kernel:
 	@scripts/install-system kernel

@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     ),
     "initiate": ("oepy.cli.control", "initiate", "Bring a tunnel up now."),
     "terminate": ("oepy.cli.control", "terminate", "Take a tunnel down."),
+    "rekey": ("oepy.cli.control", "rekey", "Negotiate new keys for a tunnel now."),
     "flush": ("oepy.cli.control", "flush", "Forget what was decided."),
     "guard": (
         "oepy.cli.guard",

@@ -1,4 +1,4 @@
-"""Commands that act: initiate, terminate, flush."""
+"""Commands that act: initiate, terminate, rekey, flush."""
 
 from __future__ import annotations
 
@@ -39,6 +39,20 @@ def terminate(ctx: click.Context, destination: str, as_json: bool) -> None:
     else:
         click.echo(f"{data['closed']} tunnels to {destination} closed")
     sys.exit(0 if data["closed"] else 1)
+
+
+@click.command()
+@click.argument("destination")
+@json_option
+@click.pass_context
+def rekey(ctx: click.Context, destination: str, as_json: bool) -> None:
+    """Negotiate new keys for the tunnel to DESTINATION now; traffic goes on meanwhile."""
+    data = client(ctx).post(protocol.REKEY, {"destination": destination})
+    if as_json:
+        print_json(data)
+    else:
+        click.echo(f"new keys are asked for in {data['rekeyed']} tunnels to {destination}")
+    sys.exit(0 if data["rekeyed"] else 1)
 
 
 @click.command()

@@ -13,5 +13,6 @@ EVENTS = "/v1/events"  # ?follow=1 streams one JSON object a line
 EXPLAIN = "/v1/explain"  # ?destination=ADDRESS
 INITIATE = "/v1/initiate"  # POST {"destination": ADDRESS}
 TERMINATE = "/v1/terminate"
+REKEY = "/v1/rekey"
 FLUSH = "/v1/flush"  # POST {"destination": ADDRESS or null, "dns": "all", ADDRESS or null}
 MAX_BODY = 64 * 1024

@@ -35,6 +35,7 @@ class Controllable(Protocol):
     async def initiate(self, destination: IpAddress, seconds: float) -> dict[str, Any]: ...
 
     async def terminate(self, destination: IpAddress) -> dict[str, Any]: ...
+    async def rekey(self, destination: IpAddress) -> dict[str, Any]: ...
 
     async def flush(self, destination: IpAddress | None, dns: IpAddress | str | None) -> dict[str, Any]: ...
 
@@ -70,6 +71,7 @@ class ControlServer:
         app.router.add_get(protocol.EVENTS, self._events)
         app.router.add_post(protocol.INITIATE, self._initiate)
         app.router.add_post(protocol.TERMINATE, self._terminate)
+        app.router.add_post(protocol.REKEY, self._rekey)
         app.router.add_post(protocol.FLUSH, self._flush)
         self._path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         self._remove_stale()
@@ -113,6 +115,10 @@ class ControlServer:
     async def _terminate(self, request: web.Request) -> web.Response:
         body = await _body(request)
         return web.json_response(await self._target.terminate(_destination(body.get("destination"))))
+
+    async def _rekey(self, request: web.Request) -> web.Response:
+        body = await _body(request)
+        return web.json_response(await self._target.rekey(_destination(body.get("destination"))))
 
     async def _flush(self, request: web.Request) -> web.Response:
         body = await _body(request)

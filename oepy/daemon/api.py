@@ -50,7 +50,8 @@ class ControlApi:
             "datapath": self._daemon.chosen.name,
             "datapath_mode": self._daemon.chosen.mode,
             "datapath_reason": self._daemon.chosen.reason,
-            "trap": type(self._daemon.trap).__name__,
+            "trap": self._daemon.trap_name,
+            "trap_reason": self._daemon.trap_reason,
             "device": self._daemon.config.device,
             "default_group": self._daemon.config.default_group.value,
             "groups": groups,
@@ -133,7 +134,7 @@ class ControlApi:
             if not self._daemon.given.is_own(destination)
             else "own address: never"
         )
-        data["trap"] = f"{type(self._daemon.trap).__name__}, {where}"
+        data["trap"] = f"{self._daemon.trap_name}, {where}"
         return data
 
     async def initiate(self, destination: IpAddress, seconds: float) -> dict[str, Any]:
@@ -169,6 +170,18 @@ class ControlApi:
             await asyncio.sleep(0.005)
         await self._daemon.steps.idle()
         return {"destination": str(destination), "closed": len(spis)}
+
+    async def rekey(self, destination: IpAddress) -> dict[str, Any]:
+        """Asks for new SAs; the old ones serve until those are there. Returns at once."""
+        spis = [
+            tunnel.spi_in
+            for entry in self._daemon.engine.entries.values()
+            if entry.destination == destination
+            for tunnel in entry.tunnels
+        ]
+        for spi_in in spis:
+            self._daemon.negotiator.rekey(spi_in)
+        return {"destination": str(destination), "rekeyed": len(spis)}
 
     async def flush(self, destination: IpAddress | None, dns: IpAddress | str | None) -> dict[str, Any]:
         """`dns`: forget cached answers too, of one address or ("all") of everything."""

@@ -265,6 +265,10 @@ class LabNetwork:
         for host in running:
             host.await_daemon()
 
+    def trap_of(self, host: str) -> str:
+        """The trap that the daemon of this host has found."""
+        return str(self.hosts[host].client.get(protocol.STATUS)["trap"])
+
     def capture(self, path: Path) -> Capture:
         """Every frame on the wire, once."""
         return Capture(self.wire.namespace, self.wire.ports, path, incoming_only=True)

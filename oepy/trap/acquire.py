@@ -16,17 +16,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from oepy.datapath.xfrm import pieces as p
-from oepy.datapath.xfrm import requests
-from oepy.datapath.xfrm import values as v
-from oepy.datapath.xfrm.ids import is_closed_priority, is_trap_priority
-from oepy.datapath.xfrm.requests import Request
-from oepy.datapath.xfrm.socket import EventSocket, Refused, Xfrm, XfrmSocket, explained, read
 from oepy.errors import MisuseError, OepyError
 from oepy.interfaces import TrapPolicy
 from oepy.model import Flow, IpAddress, PolicyGroup, Verdict
 from oepy.policy import PolicyTable
 from oepy.trap import acquire_plan as plan
+from oepy.xfrm import pieces as p
+from oepy.xfrm import requests
+from oepy.xfrm import values as v
+from oepy.xfrm.ids import is_closed_priority, is_trap_priority
+from oepy.xfrm.requests import Request
+from oepy.xfrm.socket import EventSocket, Refused, Xfrm, XfrmSocket, explained, read
 
 RENEW_SECONDS = 10.0
 READS_PER_WAKEUP = 256

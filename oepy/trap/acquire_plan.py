@@ -21,10 +21,10 @@ import math
 from collections.abc import Iterator
 from ipaddress import ip_network
 
-from oepy.datapath.xfrm import values as v
-from oepy.datapath.xfrm.ids import ASK_REQID, PolicyClass, priority
 from oepy.interfaces import TrapPolicy
 from oepy.model import IpAddress, IpNetwork, PolicyGroup, Verdict
+from oepy.xfrm import values as v
+from oepy.xfrm.ids import ASK_REQID, PolicyClass, priority
 
 OUT, IN, FORWARD = v.PolicyDirection.OUT, v.PolicyDirection.IN, v.PolicyDirection.FORWARD
 ALLOW, BLOCK = v.PolicyAction.ALLOW, v.PolicyAction.BLOCK

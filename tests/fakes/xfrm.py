@@ -6,14 +6,14 @@ import errno
 import socket
 from collections.abc import Iterator, Sequence
 
-from oepy.datapath.xfrm import pieces as p
-from oepy.datapath.xfrm import requests
-from oepy.datapath.xfrm import values as v
-from oepy.datapath.xfrm.answers import parse
-from oepy.datapath.xfrm.requests import Request
-from oepy.datapath.xfrm.socket import Refused
 from oepy.model import IpAddress
 from oepy.netlink import Frame
+from oepy.xfrm import pieces as p
+from oepy.xfrm import requests
+from oepy.xfrm import values as v
+from oepy.xfrm.answers import parse
+from oepy.xfrm.requests import Request
+from oepy.xfrm.socket import Refused
 
 
 def expire_body(sa: v.Sa, hard: bool) -> bytes:

@@ -13,7 +13,6 @@ import dns.rdatatype
 from oepy.datapath.esp.inner import inner_length
 from oepy.datapath.esp.mss import clamp
 from oepy.datapath.esp.sa import EspPair
-from oepy.datapath.xfrm import answers, pieces, requests, values
 from oepy.dns.message import Question, parse_reply
 from oepy.dns.records import build_ipseckey, build_oe_text, is_oe_text, parse_ipseckey, parse_oe_text
 from oepy.errors import KeyFormatError, ParseError, RemoteError
@@ -27,6 +26,7 @@ from oepy.model import Direction, SaPair
 from oepy.netlink import Frame, parse_frames
 from oepy.trap import netlink, queue
 from oepy.trap.packet import parse_flow
+from oepy.xfrm import answers, pieces, requests, values
 from tests.fakes.datapath import pairs
 from tests.sim.ike_net import Host, Net, request, two_hosts
 

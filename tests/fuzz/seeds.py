@@ -8,7 +8,7 @@ import pathlib
 import dns.rdata
 import dns.rdatatype
 
-from oepy.datapath.xfrm import pieces, plan, requests, values
+from oepy.datapath.xfrm import plan
 from oepy.dns.records import IpsecKey, OeText, build_ipseckey, build_oe_text
 from oepy.ike.header import parse_header
 from oepy.ike.message import open_sealed
@@ -17,6 +17,7 @@ from oepy.keys import to_public_key
 from oepy.model import EspSuite
 from oepy.netlink import frame
 from oepy.trap import netlink
+from oepy.xfrm import pieces, requests, values
 from tests.fakes.datapath import ipv4_packet, ipv6_packet, pairs
 from tests.fakes.xfrm import acquire_body, expire_body, mapping_body, policy_expire_body
 from tests.fuzz.harnesses import SCENES, Scene

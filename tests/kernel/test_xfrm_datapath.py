@@ -18,15 +18,15 @@ import pytest
 import pytest_asyncio
 
 from oepy.datapath.esp.sa import EspPair
-from oepy.datapath.xfrm import answers, requests
-from oepy.datapath.xfrm import values as v
-from oepy.datapath.xfrm.algorithms import transforms
 from oepy.datapath.xfrm.datapath import SEQUENCE_LEAP
-from oepy.datapath.xfrm.socket import XfrmSocket, read
 from oepy.errors import OepyError
 from oepy.interfaces import DatapathEvent
 from oepy.lab.namespaces import Namespace
 from oepy.model import Endpoint, EspSuite, Lifetime, Verdict
+from oepy.xfrm import answers, requests
+from oepy.xfrm import values as v
+from oepy.xfrm.algorithms import transforms
+from oepy.xfrm.socket import XfrmSocket, read
 from tests.fakes.datapath import ipv4_packet, keys_of, mirrored, pairs, selector
 from tests.kernel.xfrm_harness import (
     SECRET,

@@ -8,13 +8,13 @@ from ipaddress import ip_address, ip_network
 
 import pytest
 
-from oepy.datapath.xfrm import values as v
-from oepy.datapath.xfrm.ids import ASK_REQID, PolicyClass, priority
 from oepy.errors import MisuseError, OepyError
 from oepy.interfaces import PolicyRule, TrapPolicy
 from oepy.model import Flow, PolicyGroup, Verdict
 from oepy.trap import acquire_plan as plan
 from oepy.trap.acquire import AcquireTrap
+from oepy.xfrm import values as v
+from oepy.xfrm.ids import ASK_REQID, PolicyClass, priority
 from tests.fakes.xfrm import FakeEvents, FakeKernel
 
 GROUP = PolicyGroup

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oepy.datapath.xfrm import answers, pieces, requests
-from oepy.datapath.xfrm import values as v
 from oepy.errors import ParseError
 from oepy.model import IpAddress, IpNetwork, Secret
 from oepy.netlink import Frame, attribute, frame, parse_frames
+from oepy.xfrm import answers, pieces, requests
+from oepy.xfrm import values as v
 from tests.fakes.xfrm import acquire_body, expire_body, mapping_body, policy_expire_body
 
 U8, U16, U32, U64 = (st.integers(0, 2**bits - 1) for bits in (8, 16, 32, 64))

@@ -12,15 +12,15 @@ import pytest
 import pytest_asyncio
 
 from oepy.datapath.xfrm import datapath as module
-from oepy.datapath.xfrm import pieces as p
-from oepy.datapath.xfrm import requests
-from oepy.datapath.xfrm import values as v
 from oepy.datapath.xfrm.datapath import SEQUENCE_LEAP, XfrmDatapath
-from oepy.datapath.xfrm.ids import AUTOMATIC_REQIDS, TRAP_REQID
 from oepy.datapath.xfrm.plan import BY_DEVICE, BY_MARK
 from oepy.errors import OepyError
 from oepy.interfaces import DatapathEvent
 from oepy.model import XFRM_IF_ID, Endpoint, EspSuite, Lifetime, SaPair, Secret
+from oepy.xfrm import pieces as p
+from oepy.xfrm import requests
+from oepy.xfrm import values as v
+from oepy.xfrm.ids import AUTOMATIC_REQIDS, TRAP_REQID
 from tests.fakes.datapath import keys_of, pairs, selector
 from tests.fakes.xfrm import FakeEvents, FakeKernel
 

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oepy.datapath.xfrm import ids
-from oepy.datapath.xfrm.ids import PolicyClass, priority
-from oepy.datapath.xfrm.selectors import MAX_SELECTORS, reverse, selectors
-from oepy.datapath.xfrm.values import ANY_PORT, Selector
 from oepy.errors import OepyError
 from oepy.model import TrafficSelector
+from oepy.xfrm import ids
+from oepy.xfrm.ids import PolicyClass, priority
+from oepy.xfrm.selectors import MAX_SELECTORS, reverse, selectors
+from oepy.xfrm.values import ANY_PORT, Selector
 from tests.fakes.datapath import selector as ts
 
 PORT = st.integers(0, 65535)

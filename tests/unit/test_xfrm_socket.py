@@ -8,13 +8,13 @@ from ipaddress import ip_address, ip_network
 
 import pytest
 
-from oepy.datapath.xfrm import requests
-from oepy.datapath.xfrm import values as v
-from oepy.datapath.xfrm.requests import Request
-from oepy.datapath.xfrm.socket import Refused, explained
 from oepy.errors import ParseError
 from oepy.model import Secret
 from oepy.netlink import HEADER, NLM_F_ACK_TLVS, NLM_F_CAPPED, NLMSG_ERROR, attribute, frame, parse_frames
+from oepy.xfrm import requests
+from oepy.xfrm import values as v
+from oepy.xfrm.requests import Request
+from oepy.xfrm.socket import Refused, explained
 
 KEYED = v.Sa(
     ip_address("2001:db8::1"),

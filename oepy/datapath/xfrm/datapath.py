@@ -13,21 +13,22 @@ from pathlib import Path
 from typing import IO, TypeVar
 
 from oepy.datapath import routes
-from oepy.datapath.xfrm import device, plan, requests, sockets
-from oepy.datapath.xfrm import pieces as p
-from oepy.datapath.xfrm import values as v
-from oepy.datapath.xfrm.answers import Counted, counted, parse
-from oepy.datapath.xfrm.ids import AUTOMATIC_REQIDS
+from oepy.datapath.xfrm import device, plan, sockets
 from oepy.datapath.xfrm.leftovers import asks, remove_entries
 from oepy.datapath.xfrm.plan import BARE, BY_DEVICE, Scheme
-from oepy.datapath.xfrm.requests import Request
-from oepy.datapath.xfrm.socket import EventSocket, Xfrm, XfrmSocket, explained, read
 from oepy.datapath.xfrm.spd import Claims, Reqids
 from oepy.errors import MisuseError, OepyError
 from oepy.interfaces import DatapathEvent
 from oepy.model import IpAddress, SaCounters, SaPair
 from oepy.netlink import Frame
 from oepy.udp import UdpSocket
+from oepy.xfrm import pieces as p
+from oepy.xfrm import requests
+from oepy.xfrm import values as v
+from oepy.xfrm.answers import Counted, counted, parse
+from oepy.xfrm.ids import AUTOMATIC_REQIDS
+from oepy.xfrm.requests import Request
+from oepy.xfrm.socket import EventSocket, Xfrm, XfrmSocket, explained, read
 
 _Result = TypeVar("_Result")
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 
-from oepy.datapath.xfrm import device, requests
-from oepy.datapath.xfrm import values as v
-from oepy.datapath.xfrm.answers import counted
-from oepy.datapath.xfrm.ids import AUTOMATIC_REQIDS, QUESTION_REQIDS, TRAP_REQID
-from oepy.datapath.xfrm.socket import Xfrm, XfrmSocket, read
+from oepy.datapath.xfrm import device
 from oepy.errors import OepyError
 from oepy.model import XFRM_IF_ID
+from oepy.xfrm import requests
+from oepy.xfrm import values as v
+from oepy.xfrm.answers import counted
+from oepy.xfrm.ids import AUTOMATIC_REQIDS, QUESTION_REQIDS, TRAP_REQID
+from oepy.xfrm.socket import Xfrm, XfrmSocket, read
 
 
 def asks(policy: v.Policy) -> bool:

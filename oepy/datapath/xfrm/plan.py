@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from oepy.datapath.xfrm import values as v
-from oepy.datapath.xfrm.algorithms import transforms
-from oepy.datapath.xfrm.ids import TRAP_REQID, PolicyClass, priority
-from oepy.datapath.xfrm.selectors import reverse, selectors
 from oepy.errors import OepyError
 from oepy.model import MARK_MASK, MARK_OWN, MARK_PRIVATE, XFRM_IF_ID, IpAddress, Lifetime, SaKeys, SaPair
+from oepy.xfrm import values as v
+from oepy.xfrm.algorithms import transforms
+from oepy.xfrm.ids import TRAP_REQID, PolicyClass, priority
+from oepy.xfrm.selectors import reverse, selectors
 
 OUT, IN, FORWARD = v.PolicyDirection.OUT, v.PolicyDirection.IN, v.PolicyDirection.FORWARD
 MAX_WINDOW = 4096

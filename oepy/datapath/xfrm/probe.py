@@ -6,13 +6,14 @@ import os
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 
-from oepy.datapath.xfrm import device, requests
-from oepy.datapath.xfrm import values as v
-from oepy.datapath.xfrm.algorithms import CIPHERS
-from oepy.datapath.xfrm.ids import AUTOMATIC_REQIDS
-from oepy.datapath.xfrm.socket import Xfrm, XfrmSocket, explained
+from oepy.datapath.xfrm import device
 from oepy.errors import OepyError
 from oepy.model import IpAddress, Secret
+from oepy.xfrm import requests
+from oepy.xfrm import values as v
+from oepy.xfrm.algorithms import CIPHERS
+from oepy.xfrm.ids import AUTOMATIC_REQIDS
+from oepy.xfrm.socket import Xfrm, XfrmSocket, explained
 
 # Documentation's addresses (RFC 5737, RFC 3849): no packet ever finds these SAs
 _ENDS: dict[str, tuple[IpAddress, IpAddress]] = {

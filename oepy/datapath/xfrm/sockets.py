@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 import socket
 
-from oepy.datapath.xfrm import requests
-from oepy.datapath.xfrm import values as v
 from oepy.errors import OepyError
 from oepy.model import IpNetwork
 from oepy.udp import UdpSocket
+from oepy.xfrm import requests
+from oepy.xfrm import values as v
 
 _IP_XFRM_POLICY, _IPV6_XFRM_POLICY = 17, 35
 _UDP_ENCAP, _UDP_ENCAP_ESPINUDP = 100, 2

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
 
-from oepy.datapath.xfrm import requests
-from oepy.datapath.xfrm.requests import Request
-from oepy.datapath.xfrm.values import Policy, PolicyId
 from oepy.errors import MisuseError
+from oepy.xfrm import requests
+from oepy.xfrm.requests import Request
+from oepy.xfrm.values import Policy, PolicyId
 
 
 class Claims:

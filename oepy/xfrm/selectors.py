@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from ipaddress import IPv4Network, IPv6Network, summarize_address_range
 from itertools import product
 
-from oepy.datapath.xfrm.values import ANY_PORT, Port, Selector
 from oepy.errors import OepyError
 from oepy.model import IpNetwork, TrafficSelector
+from oepy.xfrm.values import ANY_PORT, Port, Selector
 
 MAX_SELECTORS = 256  # of one SA: each is up to three policies
 _ALL_PORTS = (0, 65535)

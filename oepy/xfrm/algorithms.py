@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from oepy.datapath.xfrm.values import Algorithm
 from oepy.errors import OepyError
 from oepy.model import EspSuite, SaKeys, Secret
+from oepy.xfrm.values import Algorithm
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,10 +14,10 @@ from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Any
 
-from oepy.datapath.xfrm import values as v
 from oepy.errors import ParseError
 from oepy.model import IpAddress, IpNetwork, Secret
 from oepy.netlink import attribute
+from oepy.xfrm import values as v
 
 NETLINK_XFRM = 6
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
-from oepy.datapath.xfrm import pieces as p
-from oepy.datapath.xfrm import values as v
 from oepy.model import IpNetwork
 from oepy.netlink import NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, attribute
+from oepy.xfrm import pieces as p
+from oepy.xfrm import values as v
 
 
 class Request(NamedTuple):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 
-from oepy.datapath.xfrm.values import ANY_PORT, Selector
+from oepy.xfrm.values import ANY_PORT, Selector
 
 # "o" in the top byte, then who made it
 AUTOMATIC_REQIDS = range(0x6F00_0000, 0x6F7F_FF00)  # negotiated

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from oepy.datapath.xfrm import pieces as p
-from oepy.datapath.xfrm import values as v
 from oepy.errors import ParseError
 from oepy.model import IpAddress
 from oepy.netlink import Frame, parse_attributes
+from oepy.xfrm import pieces as p
+from oepy.xfrm import values as v
 
 
 def parse(frame: Frame) -> v.Answer | None:

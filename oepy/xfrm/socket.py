@@ -9,13 +9,13 @@ import struct
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
-from oepy.datapath.xfrm import pieces as p
-from oepy.datapath.xfrm.algorithms import module_of
-from oepy.datapath.xfrm.answers import parse
-from oepy.datapath.xfrm.requests import Request
-from oepy.datapath.xfrm.values import Answer, Policy, PolicyDeleted, Sa, SaDeleted
 from oepy.errors import OepyError, ParseError
 from oepy.netlink import NLM_F_DUMP, NLMSG_DONE, NLMSG_ERROR, Frame, frame, parse_frames
+from oepy.xfrm import pieces as p
+from oepy.xfrm.algorithms import module_of
+from oepy.xfrm.answers import parse
+from oepy.xfrm.requests import Request
+from oepy.xfrm.values import Answer, Policy, PolicyDeleted, Sa, SaDeleted
 
 BATCH = 64  # requests in one system call
 DUMP_SECONDS = 10  # without a word of the kernel in the middle of a list
