@@ -132,3 +132,36 @@ def trap(ctx: click.Context, seconds: float, entries: int, as_json: bool) -> Non
     result = run(seconds=seconds, entries=entries)
     click.echo(render(result, as_json=as_json))
     ctx.exit(0 if result.flat else 1)
+
+
+@bench.command()
+@click.option("--turns", default=20, show_default=True, help="Blocks of 100 pairs for each size.")
+@json_option
+@click.pass_context
+def sa(ctx: click.Context, turns: int, as_json: bool) -> None:
+    """SA pairs installed a second and memory a pair, with 10, 1,000 and 10,000 there, kernel and userland.
+
+    Exit status 1 where a datapath's slowest rate is more than 20 % below its fastest. The kernel's datapath is
+    measured where the kernel has ESP (see scripts/second-kernel).
+    """
+    need_root()
+    from oepy.bench.sa import run
+
+    result = run(turns, progress)
+    if as_json:
+        print_json(result.as_dict())
+        ctx.exit(0 if result.flat else 1)
+    click.secho(
+        f"{'':8}{'pairs':>8}{'installed/s':>13}{'removed/s':>11}{'in process':>12}{'in kernel':>11}",
+        bold=True,
+    )
+    for row in result.rows:
+        memory = [
+            f"{value:,.0f} B" if value is not None else "-" for value in (row.process_bytes, row.kernel_bytes)
+        ]
+        click.echo(
+            f"{row.datapath:8}{row.size:>8,}{row.rate:>13,.0f}{row.removed:>11,.0f}{memory[0]:>12}{memory[1]:>11}"
+        )
+    for name in result.datapaths:
+        click.echo(f"{name}: slowest by fastest {result.ratio(name):.2f}")
+    ctx.exit(0 if result.flat else 1)
