@@ -26,6 +26,7 @@ from oepy.daemon.datapaths import open_datapath
 from oepy.daemon.forecast import key_source
 from oepy.daemon.journal import Event, Journal
 from oepy.daemon.traps import choose_trap, open_trap
+from oepy.datapath.routes import TUNNEL_MTU
 from oepy.engine import messages as engine_messages
 from oepy.errors import ConfigError, OepyError
 from oepy.ike.events import Datagram
@@ -149,6 +150,7 @@ class Daemon(Core):
             resolvers=config.resolvers,
             tunnel_device=self.chosen.device,
             kernel_ipsec=self.chosen.kernel_ipsec,
+            clamp_mtu=TUNNEL_MTU if self.chosen.kernel_ipsec else 0,  # the userland datapath does it itself
         )
 
     async def _learn_own_records(self) -> None:
