@@ -52,10 +52,12 @@ test:
 	@scripts/run-tests -m "not long and not kernel" $(PYTEST)
 
 # Where the tests marked `kernel` and `any_kernel` are: to collect all the others takes a minute in there
-KERNEL_TESTS := tests/kernel tests/net/test_trap.py tests/net/test_trap_forward.py tests/net/test_leak.py
+KERNEL_TESTS := tests/kernel tests/net/test_trap.py tests/net/test_trap_forward.py tests/net/test_leak.py \
+	tests/interop/test_daemon_strongswan.py
 
 test-kernel:
 	@scripts/install-system kernel
+	@scripts/unpack-peers libreswan
 	@$(MAKE) --no-print-directory $(VENV)/.dev
 	@scripts/second-kernel $(BIN)/python -m pytest -p no:cacheprovider -m "(kernel or any_kernel) and not long" $(KERNEL_TESTS) $(PYTEST)
 
@@ -64,11 +66,12 @@ test-long:
 	@$(MAKE) --no-print-directory check
 	@scripts/run-tests -m "not kernel" $(PYTEST)
 	@scripts/install-system kernel
+	@scripts/unpack-peers libreswan
 	@scripts/second-kernel --time 3600 $(BIN)/python -m pytest -p no:cacheprovider -m "kernel or any_kernel" $(KERNEL_TESTS) $(PYTEST)
 
 # Not part of the tests: SECONDS for each target, one after the other. A finding is a file `crash-…`.
 SECONDS ?= 600
-FUZZ ?= ike ike_sealed records dns_reply esp trap xfrm
+FUZZ ?= ike ike_sealed records dns_reply esp trap xfrm setkey ipsec_conf manual_section
 fuzz: $(VENV)/.dev
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check atheris
 	@for target in $(FUZZ); do $(BIN)/python -m tests.fuzz.run $$target $(SECONDS) || exit 1; done

@@ -18,8 +18,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from oepy.configfile import DEFAULT_PATH, DEFAULT_SOCKET, RESOLV_CONF, system_resolvers
 from oepy.errors import ConfigError
 from oepy.interfaces import PolicyRule
+from oepy.manual.checks import read_manual
+from oepy.manual.model import NOTHING, ManualSet
+from oepy.manual.pairing import userland_problems
+from oepy.manual.reading import KeyFiles, Problem, inline_keys
 from oepy.model import IpAddress, PolicyGroup
 from oepy.policy import PROTOCOL_NUMBERS
+from oepy.privatefile import read_private_file
 
 DEFAULT_KEY = Path("/var/lib/oepy/host.key")
 MAX_CONFIG_BYTES = 16 * 1024 * 1024
@@ -43,6 +48,7 @@ class Config:
     device: str
     socket: Path
     key_log: Path | None
+    manual: ManualSet = NOTHING
 
 
 def _address(value: object) -> IpAddress:
@@ -142,6 +148,7 @@ class _File(_Section):
     device: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,15}$")] = "oe0"
     control: _Control = Field(default_factory=_Control)
     debug: _Debug = Field(default_factory=_Debug)
+    manual: Any = None  # read by manual/reading.py
     connections: dict[str, Any] = Field(default={}, max_length=0)
     secrets: list[Any] = Field(default=[], max_length=0)
 
@@ -157,6 +164,23 @@ _MENDS = {
 def load(path: Path | str | None = None) -> Config:
     """Read and check a file; the default path may be missing, which means all defaults. Raises ConfigError
     with every mistake."""
+    text, file = _text_of(path)
+    return parse(text, file)
+
+
+def load_manual(path: Path | str | None = None) -> ManualSet:
+    """The `manual:` section alone, whatever else the file holds. Raises ConfigError with every mistake in it."""
+    text, file = _text_of(path)
+    data, lines, problems = _compose(text, file)
+    manual, wrong = _read_manual(text, data, file, lines)
+    problems += wrong
+    if problems:
+        raise ConfigError(file, sorted(problems, key=_line_of))
+    return manual
+
+
+def _text_of(path: Path | str | None) -> tuple[str, str]:
+    """Text and name of a file."""
     explicit = path is not None
     file = Path(path) if path is not None else DEFAULT_PATH
     try:
@@ -169,11 +193,35 @@ def load(path: Path | str | None = None) -> Config:
         text = ""
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(str(file), [f"cannot be read: {error}"]) from None
-    return parse(text, str(file))
+    return text, str(file)
 
 
 def parse(text: str, source: str = "oepy.yaml") -> Config:
     """Check the text of a configuration. Raises ConfigError with every mistake."""
+    data, lines, problems = _compose(text, source)
+    problems += _cross_checks(data, lines)
+    manual, wrong = _read_manual(text, data, source, lines)
+    problems += wrong
+    model = None
+    try:
+        model = _File.model_validate(data)
+    except ValidationError as error:
+        problems += [_explain(item, lines) for item in error.errors()]
+    if model is not None and model.datapath == "tun" and not wrong:
+        problems += [_manual_problem(problem, lines) for problem in userland_problems(manual)]
+    if model is None or problems:
+        raise ConfigError(source, sorted(problems, key=_line_of))
+    resolvers = model.dns.resolvers
+    found = system_resolvers() if resolvers is None else tuple(ip_address(text) for text in resolvers)
+    if not found:
+        line = lines.get(("dns", "resolvers"), lines.get(("dns",), 1))
+        mend = f"none is named here nor in {RESOLV_CONF}; name at least one address"
+        raise ConfigError(source, [f"line {line}: dns.resolvers: {mend}"])
+    return _build(model, source, found, manual)
+
+
+def _compose(text: str, source: str) -> tuple[dict[str, Any], dict[tuple[str | int, ...], int], list[str]]:
+    """The sections, the lines of all paths, and what is wrong with the form as such."""
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         data = yaml.safe_load(text)
@@ -190,21 +238,37 @@ def parse(text: str, source: str = "oepy.yaml") -> Config:
     problems = list(_index_lines(node, (), lines)) if node is not None else []
     # An empty section (`dns:` with nothing under it) means its defaults.
     data = {key: value for key, value in data.items() if value is not None}
-    problems += _cross_checks(data, lines)
-    model = None
-    try:
-        model = _File.model_validate(data)
-    except ValidationError as error:
-        problems += [_explain(item, lines) for item in error.errors()]
-    if model is None or problems:
-        raise ConfigError(source, sorted(problems, key=_line_of))
-    resolvers = model.dns.resolvers
-    found = system_resolvers() if resolvers is None else tuple(ip_address(text) for text in resolvers)
-    if not found:
-        line = lines.get(("dns", "resolvers"), lines.get(("dns",), 1))
-        mend = f"none is named here nor in {RESOLV_CONF}; name at least one address"
-        raise ConfigError(source, [f"line {line}: dns.resolvers: {mend}"])
-    return _build(model, source, found)
+    return data, lines, problems
+
+
+def _read_manual(
+    text: str, data: dict[str, Any], source: str, lines: dict[tuple[str | int, ...], int]
+) -> tuple[ManualSet, list[str]]:
+    if data.get("manual") is None:
+        return NOTHING, []
+    # As texts: YAML would read a key such as 0x0012 as a number and lose its zeros
+    section = yaml.load(text, Loader=yaml.BaseLoader)["manual"]  # noqa: S506 - makes texts, lists and mappings only
+    manual, wrong = read_manual(section, _key_files(source))
+    if Path(source).is_file() and Path(source).stat().st_mode & 0o077:
+        wrong += [
+            Problem(path, f"{source} can be read by others than its owner: chmod 600 it, or name a file")
+            for path in inline_keys(section)
+        ]
+    return manual, [_manual_problem(problem, lines) for problem in wrong]
+
+
+def _key_files(source: str) -> KeyFiles:
+    def read(name: str) -> bytes:
+        return read_private_file(Path(source).parent / name, "put the key there in hexadecimal, mode 0600")
+
+    return read
+
+
+def _manual_problem(problem: Problem, lines: dict[tuple[str | int, ...], int]) -> str:
+    path = known = ("manual", *problem.path)
+    while known not in lines and len(known) > 1:
+        known = known[:-1]
+    return f"line {lines.get(known, 1)}: {_dotted(path)}: {problem.text}"
 
 
 def _line_of(problem: str) -> int:
@@ -298,7 +362,7 @@ def _group_lines(data: dict[str, Any]) -> Iterator[tuple[str, int, object]]:
             yield str(name), index, text
 
 
-def _build(model: _File, source: str, resolvers: tuple[IpAddress, ...]) -> Config:
+def _build(model: _File, source: str, resolvers: tuple[IpAddress, ...], manual: ManualSet) -> Config:
     return Config(
         source=source,
         identity=model.identity.id,
@@ -319,4 +383,5 @@ def _build(model: _File, source: str, resolvers: tuple[IpAddress, ...]) -> Confi
         device=model.device,
         socket=model.control.socket,
         key_log=model.debug.key_log,
+        manual=manual,
     )

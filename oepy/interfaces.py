@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -28,6 +29,31 @@ class PolicyRule:
     port: int = 0
 
 
+class Way(enum.Enum):
+    OUT = "out"  # leaves this host; of forwarded packets as well
+    IN = "in"  # has come for this host, in the clear
+    FORWARD = "forward"  # has come in the clear and is for others
+
+
+@dataclass(frozen=True, slots=True)
+class ConfiguredRule:
+    """Traffic that the configuration settles before any group is asked: manual policies, connections. Of a list the
+    first rule that matches counts. Protocol and ports 0 mean any.
+
+    `verdict`: outward PRIVATE goes into the tunnel; CLEAR passes and BLOCK is dropped, either way. `required` rules
+    keep their traffic shut while no daemon runs.
+    """
+
+    way: Way
+    source: IpNetwork
+    destination: IpNetwork
+    verdict: Verdict
+    protocol: int = 0
+    source_port: int = 0
+    destination_port: int = 0
+    required: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class TrapPolicy:
     """All that the trap must know to catch and to exempt. Everything here is static until `reload`."""
@@ -40,6 +66,7 @@ class TrapPolicy:
     tunnel_device: str | None = "oe0"  # packets arriving from here are already decrypted; None: no device
     kernel_ipsec: bool = False  # the kernel's own SAs protect, and not a process behind the device
     clamp_mtu: int = 0  # TCP through the tunnel is told to fit into this; 0: the datapath tells it
+    configured: tuple[ConfiguredRule, ...] = ()
 
 
 class Trap(Protocol):
@@ -119,10 +146,12 @@ class Datapath(Protocol):
 
 
 __all__ = [
+    "ConfiguredRule",
     "Datapath",
     "DatapathEvent",
     "KeySource",
     "PolicyRule",
     "Trap",
     "TrapPolicy",
+    "Way",
 ]

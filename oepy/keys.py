@@ -12,7 +12,6 @@ import binascii
 import hashlib
 import os
 import secrets
-import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
 
 from oepy.errors import KeyFormatError, ParseError
 from oepy.model import KeyAlgorithm, PublicKey
+from oepy.privatefile import MAX_KEY_FILE, read_private_file
 from oepy.wire import Reader, Writer
 
 MIN_RSA_BITS = 1024
@@ -29,7 +29,6 @@ MAX_RSA_BITS = 8192
 # A long public exponent makes each verification as dear as a signature: 8192 bits with an 8192-bit exponent
 # would cost a peer's victim tens of milliseconds a message.
 MAX_RSA_EXPONENT_BITS = 64
-MAX_KEY_FILE = 64 * 1024
 _RSA_PUBLIC_EXPONENT = 65537
 _CURVE_OF_LENGTH: dict[int, ec.EllipticCurve] = {64: ec.SECP256R1(), 96: ec.SECP384R1()}
 _CURVE_NAMES = {64: "ECDSA-P256", 96: "ECDSA-P384"}
@@ -74,7 +73,9 @@ class HostKey:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> HostKey:
         """From an unencrypted PEM file that only its owner can read. Raises KeyFormatError."""
-        return cls.from_pem(_read_private_file(Path(path)), str(path))
+        return cls.from_pem(
+            read_private_file(Path(path), f"make it with `oepy key generate {path}`"), str(path)
+        )
 
     @classmethod
     def from_pem(cls, pem: bytes, source: str = "key") -> HostKey:
@@ -124,26 +125,6 @@ class HostKey:
 
     def __repr__(self) -> str:
         return f"HostKey({describe(self.public)}, {fingerprint(self.public)})"
-
-
-def _read_private_file(path: Path) -> bytes:
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except FileNotFoundError:
-        raise KeyFormatError(f"{path} does not exist", f"make it with `oepy key generate {path}`") from None
-    except OSError as error:
-        raise KeyFormatError(f"cannot read {path}: {error.strerror}") from None
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise KeyFormatError(f"{path} is not a regular file")
-        if status.st_mode & 0o077:
-            raise KeyFormatError(f"{path} can be read by others than its owner", f"chmod 600 {path}")
-        if status.st_size > MAX_KEY_FILE:
-            raise KeyFormatError(f"{path} is too long for a key file")
-        return os.read(descriptor, MAX_KEY_FILE)
-    finally:
-        os.close(descriptor)
 
 
 def to_public_key(key: object) -> PublicKey:

@@ -343,9 +343,8 @@ class EspSuite:
     esn: bool = True
 
     def __str__(self) -> str:
-        return (
-            self.encryption + (f"-{self.integrity}" if self.integrity else "") + ("-esn" if self.esn else "")
-        )
+        parts = (self.encryption, self.integrity, "esn" if self.esn else "")
+        return "-".join(part for part in parts if part)  # AH has no encryption
 
 
 @dataclass(frozen=True, slots=True)

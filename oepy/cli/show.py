@@ -48,6 +48,8 @@ def status(ctx: click.Context, as_json: bool) -> None:
     click.echo(
         f"now        {states or 'no destinations yet'}; {data['sas']} SAs; {data['held']} packets held"
     )
+    if any(data["manual"].values()):
+        click.echo(f"by hand    {data['manual']['sas']} SAs, {data['manual']['policies']} policies")
     for alert in data["alerts"]:
         click.secho(_event_line(alert), fg="red")
 
@@ -122,9 +124,15 @@ def policies(ctx: click.Context, as_json: bool) -> None:
         return
     print_table(
         ["prefix", "protocol", "port", "group"],
-        [[row["prefix"], row["protocol"], row["port"], row["group"]] for row in data],
+        [[row["prefix"], row["protocol"], row["port"], _group_text(row)] for row in data],
         "no policy",
     )
+
+
+def _group_text(row: dict[str, Any]) -> str:
+    if row["group"] != "manual":
+        return str(row["group"])
+    return f"manual: {row['action']} {row['direction']}, from {row['source']}"
 
 
 def _event_line(event: dict[str, Any]) -> str:
@@ -219,10 +227,10 @@ def explain_lines(data: dict[str, Any]) -> list[str]:
             lines.append(f"           last error: {ike['last_error']}")
     if data.get("sa"):
         sa = data["sa"]
-        lines.append(
-            f"  sa       {sa['algorithm']} in {sa['spi_in']} out {sa['spi_out']}, "
-            f"peer proved by {sa['authenticated']}"
+        proof = (
+            "keyed by hand" if sa["authenticated"] == "manual" else f"peer proved by {sa['authenticated']}"
         )
+        lines.append(f"  sa       {sa['algorithm']} in {sa['spi_in']} out {sa['spi_out']}, {proof}")
         lines.append(
             f"           {sa['packets_in']} packets in, {sa['packets_out']} out, "
             f"age {seconds(sa['established'])}, rekey in {seconds(sa['rekey_in'])}"

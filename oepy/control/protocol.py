@@ -15,4 +15,5 @@ INITIATE = "/v1/initiate"  # POST {"destination": ADDRESS}
 TERMINATE = "/v1/terminate"
 REKEY = "/v1/rekey"
 FLUSH = "/v1/flush"  # POST {"destination": ADDRESS or null, "dns": "all", ADDRESS or null}
+MANUAL = "/v1/manual"  # GET ?all=1; POST {"operation": "sa-add", "entry": {…}}: keys travel in it
 MAX_BODY = 64 * 1024

@@ -39,6 +39,10 @@ class Controllable(Protocol):
 
     async def flush(self, destination: IpAddress | None, dns: IpAddress | str | None) -> dict[str, Any]: ...
 
+    async def manual_list(self, *, everybodys: bool) -> dict[str, Any]: ...
+
+    async def manual_change(self, operation: str, entry: object) -> dict[str, Any]: ...
+
     def recent_events(self, limit: int) -> list[dict[str, Any]]: ...
 
     def follow_events(self) -> AsyncIterator[dict[str, Any]]: ...
@@ -73,6 +77,8 @@ class ControlServer:
         app.router.add_post(protocol.TERMINATE, self._terminate)
         app.router.add_post(protocol.REKEY, self._rekey)
         app.router.add_post(protocol.FLUSH, self._flush)
+        app.router.add_get(protocol.MANUAL, self._manual_list)
+        app.router.add_post(protocol.MANUAL, self._manual_change)
         self._path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         self._remove_stale()
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
@@ -128,6 +134,16 @@ class ControlServer:
                 None if wanted is None else _destination(wanted),
                 dns if dns in (None, "all") else _destination(dns),
             )
+        )
+
+    async def _manual_list(self, request: web.Request) -> web.Response:
+        everybodys = request.query.get("all") == "1"
+        return web.json_response(await self._target.manual_list(everybodys=everybodys))
+
+    async def _manual_change(self, request: web.Request) -> web.Response:
+        body = await _body(request)
+        return web.json_response(
+            await self._target.manual_change(str(body.get("operation")), body.get("entry"))
         )
 
     async def _events(self, request: web.Request) -> web.StreamResponse:

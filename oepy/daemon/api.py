@@ -16,6 +16,7 @@ from oepy.engine.table import State
 from oepy.errors import OepyError
 from oepy.interfaces import PolicyRule
 from oepy.keys import describe, fingerprint
+from oepy.manual.model import ManualPolicy
 from oepy.model import IpAddress, PolicyGroup
 from oepy.policy import PROTOCOL_NUMBERS
 
@@ -75,6 +76,10 @@ class ControlApi:
                 "ike": dict(self._daemon.negotiator.endpoint.counters),
                 "datapath": dict(await self._daemon.datapath.statistics()),
             },
+            "manual": {
+                "sas": len(self._daemon.manual.effective.sas),
+                "policies": len(self._daemon.manual.effective.policies),
+            },
             "alerts": list(self._daemon.journal.last_alerts),
         }
 
@@ -90,10 +95,32 @@ class ControlApi:
     async def sas(self) -> list[dict[str, Any]]:
         counters = {c.spi_in: c for c in await self._daemon.datapath.counters()}
         now = time.monotonic()
+        manual = await self._daemon.manual.in_use()
         return [
-            views.sa_view(pair, counters.get(spi), since, now)
-            for spi, (pair, since) in self._daemon.engine.pairs.items()
+            *(views.sa_view(pair, counted, since, now) for pair, counted, since in manual),
+            *(
+                views.sa_view(pair, counters.get(spi), since, now)
+                for spi, (pair, since) in self._daemon.engine.pairs.items()
+            ),
         ]
+
+    async def manual_list(self, *, everybodys: bool) -> dict[str, Any]:
+        manual = self._daemon.manual
+        return {
+            "sas": await manual.backend.sa_views(manual.effective, everybodys=everybodys),
+            "policies": await manual.backend.policy_views(manual.effective, everybodys=everybodys),
+        }
+
+    async def manual_change(self, operation: str, entry: object) -> dict[str, Any]:
+        before, after = await self._daemon.change_manual(operation, entry)
+        removed = len(before.sas) + len(before.policies) - len(after.sas) - len(after.policies)
+        return {
+            "done": operation,
+            "by": "daemon",
+            "sas": len(after.sas),
+            "policies": len(after.policies),
+            "removed": max(removed, 0),
+        }
 
     async def policies(self) -> list[dict[str, Any]]:
         default = self._daemon.config.default_group.value
@@ -107,9 +134,13 @@ class ControlApi:
             }
             for rule in rules
         ]
-        return [*listed, {"prefix": "default", "protocol": None, "port": None, "group": default}]
+        manual = [views.manual_policy_view(policy) for policy in self._daemon.manual.in_order()]
+        return [*manual, *listed, {"prefix": "default", "protocol": None, "port": None, "group": default}]
 
     async def explain(self, destination: IpAddress) -> dict[str, Any]:
+        manual = self._daemon.manual.concerns(destination)
+        if manual is not None:
+            return await self._explain_manual(destination, manual)
         entry = self._daemon.engine.find(destination)
         if entry is None:
             data = await foretell(
@@ -137,9 +168,24 @@ class ControlApi:
         data["trap"] = f"{self._daemon.trap_name}, {where}"
         return data
 
+    async def _explain_manual(self, destination: IpAddress, policy: ManualPolicy) -> dict[str, Any]:
+        now = time.monotonic()
+        sa = next(
+            (
+                views.sa_view(pair, counted, since, now)
+                for pair, counted, since in await self._daemon.manual.in_use()
+                if any(ts.contains_address(destination) for ts in pair.remote_ts)
+            ),
+            None,
+        )
+        return views.manual_explanation(destination, policy, sa)
+
     async def initiate(self, destination: IpAddress, seconds: float) -> dict[str, Any]:
         if self._daemon.given.is_own(destination):
             raise OepyError(f"{destination} is an address of this host", "name a peer's")
+        manual = self._daemon.manual.concerns(destination)
+        if manual is not None:
+            raise OepyError(f"{destination} is keyed by hand ({manual})", "there is nothing to negotiate")
         match = self._daemon.policy.match_address(destination)
         if match.group in (PolicyGroup.CLEAR, PolicyGroup.BLOCK):
             raise OepyError(

@@ -14,6 +14,7 @@ from typing import Any
 from oepy.daemon.addresses import is_own, source_towards
 from oepy.daemon.admission import Admissions
 from oepy.daemon.journal import Journal
+from oepy.daemon.manual import ManualKeying, NoBackend
 from oepy.daemon.negotiator import Negotiator, Ports
 from oepy.daemon.own import OwnRecord, OwnRecords
 from oepy.daemon.steps import Steps
@@ -27,6 +28,7 @@ from oepy.ike.settings import IkeSettings
 from oepy.interfaces import Datapath, DatapathEvent, KeySource, Trap
 from oepy.keylog import KeyLog, ike_line
 from oepy.keys import HostKey
+from oepy.manual.model import ManualPolicy
 from oepy.model import Endpoint, Flow, IpAddress, PolicyGroup, SaPair, Unreachable
 from oepy.policy import PolicyTable
 
@@ -60,11 +62,15 @@ class Core:
     def __init__(self, policy: PolicyTable, journal: Journal, *, insecure_keys: bool, block: bool) -> None:
         self.journal = journal
         self.policy = policy
-        self.engine = Engine(engine_settings(policy, insecure_keys, block))
+        self.manual = ManualKeying(NoBackend())
+        self.engine = Engine(engine_settings(policy, insecure_keys, block, self._manual_policy))
         self.steps = Steps(self._internal_error)
         self._timer: asyncio.TimerHandle | None = None
         self._datapath_since = float("-inf")  # when it was restarted last
         self._tasks: set[asyncio.Task[None]] = set()
+
+    def _manual_policy(self, address: IpAddress) -> ManualPolicy | None:
+        return self.manual.concerns(address)
 
     def wire(self, given: Surroundings) -> None:
         """Connect the rooms; nothing is started."""
@@ -245,6 +251,8 @@ class Core:
             )
 
     def on_datapath_event(self, event: DatapathEvent) -> None:
+        if event.kind in ("soft-expire", "hard-expire") and self._manual_expires(event):
+            return
         match event.kind:
             case "unknown-spi" if event.peer is not None:
                 self.feed(UnknownSpi(event.peer))
@@ -258,6 +266,14 @@ class Core:
                 self._spawn(self._datapath_failed(event.detail))
             case _:
                 self.journal.add(event.kind, spi_in=f"{event.spi:08x}", peer=event.peer and str(event.peer))
+
+    def _manual_expires(self, event: DatapathEvent) -> bool:
+        ended = event.kind == "hard-expire"
+        name = self.manual.expires(event.spi, ended=ended)
+        if name is not None:
+            what = "has ended: its traffic is dropped" if ended else "will end soon"
+            self.journal.add("manual-sa-expires", alert=True, reason=f"{name} {what}; give it a new key")
+        return name is not None
 
     async def _datapath_failed(self, detail: str) -> None:
         """Sequence numbers are gone with the process, and an AEAD must never see one twice: all tunnels end
@@ -277,13 +293,33 @@ class Core:
             except OepyError as error:
                 pause = min(max(2 * pause, RESTART_FIRST), RESTART_LONGEST)
                 self.journal.add("datapath-failed", alert=True, reason=f"{error}; again in {pause:.0f} s")
+        for reason in await self.manual.restarted():
+            self.journal.add("manual-sa-lost", alert=True, reason=reason)
         self._datapath_since = self.given.monotonic()
         self.journal.add("datapath-restarted", alert=True, reason="packets are trapped again")
 
 
-def engine_settings(policy: PolicyTable, insecure_keys: bool, block: bool) -> EngineSettings:
+def engine_settings(
+    policy: PolicyTable,
+    insecure_keys: bool,
+    block: bool,
+    manual_policy: Callable[[IpAddress], ManualPolicy | None],
+) -> EngineSettings:
+    """`manual_policy`: the one that settles a destination. To the engine such a destination is clear: it begins
+    nothing with it, and answers no offer, so that no peer can put its own SA in the place of a manual one."""
+
     def group_of(address: IpAddress) -> tuple[PolicyGroup, str]:
+        manual = manual_policy(address)
+        if manual is not None:
+            return PolicyGroup.CLEAR, f"manual {manual}"
         match = policy.match_address(address)
         return match.group, match.prefix
 
-    return EngineSettings(group_of, insecure_keys, block, policy.groups_of)
+    def groups_of(address: IpAddress) -> frozenset[PolicyGroup]:
+        manual = manual_policy(address)
+        if manual is None:
+            return policy.groups_of(address)
+        other = policy.groups_of(address) if manual.selector.protocol else frozenset()
+        return other | {PolicyGroup.CLEAR}
+
+    return EngineSettings(group_of, insecure_keys, block, groups_of)

@@ -8,6 +8,7 @@ from typing import Any
 from oepy import config as configuration
 from oepy.config import Config
 from oepy.daemon import views
+from oepy.daemon.manual import first_match
 from oepy.engine.forecast import STATIC, forecast
 from oepy.interfaces import KeySource
 from oepy.model import MARK_OWN, IpAddress
@@ -29,6 +30,14 @@ async def foretell(
 def explain_without_daemon(config_path: str | None, destination: IpAddress) -> dict[str, Any]:
     config = configuration.load(config_path)
     policy = PolicyTable(config.rules, config.default_group)
+    manual = first_match(config.manual, destination)
+    if manual is not None:
+        data = views.manual_explanation(destination, manual, None)
+        data["reason"] = (
+            f"manual policy: action {manual.action}; no daemon runs here, this is what would happen"
+        )
+        data["disposition"] = {"ipsec": "private", "bypass": "clear", "block": "blocked"}[manual.action]
+        return data
 
     async def ask() -> dict[str, Any]:
         source = key_source(config)

@@ -25,15 +25,17 @@ from oepy.daemon.core import Core, Surroundings, engine_settings
 from oepy.daemon.datapaths import open_datapath
 from oepy.daemon.forecast import key_source
 from oepy.daemon.journal import Event, Journal
+from oepy.daemon.manual import ManualKeying, open_backend
 from oepy.daemon.traps import choose_trap, open_trap
 from oepy.datapath.routes import TUNNEL_MTU
 from oepy.engine import messages as engine_messages
-from oepy.errors import ConfigError, OepyError
+from oepy.errors import ConfigError, OepyError, UsageError
 from oepy.ike.events import Datagram
 from oepy.ike.settings import IkeSettings
 from oepy.interfaces import TrapPolicy
 from oepy.keylog import KeyLog
 from oepy.keys import HostKey, fingerprint
+from oepy.manual.model import ManualSet
 from oepy.model import (
     IpAddress,
     PeerIdentity,
@@ -67,6 +69,7 @@ class Daemon(Core):
             block=config.after_failed_ike_blocks,
         )
         self._stop = asyncio.Event()
+        self._manual_lock = asyncio.Lock()
         self.reloads = 0
         self.ready = False
         self._lock: IO[str] | None = None
@@ -107,6 +110,9 @@ class Daemon(Core):
             )
         )
         await self.datapath.start(self.on_datapath_event)
+        self.manual = ManualKeying(open_backend(chosen.name, self.datapath, time.monotonic))
+        self._check_manual(self.config.manual)
+        await self.manual.start(self.config.manual)
         read_here = self.sockets.ike if chosen.reads_nat_t else self._all_sockets()
         for sock in read_here:
             asyncio.get_running_loop().add_reader(sock.fileno(), self._ike_readable, sock)
@@ -151,7 +157,43 @@ class Daemon(Core):
             tunnel_device=self.chosen.device,
             kernel_ipsec=self.chosen.kernel_ipsec,
             clamp_mtu=TUNNEL_MTU if self.chosen.kernel_ipsec else 0,  # the userland datapath does it itself
+            configured=self.manual.rules(),
         )
+
+    def _check_manual(self, manual: ManualSet) -> None:
+        """Raises UsageError."""
+        if manual.policies and self.config.trap == "none" and self.chosen.name == "tun":
+            raise UsageError("manual policies need the trap in userland", "remove `trap: none`")
+
+    async def change_manual(self, operation: str, entry: object) -> tuple[ManualSet, ManualSet]:
+        """One command: what was in effect, and what is now. Raises OepyError; then nothing has changed."""
+        async with self._manual_lock:
+            before = self.manual.effective
+            after = self.manual.after(operation, entry)
+            self._check_manual(after)
+            await self._take_manual(after)
+            self.journal.add("manual-changed", reason=operation)
+            return before, after
+
+    async def _take_manual(self, after: ManualSet, configured: ManualSet | None = None) -> None:
+        """SAs first: what is marked before it has one would be dropped."""
+        before = self.manual.effective
+        await self.manual.take(after, configured)
+        try:
+            self.trap.reload(self._trap_policy(self.config))
+        except OepyError:
+            await self.manual.take(before)
+            raise
+        self.feed(engine_messages.Reloaded())  # opportunistic tunnels to these destinations end
+
+    async def _reload_manual(self, config: Config) -> None:
+        async with self._manual_lock:
+            try:
+                await self._take_manual(self.manual.after_reload(config.manual), config.manual)
+            except OepyError as error:
+                self.journal.add("reload-refused", alert=True, reason=f"{config.source}: manual: {error}")
+                return
+        self.journal.add("manual-changed", reason=config.source)
 
     async def _learn_own_records(self) -> None:
         subjects: list[IpAddress | str] = (
@@ -177,12 +219,18 @@ class Daemon(Core):
         if hasattr(self, "trap"):
             guard = any(rule.group.fails_closed for rule in self.config.rules)
             guard = guard or self.config.default_group.fails_closed
+            guard = guard or any(rule.required for rule in self.manual.rules())
             self.trap.stop(guard=guard)
             if guard:
                 self.journal.add(
                     "guard", reason=f"private and block prefixes stay blocked; {KEEP_BLOCKED_HINT}"
                 )
         if hasattr(self, "datapath"):
+            try:
+                # The guard of the kernel's own trap knows nothing of manual policies
+                await self.manual.stop(keep_shut=self.trap_name == "acquire")
+            except OepyError as error:
+                self.journal.add("manual-left", alert=True, reason=str(error))
             await self.datapath.stop()
         if hasattr(self, "sockets"):
             for sock in self._all_sockets():
@@ -199,9 +247,14 @@ class Daemon(Core):
         try:
             config = configuration.load(self._config_path)
             self._check_reload(config)
+            self._check_manual(config.manual)
+            self.manual.after_reload(config.manual)
         except ConfigError as error:
             for problem in error.problems:
                 self.journal.add("reload-refused", alert=True, reason=f"{error.source}: {problem}")
+            return
+        except OepyError as error:
+            self.journal.add("reload-refused", alert=True, reason=f"{self.config.source}: {error}")
             return
         try:
             # First: what the kernel refuses must not be what the engine goes by
@@ -212,9 +265,10 @@ class Daemon(Core):
         self.config = config
         self.policy = PolicyTable(config.rules, config.default_group)
         self.engine.settings = engine_settings(
-            self.policy, config.insecure_keys, config.after_failed_ike_blocks
+            self.policy, config.insecure_keys, config.after_failed_ike_blocks, self._manual_policy
         )
         self.feed(engine_messages.Reloaded())
+        self._spawn(self._reload_manual(config))
         self.reloads += 1
         self.journal.add("reloaded", reason=config.source)
 

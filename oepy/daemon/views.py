@@ -8,7 +8,8 @@ from typing import Any
 
 from oepy.engine.entry import Entry
 from oepy.engine.table import State
-from oepy.model import Insecure, KeyAnswer, PeerKey, SaCounters, SaPair, Secure
+from oepy.manual.model import PROTOCOL_NAMES, ManualPolicy
+from oepy.model import Insecure, IpAddress, KeyAnswer, PeerKey, SaCounters, SaPair, Secure
 from oepy.policy import Match
 
 _DISPOSITION = {
@@ -150,4 +151,48 @@ def would_be(destination: str, match: Match, answer: KeyAnswer | None, outcome: 
         "since": 0.0,
         "expires_in": None,
         "next": outcome,
+    }
+
+
+def manual_policy_view(policy: ManualPolicy) -> dict[str, Any]:
+    """In the form of the groups' rules, with what these have not."""
+    selector = policy.selector
+    protocol = PROTOCOL_NAMES.get(selector.protocol, str(selector.protocol)) if selector.protocol else None
+    return {
+        "prefix": str(selector.dst),
+        "protocol": protocol,
+        "port": selector.dport or None,
+        "group": "manual",
+        "source": str(selector.src),
+        "source_port": selector.sport or None,
+        "direction": policy.direction,
+        "action": policy.action,
+        "priority": policy.priority,
+    }
+
+
+def manual_explanation(
+    destination: IpAddress, policy: ManualPolicy, sa: dict[str, Any] | None
+) -> dict[str, Any]:
+    """The story of a destination that a manual policy settles."""
+    if policy.action == "ipsec":
+        what = "private" if sa is not None else "blocked" if policy.required else "clear"
+        reason = "an SA keyed by hand" if sa is not None else "the policy's SA is not there"
+    else:
+        what = {"bypass": "clear", "block": "blocked"}[policy.action]
+        reason = f"action {policy.action}"
+    return {
+        "destination": str(destination),
+        "group": "manual",
+        "prefix": str(policy),
+        "disposition": what,
+        "state": what,
+        "reason": f"manual policy: {reason}",
+        "trap": "manual policies come before the groups",
+        "dns": None,
+        "ike": None,
+        "sa": sa,
+        "since": sa["established"] if sa is not None else 0.0,
+        "expires_in": None,
+        "next": "nothing: it stays so until the policy or its SA is changed",
     }

@@ -39,11 +39,11 @@ class Pluto:
             (self.directory / name).mkdir(parents=True, exist_ok=True)
         if not (_PROGRAMS / "pluto").exists():
             raise OepyError(f"no libreswan in {_PROGRAMS}", "install it, or see scripts/unpack-peers")
+        _run("certutil", "-N", "--empty-password", "-d", f"sql:{self.directory / 'nss'}")
 
     def make_key(self) -> PublicKey:
         """Its RSA host key, in its own key store."""
         nss = self.directory / "nss"
-        _run("certutil", "-N", "--empty-password", "-d", f"sql:{nss}")
         _run(str(_PROGRAMS / "rsasigkey"), "--nssdir", str(nss), str(KEY_BITS))
         listed = self._show_key("--list")
         found = re.search(r"ckaid: ([0-9a-f]{40})", listed)

@@ -13,6 +13,10 @@ Theory of operation. All stands in one table of the inet family:
              routing rule, or there is no datapath
     sort     one verdict map for each (protocol, port) named by a rule, then one for all others, of disjoint
              ranges (see prefixes.py): from here on a packet belongs to exactly one group
+    configured_*
+             what the configuration settles before any group: manual policies, connections. One chain for each
+             way and family, entered only by the addresses that stand in it; the first rule that matches counts.
+             Outward it comes first in `sort`, inward before the groups' prefixes.
     group_*  what the group does with a packet. The order of its lines is the group's policy:
              clear accepts. block drops. private never looks at @clear, at replies or at the open queue.
     ask_open, ask_closed
@@ -27,10 +31,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from ipaddress import IPv4Address, IPv6Address
+from ipaddress import IPv4Address, IPv6Address, collapse_addresses
 
-from oepy.interfaces import TrapPolicy
-from oepy.model import MARK_MASK, MARK_OWN, MARK_PRIVATE, PolicyGroup
+from oepy.interfaces import ConfiguredRule, TrapPolicy, Way
+from oepy.model import MARK_MASK, MARK_OWN, MARK_PRIVATE, IpNetwork, PolicyGroup, Verdict
 from oepy.trap.prefixes import GroupRange, Lookup, lookups
 
 TABLE = "oepy"
@@ -105,8 +109,7 @@ class Ruleset:
     @property
     def needed(self) -> bool:
         """Whether anything in it fails closed."""
-        groups = {rule.group for rule in self._policy.rules} | {self._policy.default}
-        return any(group.fails_closed for group in groups)
+        return fails_closed(self._policy)
 
     # -- transactions --------------------------------------------------------------------------------
 
@@ -181,12 +184,14 @@ class Ruleset:
                 "accept",
             ],
             **{_chain_of(group): self._group(group) for group in PolicyGroup},
+            **self._configured_chains(),
             "sort": [
+                *self._to_configured(Way.OUT),
                 *(_vmap(step, "daddr", "to") for step in self._steps),
                 f"goto {_chain_of(policy.default)}",
             ],
             "refuse": self._refuse(),
-            "to_host": [*self._exempt_in(), "jump refuse", "accept"],
+            "to_host": [*self._exempt_in(), *self._to_configured(Way.IN), "jump refuse", "accept"],
             "output": [
                 f"type route hook output priority {-150 + self._later}; policy accept;",
                 f"meta mark & {MARK_MASK:#x} == {MARK_OWN:#x} accept",
@@ -216,6 +221,43 @@ class Ruleset:
             f"ct direction reply ct mark & {MARK_MASK:#x} != {MARK_PRIVATE:#x} accept",
             f"goto {ASK_OPEN}",
         ]
+
+    def _configured(self, way: Way, version: int) -> list[ConfiguredRule]:
+        return [
+            rule for rule in self._policy.configured if rule.way is way and rule.source.version == version
+        ]
+
+    def _configured_chains(self) -> dict[str, list[str]]:
+        return {
+            f"configured_{way.value}{version}": [
+                f"{_configured_match(rule)} {self._configured_verdict(rule)}"
+                for rule in self._configured(way, version)
+            ]
+            for way in Way
+            for version in (4, 6)
+        }
+
+    def _configured_verdict(self, rule: ConfiguredRule) -> str:
+        if rule.verdict is Verdict.BLOCK:
+            return "drop"
+        if rule.verdict is Verdict.PRIVATE and not self._guard:
+            return "goto tunnel"
+        # The guard has no tunnel to lead to, nor has it been told that another one protects what passes here
+        if rule.required and (self._table == GUARD_TABLE or rule.verdict is Verdict.PRIVATE):
+            return "drop"
+        return "goto sort" if rule.way is Way.FORWARD else "accept"
+
+    def _to_configured(self, way: Way) -> list[str]:
+        """Only for addresses of a rule: all others pay for one lookup, however many rules there are."""
+        lines = []
+        for version in (4, 6):
+            rules = self._configured(way, version)
+            field = "daddr" if way is Way.OUT else "saddr"
+            networks = {rule.destination if way is Way.OUT else rule.source for rule in rules}
+            if networks:
+                elements = ", ".join(str(network) for network in _collapsed(networks))
+                lines.append(f"{_IP[version]} {field} {{ {elements} }} jump configured_{way.value}{version}")
+        return lines
 
     def _pass_marked(self) -> list[str]:
         """The bracket stands beside a running trap, whose marked packets go into the tunnel. Without a trap
@@ -300,8 +342,40 @@ class Ruleset:
             *self._clamp(decrypted),
             f"{decrypted} {'' if self._guard else remember}accept",
             "fib daddr type { local, broadcast, multicast } goto to_host",
-            *(["jump refuse", "goto sort"] if self._policy.forward else []),
+            *(
+                [*self._to_configured(Way.FORWARD), "jump refuse", "goto sort"]
+                if self._policy.forward
+                else []
+            ),
         ]
+
+
+def fails_closed(policy: TrapPolicy) -> bool:
+    """Whether anything must stay shut while no daemon runs."""
+    groups = {rule.group for rule in policy.rules} | {policy.default}
+    return any(group.fails_closed for group in groups) or any(
+        rule.required or rule.verdict is Verdict.BLOCK for rule in policy.configured
+    )
+
+
+def _collapsed(networks: Iterable[IpNetwork]) -> Iterable[IpNetwork]:
+    """Without those that lie in others; nft refuses overlapping elements. All are of one family."""
+    return collapse_addresses(sorted(networks))  # type: ignore[type-var]
+
+
+def _configured_match(rule: ConfiguredRule) -> str:
+    family = _IP[rule.source.version]
+    words = [
+        f"{family} {field} {network}"
+        for field, network in (("saddr", rule.source), ("daddr", rule.destination))
+        if network.prefixlen
+    ]
+    if rule.protocol:
+        words.append(f"meta l4proto {rule.protocol}")
+    for field, port in (("sport", rule.source_port), ("dport", rule.destination_port)):
+        if port:
+            words.append(f"th {field} {port}")
+    return " ".join(words)
 
 
 def _in_set(name: str, verdict: str) -> list[str]:

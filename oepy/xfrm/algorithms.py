@@ -46,6 +46,8 @@ CIPHERS: dict[str, Cipher] = {
     "aes128": Cipher(_CBC, 16, module="cbc"),
     "aes192": Cipher(_CBC, 24, module="cbc"),
     "aes256": Cipher(_CBC, 32, module="cbc"),
+    # RFC 2451, for manual keys that ask for it
+    "3des": Cipher("cbc(des3_ede)", 24, module="des_generic"),
     # RFC 2410
     "null": Cipher("ecb(cipher_null)", 0, module="crypto_null"),
 }
@@ -54,6 +56,10 @@ MACS: dict[str, Mac] = {
     "sha256": Mac("hmac(sha256)", 32, 128, "sha256_generic"),
     "sha384": Mac("hmac(sha384)", 48, 192, "sha512_generic"),
     "sha512": Mac("hmac(sha512)", 64, 256, "sha512_generic"),
+    # As Linux cut it before RFC 4868
+    "sha256_96": Mac("hmac(sha256)", 32, 96, "sha256_generic"),
+    # RFC 3566
+    "aesxcbc": Mac("xcbc(aes)", 16, 96, "xcbc"),
     "sha1": Mac("hmac(sha1)", 20, 96, "sha1_generic"),
 }
 

@@ -39,7 +39,13 @@ _WIDTH = {4: 32, 6: 128}
 
 def priority(of_class: PolicyClass, selector: Selector) -> int:
     """See above. Policies of the two families never compete, so a rank is of its own family."""
-    return _BASE + of_class * _STEP + _rank(selector)
+    return class_start(of_class) + _rank(selector)
+
+
+def class_start(of_class: PolicyClass) -> int:
+    """Below every priority of the class, and 100,000 below the next one's. Manual policies add the user's own
+    (1 to 65,535) to it."""
+    return _BASE + of_class * _STEP
 
 
 def is_trap_priority(number: int) -> bool:

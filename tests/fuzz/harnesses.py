@@ -5,23 +5,30 @@ any other exception, or a failed assertion, is a finding. Nothing here needs the
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable
 
 import dns.name
 import dns.rdatatype
+import yaml
 
+from oepy.convert.render import render
+from oepy.convert.run import convert
 from oepy.datapath.esp.inner import inner_length
 from oepy.datapath.esp.mss import clamp
 from oepy.datapath.esp.sa import EspPair
 from oepy.dns.message import Question, parse_reply
 from oepy.dns.records import build_ipseckey, build_oe_text, is_oe_text, parse_ipseckey, parse_oe_text
-from oepy.errors import KeyFormatError, ParseError, RemoteError
+from oepy.errors import KeyFormatError, OepyError, ParseError, RemoteError
 from oepy.ike.endpoint import SessionInfo
 from oepy.ike.header import FLAG_INITIATOR, FLAG_RESPONSE, VERSION_2, Exchange, Header, PayloadType
 from oepy.ike.message import _seal
 from oepy.ike.session import Session
 from oepy.ike.settings import IkeSettings
 from oepy.keys import from_public_key
+from oepy.manual.checks import read_manual
+from oepy.manual.pairing import pair_up
+from oepy.manual.presenting import policy_mapping, sa_mapping
 from oepy.model import Direction, SaPair
 from oepy.netlink import Frame, parse_frames
 from oepy.trap import netlink, queue
@@ -243,6 +250,55 @@ def xfrm(data: bytes) -> None:
                 assert again == answer
 
 
+# ---- configuration -----------------------------------------------------------------------------------------
+
+
+class _Nothing:
+    """Files that are not there, but for one."""
+
+    def include(self, name: str, file: str) -> tuple[str, bytes]:
+        if name == "i":
+            return "i", b"flow from 10.0.0.0/8 to any type deny\ninclude i\n"
+        raise OepyError("no such file")
+
+    def key(self, name: str, file: str) -> bytes:
+        return self.include(name, file)[1]
+
+
+def _converts(data: bytes, kind: str) -> None:
+    text = data.decode("utf-8", "replace")
+    done = convert([("f", text)], kind, _Nothing(), allow_weak=True)
+    if not done.problems:
+        section = yaml.load(render(done, "f", lambda *_: None), Loader=yaml.BaseLoader)["manual"]
+        assert read_manual(section, lambda _: b"") == (done.manual, [])
+
+
+def setkey(data: bytes) -> None:
+    """A setkey file: problems with their lines, or SAs and policies that our own reader takes as they are."""
+    _converts(data, "setkey")
+
+
+def ipsec_conf(data: bytes) -> None:
+    """OpenBSD's ipsec.conf: problems with their lines, or SAs and policies that our own reader takes so."""
+    _converts(data, "ipsec.conf")
+
+
+def manual_section(data: bytes) -> None:
+    """A `manual:` section as JSON: a set that is the same when it is written and read again, or problems."""
+    try:
+        section = json.loads(data)
+    except (ValueError, RecursionError):
+        return
+    manual, problems = read_manual(section, lambda name: name.encode())
+    if not problems:
+        again = {
+            "sas": [sa_mapping(sa) for sa in manual.sas],
+            "policies": [policy_mapping(policy) for policy in manual.policies],
+        }
+        assert read_manual(again, lambda _: b"") == (manual, [])
+        pair_up(manual)
+
+
 HARNESSES: dict[str, Callable[[bytes], None]] = {
     "ike": ike,
     "ike_sealed": ike_sealed,
@@ -251,4 +307,7 @@ HARNESSES: dict[str, Callable[[bytes], None]] = {
     "esp": esp,
     "trap": trap,
     "xfrm": xfrm,
+    "setkey": setkey,
+    "ipsec_conf": ipsec_conf,
+    "manual_section": manual_section,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
 
 import dns.rdata
@@ -19,6 +20,7 @@ from oepy.netlink import frame
 from oepy.trap import netlink
 from oepy.xfrm import pieces, requests, values
 from tests.fakes.datapath import ipv4_packet, ipv6_packet, pairs
+from tests.fakes.manual import section
 from tests.fakes.xfrm import acquire_body, expire_body, mapping_body, policy_expire_body
 from tests.fuzz.harnesses import SCENES, Scene
 from tests.sim.ike_net import rsa_key, two_hosts
@@ -49,6 +51,7 @@ def seeds() -> dict[str, list[bytes]]:
     for exchange, first, plain in ((2, 42, "0000000801000000"), (2, 42, "0000000c0304000100001001")):
         made["ike_sealed"] += [bytes((s, exchange, 0, first)) + bytes.fromhex(plain) for s in range(4)]
     _records(made)
+    _configurations(made)
     for packet in (ipv4_packet("192.0.2.2", "192.0.2.1"), ipv6_packet("2001:db8::2", "2001:db8::1")):
         version = 4 if packet[0] >> 4 == 4 else 41
         made["esp"] += [b"\0" + b"\0\0\x10\1\0\0\0\1" + packet, b"\1" + packet + bytes((0, version))]
@@ -106,6 +109,54 @@ def _records(made: dict[str, list[bytes]]) -> None:
         number = int(dns.rdatatype.RdataType.make(kind)).to_bytes(2, "big")
         answer = b"\xc0\x0c" + number + b"\x00\x01\0\0\x0e\x10" + len(wire).to_bytes(2, "big") + wire
         made["dns_reply"].append(b"\1\0\0\0\1\0\0" + answer)
+
+
+def _configurations(made: dict[str, list[bytes]]) -> None:
+    a, b, key, short = "192.0.2.1", "2001:db8::2", "0x" + "ab" * 32, "0x" + "cd" * 16
+    sa = f"add {a} 192.0.2.2 esp 0x1001 -m tunnel -u 7 -r 4 -lh 9 -E aes-cbc {key} -A hmac-sha256 {key};"
+    template = f"esp/tunnel/{a}-192.0.2.2/unique:7"
+    policy = f"spdadd 10.0.0.0/8[any] 192.0.2.2[80] tcp -P in prio high - 5 ipsec {template};"
+    all_icmp = "::/0 ::/0 icmp6 -P out"
+    setkey = [
+        f"flush; spdflush; # all\n{sa}\n{policy}",
+        f'add {b} {b} ah 300 -A hmac-sha2-512 "0123456789";',
+        f"{sa} delete {a} 192.0.2.2 esp 4097; deleteall {a} {b} ah;",
+        f"spdadd {all_icmp} none; spdupdate {all_icmp} discard; spddelete {all_icmp};",
+        f"add {a}[4500] {a}[4500] esp-udp 999 -E null -A hmac-sha384 {key};",
+        "dump; get; exit;",
+    ]
+    esp = f"esp transport from {a} to 192.0.2.2 spi 0x1001:0x1002 auth hmac-sha2-256 enc aes authkey {key}:{key} "
+    openbsd = [
+        f'gw = "192.0.2.2"\n{esp}\\\n enckey {short}:{short}\nflow esp from {a} to $gw\n',
+        "flow from { 10.1.0.0/16, 10.2.0.0/16 } to any type bypass\n",
+        'include "i"\n',
+        f"ah from {b} to {b} spi 300 authkey file k\n",
+        "flow in proto tcp from any port 80 to 10.0.0.0/8 local 192.0.2.1 peer 192.0.2.2 type use\n",
+        'a = "$b"\nb = "$a"\nflow from $a to any\nike esp from any to any\n',
+    ]
+    made["setkey"] = [text.encode() for text in setkey]
+    made["ipsec_conf"] = [text.encode() for text in openbsd]
+    whole = section("192.0.2.1", "192.0.2.2")
+    sections: list[object] = [
+        whole,
+        {"sas": [{**whole["sas"][0], "spi": 1}]},
+        {
+            "policies": [
+                {
+                    "direction": "out",
+                    "src": "::/0",
+                    "dst": b,
+                    "protocol": "tcp",
+                    "dport": 80,
+                    "action": "block",
+                }
+            ]
+        },
+        {"sas": [{**whole["sas"][0], "lifetime": {"soft_bytes": 1}, "esn": True, "replay_window": 64}]},
+        {"sas": whole["sas"], "policies": [{**whole["policies"][0], "priority": 5}, *whole["policies"]]},
+        {"sas": [{**whole["sas"][0], "encryption_key_file": "k", "encryption_key": None}]},
+    ]
+    made["manual_section"] = [json.dumps(item).encode() for item in sections]
 
 
 def main() -> None:

@@ -4,7 +4,7 @@
 
 Nothing of the host is touched: binaries are copies (AppArmor confines the originals by path), /run is a
 private mount, the vici socket and the configuration are ours. ESP is charon's own, over TUN
-(kernel-libipsec), so it needs UDP encapsulation and no kernel ESP.
+(kernel-libipsec), so it needs UDP encapsulation and no kernel ESP; in the second kernel it is the kernel's.
 """
 
 from __future__ import annotations
@@ -27,21 +27,13 @@ OURS6, THEIRS6 = "2001:2::1", "2001:2::2"
 _CONF = """
 charon {{
   load = random nonce aes sha1 sha2 hmac kdf gcm chapoly openssl curve25519 pem pkcs1 pkcs8 pubkey x509 \
-    vici kernel-libipsec kernel-netlink socket-default
+    vici {kernel} socket-default
   retransmit_timeout = 1.0
   retransmit_tries = 3
   make_before_break = no
   plugins {{
     vici {{ socket = unix://{vici} }}
-    # the selectors are the peers' own addresses, as opportunistic tunnels have them: charon's own packets
-    # carry a mark, and all without it go into its TUN device
-    kernel-libipsec {{
-      load = 20
-      allow_peer_ts = yes
-    }}
-    kernel-netlink {{ fwmark = !0x42 }}
-    socket-default {{ fwmark = 0x42 }}
-  }}
+{userland}  }}
   filelog {{
     log {{
       path = {log}
@@ -54,6 +46,22 @@ charon {{
   }}
 }}
 """
+KERNEL_ESP = bool(os.environ.get("OEPY_SECOND_KERNEL"))
+_USERLAND = """
+    # the selectors are the peers' own addresses, as opportunistic tunnels have them: charon's own packets
+    # carry a mark, and all without it go into its TUN device
+    kernel-libipsec {
+      load = 20
+      allow_peer_ts = yes
+    }
+    kernel-netlink { fwmark = !0x42 }
+    socket-default { fwmark = 0x42 }
+"""
+
+
+def _configuration(vici: Path, log: Path) -> str:
+    kernel = "kernel-netlink" if KERNEL_ESP else "kernel-libipsec kernel-netlink"
+    return _CONF.format(vici=vici, log=log, kernel=kernel, userland="" if KERNEL_ESP else _USERLAND)
 
 
 def run(*command: str, check: bool = True, timeout: float = 20.0) -> subprocess.CompletedProcess[str]:
@@ -118,7 +126,7 @@ class Charon:
         (directory / "run").mkdir(parents=True)
         shutil.copy(CHARON, directory / "charon")
         shutil.copy(SWANCTL, directory / "swanctl")
-        (directory / "strongswan.conf").write_text(_CONF.format(vici=directory / "charon.vici", log=self.log))
+        (directory / "strongswan.conf").write_text(_configuration(directory / "charon.vici", self.log))
         script = f"mount --bind {directory}/run /run && exec {directory}/charon"
         with (directory / "charon.out").open("wb") as output:
             self._process = subprocess.Popen(

@@ -10,14 +10,15 @@ _BLOCK = 64
 class ReplayWindow:
     """Which of the last `size` sequence numbers were seen. `top` is the highest one, 0 before any.
 
-    `check` first, `update` only when the packet's integrity is proven.
+    `check` first, `update` only when the packet's integrity is proven. A size of 0 is no anti-replay at all, for
+    manual keys, whose sender begins anew after each restart (RFC 4303 §3.4.3).
     """
 
     __slots__ = ("_blocks", "_count", "size", "top")
 
     def __init__(self, size: int) -> None:
-        if not 1 <= size <= MAX_WINDOW:
-            raise ValueError(f"a replay window of {size} packets is not within 1..{MAX_WINDOW}")
+        if not 0 <= size <= MAX_WINDOW:
+            raise ValueError(f"a replay window of {size} packets is not within 0..{MAX_WINDOW}")
         self.size = size
         self.top = 0
         # One block more than the window needs: moving on clears whole blocks, never single bits
@@ -28,12 +29,16 @@ class ReplayWindow:
         """Whether this number is new: above the window, or within and not seen. 0 is never sent."""
         if sequence > self.top:
             return True
+        if not self.size:
+            return True
         if sequence <= 0 or sequence + self.size <= self.top:
             return False
         return not self._blocks[sequence // _BLOCK % self._count] >> (sequence % _BLOCK) & 1
 
     def update(self, sequence: int) -> None:
         """Mark as seen, and move the window where the number is above it."""
+        if not self.size:
+            return
         block = sequence // _BLOCK
         if sequence > self.top:
             behind = self.top // _BLOCK
