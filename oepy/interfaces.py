@@ -65,6 +65,7 @@ class TrapPolicy:
     forward: bool = True  # trap forwarded packets as well
     tunnel_device: str | None = "oe0"  # packets arriving from here are already decrypted; None: no device
     kernel_ipsec: bool = False  # the kernel's own SAs protect, and not a process behind the device
+    clamp_mtu: int = 0  # TCP through the tunnel is told to fit into this; 0: the datapath tells it
     configured: tuple[ConfiguredRule, ...] = ()
 
 

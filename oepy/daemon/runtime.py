@@ -27,6 +27,7 @@ from oepy.daemon.forecast import key_source
 from oepy.daemon.journal import Event, Journal
 from oepy.daemon.manual import ManualKeying, open_backend
 from oepy.daemon.traps import choose_trap, open_trap
+from oepy.datapath.routes import TUNNEL_MTU
 from oepy.engine import messages as engine_messages
 from oepy.errors import ConfigError, OepyError, UsageError
 from oepy.ike.events import Datagram
@@ -157,6 +158,7 @@ class Daemon(Core):
             resolvers=config.resolvers,
             tunnel_device=self.chosen.device,
             kernel_ipsec=self.chosen.kernel_ipsec,
+            clamp_mtu=TUNNEL_MTU if self.chosen.kernel_ipsec else 0,  # the userland datapath does it itself
             configured=self.manual.rules(),
         )
 

@@ -317,7 +317,18 @@ class Ruleset:
             unprotected += "rt ipsec missing "
         return [
             "type filter hook postrouting priority -140; policy accept;",
+            *self._clamp("rt ipsec exists" if device is None else f"oifname {json.dumps(device)}"),
             f"meta mark & {MARK_MASK:#x} == {MARK_PRIVATE:#x} {unprotected}drop",
+        ]
+
+    def _clamp(self, through: str) -> list[str]:
+        """TCP has chosen its MSS before the mark was given, by the route that the packet does not take. Both ways,
+        as the peer may not do it. nft never makes an MSS larger."""
+        mtu = 0 if self._guard else self._policy.clamp_mtu
+        return [
+            f"{through} meta nfproto {family} tcp flags & syn == syn tcp option maxseg size set {mtu - headers}"
+            for family, headers in (("ipv4", 40), ("ipv6", 60))
+            if mtu
         ]
 
     def _arriving(self) -> list[str]:
@@ -328,6 +339,7 @@ class Ruleset:
             f"type filter hook prerouting priority {-140 + self._later}; policy accept;",
             *self._pass_marked(),
             'iifname "lo" accept',
+            *self._clamp(decrypted),
             f"{decrypted} {'' if self._guard else remember}accept",
             "fib daddr type { local, broadcast, multicast } goto to_host",
             *(

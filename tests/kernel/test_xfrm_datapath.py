@@ -99,6 +99,58 @@ async def test_first_packets_are_held_and_come_out_protected(hosts: Hosts, net: 
             await part(a, b, pair)
 
 
+async def _transfer(a: Host, b: Host, address: str, size: int) -> int:
+    """Send `size` bytes over TCP from a to b, and return what b has counted."""
+
+    async def count(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        total = 0
+        while data := await reader.read(1 << 16):
+            total += len(data)
+        writer.write(str(total).encode())
+        writer.close()
+
+    with b.namespace.entered():
+        server = await asyncio.start_server(count, address, 8000)
+    with a.namespace.entered():
+        sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+    sock.setblocking(False)
+    await asyncio.wait_for(asyncio.get_running_loop().sock_connect(sock, (address, 8000)), 5)
+    reader, writer = await asyncio.open_connection(sock=sock)
+    writer.write(bytes(size))
+    writer.write_eof()
+    answer = await asyncio.wait_for(reader.read(), 40)
+    writer.close()
+    server.close()
+    return int(answer)
+
+
+@pytest.mark.parametrize("encap", [False, True], ids=["plain", "udp"])
+async def test_large_transfers_go_through(hosts: Hosts, net: Wired, encap: bool) -> None:
+    """Two megabytes over TCP in each family: MTU, MSS and segmentation offload fit."""
+    a, b = hosts
+    four = dataclasses.replace(pair_of(), encap=encap)
+    six = dataclasses.replace(
+        pair_of(), encap=encap, local_ts=(selector(f"{A6}/128"),), remote_ts=(selector(f"{B6}/128"),)
+    )
+    for pair in (four, six):
+        await join(a, b, pair)
+    traps = [TrapIn(one.namespace, Verdict.PRIVATE) for one in hosts]
+    for trap in traps:
+        trap.start(kernel_policy())
+    try:
+        with tap(net.b) as wire:
+            for address in (B4, B6):
+                began = time.monotonic()
+                assert await _transfer(a, b, address, 2_000_000) == 2_000_000
+                print(f"{address}: {2 / (time.monotonic() - began):.2f} MB/s")
+            assert wire.kinds() == {"esp"}
+            longest = max(len(data) for data in wire.raw)
+            assert longest <= 1514
+    finally:
+        for trap in traps:
+            trap.stop(guard=False)
+
+
 async def test_marked_packets_without_an_sa_go_nowhere_and_are_told(hosts: Hosts, net: Wired) -> None:
     """Not before, not after an SA; the kernel tells who asked for whom."""
     a, b = hosts

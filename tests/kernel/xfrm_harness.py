@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 
+from oepy.datapath.routes import TUNNEL_MTU
 from oepy.datapath.xfrm import datapath as module
 from oepy.datapath.xfrm.datapath import XfrmDatapath
 from oepy.datapath.xfrm.plan import BY_DEVICE, Scheme
@@ -78,7 +79,7 @@ async def two_hosts(net: Wired, scheme: Scheme = BY_DEVICE) -> AsyncIterator[tup
 
 
 def kernel_policy(device: str | None = "oe0") -> TrapPolicy:
-    return dataclasses.replace(policy(), tunnel_device=device, kernel_ipsec=True)
+    return dataclasses.replace(policy(), tunnel_device=device, kernel_ipsec=True, clamp_mtu=TUNNEL_MTU)
 
 
 async def join(a: Host, b: Host, pair: SaPair) -> None:

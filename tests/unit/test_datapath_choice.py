@@ -67,3 +67,14 @@ def test_the_trap_knows_what_is_protected() -> None:
     assert f"{marked}drop" in lines[None, False]
     assert 'iifname "oe0" ' in lines["oe0", True]
     assert "meta ipsec exists " in lines[None, True]
+
+
+def test_tcp_is_told_what_fits_into_the_tunnel() -> None:
+    """Both ways, in both families, where the datapath does not do it itself."""
+    clamped = dataclasses.replace(POLICY, kernel_ipsec=True, clamp_mtu=1390)
+    text = Ruleset(clamped).replacing(Ruleset(POLICY))
+    for way in ("oifname", "iifname"):
+        for family, mss in (("ipv4", 1350), ("ipv6", 1330)):
+            syn = "tcp flags & syn == syn tcp option maxseg size set"
+            assert f'{way} "oe0" meta nfproto {family} {syn} {mss}' in text
+    assert "maxseg" not in Ruleset(POLICY).replacing(Ruleset(POLICY))
