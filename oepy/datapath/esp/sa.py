@@ -263,11 +263,6 @@ class EspPair:
         self._told.update(fresh)
         return fresh
 
-    @property
-    def alarmed(self) -> bool:
-        """Whether `new_alarms` may have something by bytes or packets (cheap: asked for every packet)."""
-        return self.budget_out.alarm != "" or self.budget_in.alarm != ""
-
     def counters(self) -> SaCounters:
         return SaCounters(
             spi_in=self.pair.spi_in,
