@@ -245,3 +245,30 @@ def test_required_traffic_stays_shut_when_the_daemon_dies(
         assert ping(net.a, B4, count=3, timeout=0.2) == [None] * 3
         capture.flush()
         assert "clear" not in kinds(capture)
+
+
+def test_transport_mode(net: Wired, hosts: tuple[Host, Host], tmp_path: Path) -> None:
+    """Transport mode between the hosts, in both families, and AES-CTR where it is asked for."""
+    a, b = hosts
+    ctr = {"encryption": "aes256ctr", "encryption_key": manual.key(5, 36), "allow_weak": True}
+    transport = {"mode": "transport"}
+    for host, near4, far4, near6, far6 in ((a, A4, B4, A6, B6), (b, B4, A4, B6, A6)):
+        six = [
+            {**sa, "spi": hex(0x2000 + index)}
+            for index, sa in enumerate(manual.sas(A6, B6, mode="transport", **ctr))
+        ]
+        host.start(
+            {
+                "sas": [*manual.sas(A4, B4, mode="transport"), *six],
+                "policies": [
+                    *manual.policies(near4, far4, template=transport),
+                    *manual.policies(near6, far6, template=transport),
+                ],
+            }
+        )
+    with Capture(net.wire.namespace, net.wire.ports, tmp_path / "c.pcap", incoming_only=True) as capture:
+        assert None not in ping(net.a, B4, count=3)
+        assert None not in ping(net.b, A6, count=3)
+        capture.flush()
+        assert kinds(capture) == {"esp"}
+    assert {sa["mode"] for sa in a.json("sas")} == {"transport"}
