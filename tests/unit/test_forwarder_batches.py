@@ -210,6 +210,16 @@ def test_a_hard_limit_holds_within_a_burst(aggregation: bool, super_packets: boo
     assert b.forwarder.counters.get("malformed_in", 0) == 0
 
 
+def test_without_a_replay_window_bursts_come_in_again_and_again() -> None:
+    """Manual keys, window 0: a sender that begins anew is heard, whatever was received before."""
+    one, _ = pairs(replay_window=0)
+    b = End(mirrored(one))
+    packets = [udp(4, bytes([number]) * 600) for number in range(20)]
+    for _ in range(2):
+        assert b.take(End(one).send(*packets)) == packets
+    assert b.forwarder.counters == {}
+
+
 @pytest.mark.parametrize(("aggregation", "super_packets"), MODES)
 def test_a_limit_within_many_batches(aggregation: bool, super_packets: bool) -> None:
     """The limit lies behind the first system call of a burst of a thousand segments."""

@@ -186,7 +186,7 @@ class EspPair:
     def open_ahead(self, data: memoryview, start: int, size: int) -> list[bytes]:
         """Plaintexts as of `open`, of all datagrams of `size` bytes from `start` on that come one after the other
         as they were sent, up to another one: the usual case, and a faster way through it."""
-        if self.budget_in.alarm == "hard-expire":
+        if self.budget_in.alarm == "hard-expire" or not self._window.size:
             return []
         opened = self._open_ahead(data, start, size, self._window.top)
         if opened:
