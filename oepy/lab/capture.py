@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 MAX_FRAMES = 2_000_000
 MAX_BYTES = 512 << 20  # of the file
 SNAPLEN = 65_600  # a GSO frame of 64 KiB with its Ethernet header
-READY_SECONDS = 15.0
+READY_SECONDS = 60.0  # an emulated CPU that starts eight web servers meanwhile is slow
 
 _ETH_P_ALL = 3
 _ETH_P_IP = 0x0800
