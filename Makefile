@@ -59,7 +59,7 @@ test-kernel:
 	@scripts/install-system kernel
 	@scripts/unpack-peers libreswan
 	@$(MAKE) --no-print-directory $(VENV)/.dev
-	@scripts/second-kernel $(BIN)/python -m pytest -p no:cacheprovider -m "(kernel or any_kernel) and not long" $(KERNEL_TESTS) $(PYTEST)
+	@scripts/second-kernel --time 2700 $(BIN)/python -m pytest -p no:cacheprovider -m "(kernel or any_kernel) and not long" $(KERNEL_TESTS) $(PYTEST)
 
 test-long:
 	@scripts/install-system test
