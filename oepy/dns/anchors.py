@@ -16,7 +16,7 @@ import dns.rrset
 import dns.tokenizer
 
 from oepy.dns.message import NameKey, name_key
-from oepy.dns.signatures import DIGESTS, Dnskey, Ds, ZoneKey, is_supported, matches_ds
+from oepy.dns.signatures import DIGESTS, Dnskey, Ds, ZoneKey, matches_ds, strongest
 from oepy.errors import ConfigError
 
 MAX_ANCHOR_FILE = 1024 * 1024
@@ -41,7 +41,7 @@ class Anchor:
     keys: tuple[Dnskey, ...] = ()
 
     def accepts(self, key: ZoneKey) -> bool:
-        if any(is_supported(ds) and matches_ds(key, self.zone, ds) for ds in self.digests):
+        if any(matches_ds(key, self.zone, ds) for ds in strongest(self.digests)):
             return True
         return any(key.dnskey.key == own.key and key.dnskey.algorithm == own.algorithm for own in self.keys)
 

@@ -29,6 +29,7 @@ from oepy.dns.signatures import (
     ZoneKey,
     is_supported,
     matches_ds,
+    strongest,
     usable_keys,
     verify,
 )
@@ -289,7 +290,7 @@ class Chain:
         verified = self.verify(rrset, parent)
         if verified.closest_encloser is not None:
             raise Verdict(Security.BOGUS, f"{rrset} is made from a wildcard", name)
-        digests = [ds for ds in rrset.rdatas if isinstance(ds, Ds) and is_supported(ds)]
+        digests = strongest(ds for ds in rrset.rdatas if isinstance(ds, Ds))
         if not digests:
             reason = f"the DS of {name} has only algorithms or digests that are not supported"
             return ZoneState(name, Security.INSECURE, (), reason, parent, verified.ttl)

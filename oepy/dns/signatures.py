@@ -79,6 +79,17 @@ def is_supported(ds: Ds) -> bool:
     return int(ds.algorithm) in ALGORITHMS and int(ds.digest_type) in DIGESTS
 
 
+def strongest(digests: Iterable[Ds]) -> tuple[Ds, ...]:
+    """The supported ones, and of each key's only those with its strongest digest: RFC 4509 §3 for SHA-1, and
+    for SHA-256 beside SHA-384 by the same reasoning, or a broken digest would take the better one's place."""
+    supported = [ds for ds in digests if is_supported(ds)]
+    best: dict[tuple[int, int], int] = {}
+    for ds in supported:
+        key = (ds.key_tag, int(ds.algorithm))
+        best[key] = max(best.get(key, 0), int(ds.digest_type))
+    return tuple(ds for ds in supported if int(ds.digest_type) == best[ds.key_tag, int(ds.algorithm)])
+
+
 def usable_keys(rdatas: Iterable[dns.rdata.Rdata]) -> tuple[ZoneKey, ...]:
     """The keys that may sign zone data: ZONE flag, protocol 3, not revoked, an algorithm that we verify."""
     found = []

@@ -274,7 +274,8 @@ class _Lookup:
         denial, ttl = self._chain.denial(reply, state)
         rcode = dns.rcode.Rcode(reply.rcode)
         proof = denial.no_name(name) if rcode == dns.rcode.NXDOMAIN else denial.no_data(name, rdtype)
-        if proof is Proof.NONE and rcode == dns.rcode.NXDOMAIN:
+        if proof is Proof.NONE and rcode == dns.rcode.NXDOMAIN and denial.is_nsec:
+            # Servers older than NSEC3 say NXDOMAIN at empty non-terminals (against RFC 4592 §2.2.2).
             proof, rcode = denial.no_data(name, rdtype), dns.rcode.NOERROR
         if proof is Proof.NONE:
             raise Verdict(

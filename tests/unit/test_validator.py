@@ -400,7 +400,7 @@ async def test_one_good_path_is_enough_and_a_wrong_ds_is_bogus():
 async def test_ecdsa_zones_verify():
     """P-256, the commonest algorithm, goes through the same path."""
     tree = SignedTree()
-    tree.add("example.", p256=True).add("www", "A", "192.0.2.1")
+    tree.add("example.", algorithm=13).add("www", "A", "192.0.2.1")
     assert (await look(tree, "www.example.")).status is Security.SECURE
 
 
