@@ -146,6 +146,7 @@ def _validator(
         [_address(text) for text in resolvers or _configured(config_path, "resolvers")],
         port=port,
         trust_anchors=trust_anchors or _configured(config_path, "trust_anchors"),
+        negative_trust_anchors=_configured(config_path, "negative_trust_anchors"),
         mark=MARK_OWN,  # a running daemon must not trap the questions of its own administrator
         at=parse_time(at) if at else None,
     )

@@ -20,7 +20,7 @@ from oepy.daemon.traps import choose_trap
 from oepy.errors import OepyError
 from oepy.interfaces import KeySource
 from oepy.keys import HostKey, describe, fingerprint
-from oepy.model import IKE_PORT, NAT_T_PORT, IpAddress, Unreachable
+from oepy.model import IKE_PORT, NAT_T_PORT, Bogus, IpAddress, Unreachable
 
 _EARLIEST_PLAUSIBLE = 1_767_225_600  # 2026-01-01: a clock before it fails every DNSSEC signature
 
@@ -165,7 +165,9 @@ async def _names(config: Config) -> list[Finding]:
         state = type(answer).__name__.lower()
         text = f"{resolvers} answers; {answer.owner} is {state}"
         bogus = state == "bogus"
-        mend = "the resolver strips DNSSEC, or the zone is broken: try `oepy dns lookup . DNSKEY`"
+        mend = "the zone is broken, or somebody forges its answers: try `oepy dns lookup NAME TYPE`"
+        if isinstance(answer, Bogus) and answer.stripped:
+            mend = "name one in dns.resolvers that passes DNSSEC records on: with this one no key is believed"
         findings.append(
             Finding(
                 "DNSSEC",

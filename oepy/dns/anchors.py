@@ -34,11 +34,13 @@ _BIND_BLOCK = re.compile(r"\b(?:trust-anchors|trusted-keys|managed-keys)\s*\{", 
 
 @dataclass(frozen=True, slots=True)
 class Anchor:
-    """What is trusted to begin with at one zone."""
+    """What is trusted to begin with at one zone; a negative one (RFC 7646) says that nothing is checked there
+    and below, down to the next anchor."""
 
     zone: dns.name.Name
     digests: tuple[Ds, ...] = ()
     keys: tuple[Dnskey, ...] = ()
+    is_negative: bool = False
 
     def accepts(self, key: ZoneKey) -> bool:
         if any(matches_ds(key, self.zone, ds) for ds in strongest(self.digests)):
@@ -75,8 +77,11 @@ class TrustAnchors:
         return cls.of(parse_anchors(IANA_ROOT, "built-in"))
 
     @classmethod
-    def load(cls, paths: Iterable[str | os.PathLike[str]]) -> TrustAnchors:
-        """From files; the IANA root where the list is empty. Raises ConfigError."""
+    def load(
+        cls, paths: Iterable[str | os.PathLike[str]], negative: Iterable[dns.name.Name] = ()
+    ) -> TrustAnchors:
+        """From files; the IANA root where the list is empty. `negative` are zones not to be checked. Raises
+        ConfigError."""
         records: dict[dns.name.Name, list[dns.rdata.Rdata]] = {}
         for path in map(Path, paths):
             try:
@@ -86,7 +91,14 @@ class TrustAnchors:
                 raise ConfigError(str(path), [f"cannot be read: {error.strerror}"]) from None
             for zone, rdatas in parse_anchors(text, str(path)).items():
                 records.setdefault(zone, []).extend(rdatas)
-        return cls.of(records) if records else cls.iana()
+        store = cls.of(records) if records else cls.iana()
+        store.add_negative(negative)
+        return store
+
+    def add_negative(self, zones: Iterable[dns.name.Name]) -> None:
+        """At a zone that has an anchor too, the negative one wins: somebody asked for it."""
+        for zone in zones:
+            self._by_zone[name_key(zone)] = Anchor(zone, is_negative=True)
 
     def closest(self, name: dns.name.Name) -> Anchor | None:
         """The anchor at the name or nearest above it."""

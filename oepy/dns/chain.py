@@ -45,6 +45,7 @@ _DNSKEY = int(dns.rdatatype.DNSKEY)
 _CNAME = int(dns.rdatatype.CNAME)
 _NSEC = int(dns.rdatatype.NSEC)
 _NSEC3 = int(dns.rdatatype.NSEC3)
+STRIPPED = "the resolver strips DNSSEC"
 _ARPA = dns.name.from_text("arpa.")
 _IP6_ARPA = dns.name.from_text("ip6.arpa.")
 # Where ip6.arpa is usually cut: allocations of a /32, a /48 and a /64, in labels with the root.
@@ -54,7 +55,8 @@ Name = dns.name.Name
 
 
 class Verdict(Exception):
-    """Ends a lookup: bogus, or indeterminate where nothing can be said. `unreachable`: nobody answered."""
+    """Ends a lookup: bogus, or indeterminate where nothing can be said. `unreachable`: nobody answered;
+    `unsigned`: signatures are missing; `stripped`: it is the resolver that leaves them away."""
 
     def __init__(
         self,
@@ -64,8 +66,12 @@ class Verdict(Exception):
         *,
         unreachable: bool = False,
         over_limit: bool = False,
+        stripped: bool = False,
+        unsigned: bool = False,
     ) -> None:
         super().__init__(reason)
+        self.stripped = stripped
+        self.unsigned = unsigned
         self.over_limit = over_limit
         self.status = status
         self.reason = reason
@@ -138,16 +144,16 @@ class Chain:
     def start(self, name: Name, rdtype: int) -> asyncio.Task[Reply | NoReply]:
         """Send the question unless it is on its way or answered. Raises LimitExceeded."""
         question = Question(name, rdtype)
-        task = self._replies.get(question)
-        if task is None:
+        if question not in self._replies:
             self.budget.spend_question()
             self.asked += question not in self.shared.questions
-            task = self._replies[question] = self.shared.ask(question)
-        return task
+            self.adopt(question, self.shared.ask(question))
+        return self._replies[question]
 
     async def reply(self, name: Name, rdtype: int) -> Reply:
-        """Raises Verdict (indeterminate) where no usable reply comes."""
+        """Raises Verdict (indeterminate) where no usable reply comes, LimitExceeded."""
         reply = await asyncio.shield(self.start(name, rdtype))
+        self.budget.check_effort()
         if isinstance(reply, NoReply):
             raise Verdict(
                 Security.INDETERMINATE, f"no reply for {reply.question}: {reply.reason}", unreachable=True
@@ -163,9 +169,16 @@ class Chain:
     def adopt(self, question: Question, task: asyncio.Task[Reply | NoReply]) -> None:
         """Take over a question that was sent earlier."""
         self._replies[question] = task
+        task.add_done_callback(self._account)
+
+    def _account(self, task: asyncio.Task[Reply | NoReply]) -> None:
+        if not task.cancelled() and task.exception() is None and isinstance(reply := task.result(), Reply):
+            self.budget.effort -= reply.effort
 
     def foresee(self, name: Name) -> None:
         """Ask now for what the chain to `name` will most likely need, where little of it is known."""
+        if self.excuse(name) is not None:
+            return
         known = self._deepest_known(name)
         if known is None:
             anchor = self.shared.anchors.closest(name)
@@ -225,6 +238,8 @@ class Chain:
                     outcome.zone,
                     unreachable=outcome.unreachable,
                     over_limit=outcome.over_limit,
+                    stripped=outcome.stripped,
+                    unsigned=outcome.unsigned,
                 )
         self._touch(state)
         return state
@@ -250,6 +265,9 @@ class Chain:
             self.shared.zones.put(name_key(name), state, state.ttl, self.shared.monotonic())
 
     async def _build_zone(self, name: Name) -> ZoneState:
+        excuse = self.excuse(name)
+        if excuse is not None:
+            return excuse
         anchor = self.shared.anchors.at(name)
         self.start(name, _DNSKEY)
         if anchor is not None:
@@ -261,6 +279,14 @@ class Chain:
         if not parent.is_secure:
             return parent
         return await self._below(name, parent, reply)
+
+    def excuse(self, name: Name) -> ZoneState | None:
+        """The insecure state by configuration, where the anchor nearest to `name` is a negative one."""
+        anchor = self.shared.anchors.closest(name)
+        if anchor is None or not anchor.is_negative:
+            return None
+        reason = f"the configuration has a negative trust anchor for {anchor.zone} (RFC 7646)"
+        return ZoneState(anchor.zone, Security.INSECURE, (), reason, None, float("inf"))
 
     async def _zone_above(self, name: Name, reply: Reply) -> ZoneState:
         """The zone that answers for the DS of `name`, by its signatures; an insecure state without any."""
@@ -327,11 +353,13 @@ class Chain:
     ) -> ZoneState:
         """Fetch the DNSKEY set and verify it by a key that the DS or the anchor names (RFC 4035 §5.2)."""
         rrset = (await self.reply(name, _DNSKEY)).find(name, _DNSKEY)
-        if rrset is None:
-            raise Verdict(Security.BOGUS, f"{name} should be signed, but has no DNSKEY", name)
-        if not rrset.signatures:
-            hint = " (does the resolver speak DNSSEC?)" if parent is None else ""
-            raise Verdict(Security.BOGUS, f"the DNSKEY set of {name} came without signatures{hint}", name)
+        if rrset is None or not rrset.signatures:
+            what = f"{name} should be signed, but has no DNSKEY"
+            if rrset is not None:
+                what = f"the DNSKEY set of {name} came without signatures"
+            if parent is None:
+                what = f"{STRIPPED}: {what}"
+            raise Verdict(Security.BOGUS, what, name, unsigned=True, stripped=parent is None)
         keys = usable_keys(rrset.rdatas)
         entries = [key for key in keys if is_entry(key)]
         if not entries:
@@ -341,6 +369,15 @@ class Chain:
         except SignatureFailure as failure:
             raise Verdict(Security.BOGUS, str(failure), name) from None
         return ZoneState(name, Security.SECURE, keys, "", parent, min(ttl, verified.ttl))
+
+    async def is_stripped(self, name: Name) -> bool:
+        """Whether the resolver leaves signatures away even where they must be: at the anchor above `name`."""
+        anchor = self.shared.anchors.closest(name)
+        if anchor is None or anchor.is_negative:
+            return False
+        reply = await self.reply(anchor.zone, _DNSKEY)
+        rrset = reply.find(anchor.zone, _DNSKEY)
+        return rrset is None or not rrset.signatures
 
     # ---- the walk down -----------------------------------------------------------------------------------
 
@@ -352,7 +389,10 @@ class Chain:
         anchor = self.shared.anchors.closest(name)
         if anchor is None:
             raise Verdict(Security.INDETERMINATE, f"no trust anchor at or above {name}", name)
-        state = self._deepest_known(name) or await self.zone(anchor.zone)
+        known = self.excuse(name) or self._deepest_known(name)
+        if known is None or len(known.zone.labels) < len(anchor.zone.labels):
+            known = await self.zone(anchor.zone)
+        state = known
         self._touch(state)
         if state.is_secure:
             state = await self._leap(name, state)
@@ -368,9 +408,8 @@ class Chain:
                 break
             state = below
         if state.is_secure:
-            raise Verdict(
-                Security.BOGUS, f"{state.zone} is signed, but {subject} came without signatures", state.zone
-            )
+            reason = f"{state.zone} is signed, but {subject} came without signatures"
+            raise Verdict(Security.BOGUS, reason, state.zone, unsigned=True)
         self._touch(state)
         return state
 
@@ -428,9 +467,8 @@ class Chain:
         cut = denial.no_ds(name)
         if cut is Cut.UNKNOWN:
             what = "no proof" if denial else "no signed proof"
-            raise Verdict(
-                Security.BOGUS, f"{parent.zone} gives {what} that {name} has no DS record", parent.zone
-            )
+            reason = f"{parent.zone} gives {what} that {name} has no DS record"
+            raise Verdict(Security.BOGUS, reason, parent.zone, unsigned=not denial)
         self.shared.cuts.put(name_key(name), cut, ttl, self.shared.monotonic())
         return cut, ttl
 

@@ -21,7 +21,16 @@ import dns.rdtypes.ANY.SOA
 
 from oepy.dns.anchors import TrustAnchors
 from oepy.dns.cache import TtlCache
-from oepy.dns.chain import Chain, ChainEntry, Shared, Verdict, ZoneState, deepest_signer, denial_signer
+from oepy.dns.chain import (
+    STRIPPED,
+    Chain,
+    ChainEntry,
+    Shared,
+    Verdict,
+    ZoneState,
+    deepest_signer,
+    denial_signer,
+)
 from oepy.dns.denial import Proof
 from oepy.dns.limits import MAX_ALIASES, Budget, LimitExceeded
 from oepy.dns.message import Question, Reply, RRset, rcode_text
@@ -45,7 +54,8 @@ class Outcome:
     """What is known of one name and type. Bogus and indeterminate hold no records.
 
     `ttl` is in seconds; `unreachable` tells a silent or failing resolver from other reasons for
-    indeterminate; `questions` is 0 where the cache answered.
+    indeterminate; `stripped` names a resolver that leaves signatures away as the cause; `questions` is 0
+    where the cache answered.
     """
 
     question: Question
@@ -58,6 +68,7 @@ class Outcome:
     chain: tuple[ChainEntry, ...] = ()
     unreachable: bool = False
     questions: int = 0
+    stripped: bool = False
 
     @property
     def is_usable(self) -> bool:
@@ -126,7 +137,10 @@ class Validator:
         lookup = _Lookup(question, chain)
         try:
             async with asyncio.timeout(LOOKUP_SECONDS):
-                outcome = await lookup.run()
+                try:
+                    outcome = await lookup.run()
+                except Verdict as failure:
+                    raise await _with_cause(failure, question, chain) from None
         except TimeoutError:
             verdict = Verdict(
                 Security.INDETERMINATE, f"not finished within {LOOKUP_SECONDS:g} s", unreachable=True
@@ -144,6 +158,22 @@ class Validator:
         return outcome
 
 
+async def _with_cause(verdict: Verdict, question: Question, chain: Chain) -> Verdict:
+    """A resolver that strips DNSSEC may have been met only after the keys above were cached: ask for one
+    signature that must be there."""
+    if not verdict.unsigned or verdict.stripped or verdict.zone is None:
+        return verdict
+    try:
+        stripped = await chain.is_stripped(question.name)
+    except Verdict:
+        return verdict
+    if not stripped:
+        return verdict
+    return Verdict(
+        verdict.status, f"{STRIPPED}: {verdict.reason}", verdict.zone, unsigned=True, stripped=True
+    )
+
+
 def _failed(question: Question, verdict: Verdict) -> Outcome:
     return Outcome(
         question,
@@ -152,6 +182,7 @@ def _failed(question: Question, verdict: Verdict) -> Outcome:
         "SERVFAIL",
         question.name,
         unreachable=verdict.unreachable,
+        stripped=verdict.stripped,
     )
 
 
@@ -211,9 +242,13 @@ class _Lookup:
     async def _check(self, rrset: RRset, reply: Reply) -> None:
         """Raises Verdict unless the RRset is secure or provably insecure."""
         strict = rrset.type == _DS
+        searched = _zone_search_name(rrset.name, strict)
         signer = deepest_signer([rrset], rrset.name, strict=strict)
-        if signer is None:
-            state = await self._chain.walk(_zone_search_name(rrset.name, strict), str(rrset))
+        excuse = self._chain.excuse(searched)
+        if excuse is not None:
+            state = excuse
+        elif signer is None:
+            state = await self._chain.walk(searched, str(rrset))
         else:
             state = await self._chain.zone(signer)
         if not state.is_secure:
@@ -261,10 +296,14 @@ class _Lookup:
         """Check that the name or type is proven absent; returns the rcode that the proof supports."""
         rdtype = self._question.type
         strict = rdtype == _DS
+        searched = _zone_search_name(name, strict)
         signer = denial_signer(reply, name, strict=strict)
-        if signer is None:
+        excuse = self._chain.excuse(searched)
+        if excuse is not None:
+            state = excuse
+        elif signer is None:
             subject = f"the answer that {Question(name, rdtype)} does not exist"
-            state = await self._chain.walk(_zone_search_name(name, strict), subject)
+            state = await self._chain.walk(searched, subject)
         else:
             state = await self._chain.zone(signer)
         soa_ttl = _negative_ttl(reply)

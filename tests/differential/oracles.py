@@ -80,9 +80,7 @@ class Unbound:
         self._library = _library()
         self._context = self._library.ub_ctx_create()
         for option, value in _OPTIONS.items():
-            self._must(
-                self._library.ub_ctx_set_option(self._context, f"{option}:".encode(), value.encode())
-            )
+            self._must(self._library.ub_ctx_set_option(self._context, f"{option}:".encode(), value.encode()))
         self._must(self._library.ub_ctx_set_fwd(self._context, f"{HOST}@{port}".encode()))
         for anchor in anchors:
             self._must(self._library.ub_ctx_add_ta(self._context, anchor.encode()))

@@ -130,9 +130,7 @@ class Zone:
         private, dnskey = changes.pop("key", key)
         times = {"inception": self.inception, "expiration": self.expiration} | changes
         signer = times.pop("signer", self.origin)
-        return dns.dnssec.sign(
-            rrset, private, signer, dnskey, policy=dns.dnssec.allow_all_policy, **times
-        )
+        return dns.dnssec.sign(rrset, private, signer, dnskey, policy=dns.dnssec.allow_all_policy, **times)
 
     def add_entry_key(self, algorithm: int, private: Any = None, flags: int = 257) -> None:
         """A key-signing key beside the zone's own."""
