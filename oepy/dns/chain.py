@@ -14,13 +14,15 @@ from dataclasses import dataclass, field
 
 import dns.name
 import dns.rcode
+import dns.rdata
 import dns.rdatatype
 
 from oepy.dns.anchors import Anchor, TrustAnchors
 from oepy.dns.cache import TtlCache
-from oepy.dns.denial import Cut, Denial
+from oepy.dns.denial import Cut, Denial, Nsec
 from oepy.dns.limits import MAX_DENIAL_RECORDS, Budget, LimitExceeded
 from oepy.dns.message import NameKey, Question, Reply, RRset, name_key
+from oepy.dns.ranges import NsecRanges
 from oepy.dns.signatures import (
     ALGORITHM_NAMES,
     Ds,
@@ -39,6 +41,7 @@ from oepy.model import Security
 MAX_ZONES = 5000
 MAX_CUTS = 20000
 WALK_WINDOW = 6  # DS questions that are on their way at once on a walk down
+MAX_NEGATIVE_TTL = 3600.0  # RFC 2308 §5 advises one to three hours
 MAX_FORESEEN = 6  # zones whose DS and DNSKEY are asked along with the first question
 _DS = int(dns.rdatatype.DS)
 _DNSKEY = int(dns.rdatatype.DNSKEY)
@@ -116,6 +119,7 @@ class Shared:
     monotonic: Callable[[], float]
     zones: TtlCache[NameKey, ZoneState] = field(default_factory=lambda: TtlCache(MAX_ZONES))
     cuts: TtlCache[NameKey, Cut] = field(default_factory=lambda: TtlCache(MAX_CUTS))
+    ranges: NsecRanges = field(default_factory=NsecRanges)
     questions: dict[Question, asyncio.Task[Reply | NoReply]] = field(default_factory=dict)
     zones_pending: dict[NameKey, asyncio.Task[ZoneState | Verdict]] = field(default_factory=dict)
 
@@ -179,7 +183,7 @@ class Chain:
         """Ask now for what the chain to `name` will most likely need, where little of it is known."""
         if self.excuse(name) is not None:
             return
-        known = self._deepest_known(name)
+        known = self.nearest_known(name)
         if known is None:
             anchor = self.shared.anchors.closest(name)
             if anchor is None:
@@ -205,7 +209,8 @@ class Chain:
             lengths_chosen = list(lengths)
         return [Name(name.labels[-length:]) for length in lengths_chosen]
 
-    def _deepest_known(self, name: Name) -> ZoneState | None:
+    def nearest_known(self, name: Name) -> ZoneState | None:
+        """The zone at or nearest above `name` whose state is in the cache."""
         now = self.shared.monotonic()
         key = name_key(name)
         for depth in range(len(key)):
@@ -241,10 +246,11 @@ class Chain:
                     stripped=outcome.stripped,
                     unsigned=outcome.unsigned,
                 )
-        self._touch(state)
+        self.rely_on(state)
         return state
 
-    def _touch(self, state: ZoneState | None) -> None:
+    def rely_on(self, state: ZoneState | None) -> None:
+        """Name the zone and those above it in the outcome."""
         while state is not None and (key := name_key(state.zone)) not in self.touched:
             self.touched[key] = state
             state = state.parent
@@ -389,11 +395,11 @@ class Chain:
         anchor = self.shared.anchors.closest(name)
         if anchor is None:
             raise Verdict(Security.INDETERMINATE, f"no trust anchor at or above {name}", name)
-        known = self.excuse(name) or self._deepest_known(name)
+        known = self.excuse(name) or self.nearest_known(name)
         if known is None or len(known.zone.labels) < len(anchor.zone.labels):
             known = await self.zone(anchor.zone)
         state = known
-        self._touch(state)
+        self.rely_on(state)
         if state.is_secure:
             state = await self._leap(name, state)
         path = _path(state.zone, name)
@@ -410,7 +416,7 @@ class Chain:
         if state.is_secure:
             reason = f"{state.zone} is signed, but {subject} came without signatures"
             raise Verdict(Security.BOGUS, reason, state.zone, unsigned=True)
-        self._touch(state)
+        self.rely_on(state)
         return state
 
     async def _leap(self, name: Name, state: ZoneState) -> ZoneState:
@@ -489,9 +495,9 @@ class Chain:
             raise Verdict(Security.BOGUS, str(failure), state.zone) from None
 
     def denial(self, reply: Reply, state: ZoneState) -> tuple[Denial, float]:
-        """The denial records of the zone, verified, and their smallest TTL."""
-        records = []
-        ttl = float("inf")
+        """The denial records of the zone, verified, and their smallest TTL (RFC 9077: at most the SOA's)."""
+        records: list[tuple[Name, dns.rdata.Rdata]] = []
+        ttl = min(MAX_NEGATIVE_TTL, reply.negative_ttl or MAX_NEGATIVE_TTL)
         for rrset in _denials(reply)[:MAX_DENIAL_RECORDS]:
             if not any(signature.signer == state.zone for signature in rrset.signatures):
                 continue
@@ -499,6 +505,15 @@ class Chain:
             if verified.closest_encloser is None:  # an expanded wildcard says nothing about this owner
                 records += [(rrset.name, rdata) for rdata in rrset.rdatas]
                 ttl = min(ttl, verified.ttl)
+        now = self.shared.monotonic()
+        for owner, rdata in records:
+            if isinstance(rdata, Nsec):
+                self.shared.ranges.put(state.zone, owner, rdata, ttl, now)
+        return Denial(state.zone, records, self.budget), ttl
+
+    def known_denial(self, name: Name, state: ZoneState) -> tuple[Denial, float]:
+        """What is kept of earlier denials of the zone that may speak of `name`, and its seconds left."""
+        records, ttl = self.shared.ranges.around(state.zone, name, self.shared.monotonic())
         return Denial(state.zone, records, self.budget), ttl
 
     def entries(self, failed: Name | None = None) -> tuple[ChainEntry, ...]:

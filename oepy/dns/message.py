@@ -17,6 +17,7 @@ import dns.rdata
 import dns.rdataclass
 import dns.rdatatype
 import dns.rdtypes.ANY.RRSIG
+import dns.rdtypes.ANY.SOA
 import dns.wire
 
 from oepy.errors import ParseError
@@ -95,6 +96,15 @@ class Reply:
     @property
     def rcode_text(self) -> str:
         return rcode_text(self.rcode)
+
+    @property
+    def negative_ttl(self) -> float:
+        """RFC 2308 §5, in seconds; 0.0 without a SOA. Its own signature is not needed: the signed denial's TTL
+        is the cap."""
+        for rrset in self.authority:
+            if isinstance(soa := rrset.rdatas[0], dns.rdtypes.ANY.SOA.SOA):
+                return float(min(rrset.ttl, soa.minimum))
+        return 0.0
 
 
 def rcode_text(rcode: int) -> str:

@@ -17,7 +17,6 @@ import dns.rdata
 import dns.rdatatype
 import dns.rdtypes.ANY.CNAME
 import dns.rdtypes.ANY.DNAME
-import dns.rdtypes.ANY.SOA
 
 from oepy.dns.anchors import TrustAnchors
 from oepy.dns.cache import TtlCache
@@ -98,11 +97,13 @@ class Validator:
         self._answers.clear()
         self._shared.zones.clear()
         self._shared.cuts.clear()
+        self._shared.ranges.clear()
 
     def forget(self, name: Name, rdtypes: Iterable[int]) -> None:
         """Forget these answers of one name; what is known of its zones stays."""
         for rdtype in rdtypes:
             self._answers.remove(Question(name, rdtype))
+        self._shared.ranges.forget(name)
 
     def is_known(self, name: Name, rdtype: int) -> bool:
         """Whether the cache has the answer."""
@@ -198,6 +199,8 @@ class _Lookup:
 
     async def run(self) -> Outcome:
         target, rdtype = self._question.name, self._question.type
+        if (known := self._from_ranges(target, rdtype)) is not None:
+            return known
         self._chain.start(target, rdtype)
         self._chain.foresee(target.parent() if rdtype == _DS and target != dns.name.root else target)
         reply = await self._chain.reply(target, rdtype)
@@ -219,6 +222,26 @@ class _Lookup:
             target = alias
             if not _speaks_of(reply, target, rdtype):
                 reply = await self._chain.reply(target, rdtype)
+
+    def _from_ranges(self, name: Name, rdtype: int) -> Outcome | None:
+        """RFC 8198: absence that a validated NSEC of an earlier answer proves, without a question."""
+        if rdtype == _DS or self._chain.excuse(name) is not None:
+            return None
+        state = self._chain.nearest_known(name)
+        if state is None or not state.is_secure:
+            return None
+        denial, ttl = self._chain.known_denial(name, state)
+        if not denial:
+            return None
+        for proof, rcode in (
+            (denial.no_data(name, rdtype), dns.rcode.NOERROR),
+            (denial.no_name(name), dns.rcode.NXDOMAIN),
+        ):
+            if proof is Proof.PROVEN:
+                self._chain.rely_on(state)
+                self._note(state, ttl)
+                return self._outcome(name, (), rcode_text(rcode))
+        return None
 
     def _outcome(self, target: Name, rdatas: tuple[dns.rdata.Rdata, ...], rcode: str) -> Outcome:
         return Outcome(
@@ -306,7 +329,7 @@ class _Lookup:
             state = await self._chain.walk(searched, subject)
         else:
             state = await self._chain.zone(signer)
-        soa_ttl = _negative_ttl(reply)
+        soa_ttl = reply.negative_ttl
         if not state.is_secure:
             self._note(state, soa_ttl)
             return reply.rcode_text
@@ -359,11 +382,3 @@ def _through_dname(name: Name, rrset: RRset) -> Name:
         return name.relativize(rrset.name).concatenate(rdata.target)
     except dns.exception.DNSException:
         raise Verdict(Security.BOGUS, f"{name} through {rrset} is too long for a name") from None
-
-
-def _negative_ttl(reply: Reply) -> float:
-    """RFC 2308 §5. The SOA's own signature is not needed: the signed denial's TTL is the cap."""
-    for rrset in reply.authority:
-        if rrset.type == _SOA and isinstance(rrset.rdatas[0], dns.rdtypes.ANY.SOA.SOA):
-            return float(min(rrset.ttl, rrset.rdatas[0].minimum))
-    return 0.0
