@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -99,6 +99,9 @@ class TrustAnchors:
         """At a zone that has an anchor too, the negative one wins: somebody asked for it."""
         for zone in zones:
             self._by_zone[name_key(zone)] = Anchor(zone, is_negative=True)
+
+    def __iter__(self) -> Iterator[Anchor]:
+        return iter(self._by_zone.values())
 
     def closest(self, name: dns.name.Name) -> Anchor | None:
         """The anchor at the name or nearest above it."""

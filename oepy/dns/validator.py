@@ -92,6 +92,10 @@ class Validator:
     def monotonic(self) -> Callable[[], float]:
         return self._shared.monotonic
 
+    @property
+    def anchors(self) -> TrustAnchors:
+        return self._shared.anchors
+
     def flush(self) -> None:
         """Forget everything that was learned."""
         self._answers.clear()
