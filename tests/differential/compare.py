@@ -51,7 +51,7 @@ def run_case(case: Case, responder: Responder) -> Result:
     delv = start_delv(responder.port, case.anchors, case.owner, case.kind)
     rdtype = int(dns.rdatatype.from_text(case.kind))
     ours = asyncio.run(_ask(case, responder.port, rdtype))
-    context = Unbound(responder.port, case.anchors)
+    context = Unbound(HOST, responder.port, case.anchors)
     try:
         said = context.ask(case.owner, rdtype)
     finally:
