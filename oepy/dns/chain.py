@@ -20,7 +20,7 @@ import dns.rdatatype
 from oepy.dns.anchors import Anchor, TrustAnchors
 from oepy.dns.cache import TtlCache
 from oepy.dns.denial import Cut, Denial, Nsec
-from oepy.dns.limits import MAX_DENIAL_RECORDS, Budget, LimitExceeded
+from oepy.dns.limits import KEY_EFFORT, MAX_DENIAL_RECORDS, Budget, LimitExceeded
 from oepy.dns.message import NameKey, Question, Reply, RRset, name_key
 from oepy.dns.ranges import NsecRanges
 from oepy.dns.signatures import (
@@ -210,13 +210,15 @@ class Chain:
         return [Name(name.labels[-length:]) for length in lengths_chosen]
 
     def nearest_known(self, name: Name) -> ZoneState | None:
-        """The zone at or nearest above `name` whose state is in the cache."""
+        """The zone at or nearest above `name` whose state is in the cache, but none above its anchor."""
         now = self.shared.monotonic()
         key = name_key(name)
         for depth in range(len(key)):
             state = self.shared.zones.get(key[depth:], now)
             if state is not None:
                 return state
+            if self.shared.anchors.at(Name(name.labels[depth:])) is not None:
+                return None
         return None
 
     # ---- zones -------------------------------------------------------------------------------------------
@@ -366,6 +368,7 @@ class Chain:
             if parent is None:
                 what = f"{STRIPPED}: {what}"
             raise Verdict(Security.BOGUS, what, name, unsigned=True, stripped=parent is None)
+        self.budget.effort -= KEY_EFFORT * len(rrset.rdatas)
         keys = usable_keys(rrset.rdatas)
         entries = [key for key in keys if is_entry(key)]
         if not entries:
@@ -395,10 +398,7 @@ class Chain:
         anchor = self.shared.anchors.closest(name)
         if anchor is None:
             raise Verdict(Security.INDETERMINATE, f"no trust anchor at or above {name}", name)
-        known = self.excuse(name) or self.nearest_known(name)
-        if known is None or len(known.zone.labels) < len(anchor.zone.labels):
-            known = await self.zone(anchor.zone)
-        state = known
+        state = self.excuse(name) or self.nearest_known(name) or await self.zone(anchor.zone)
         self.rely_on(state)
         if state.is_secure:
             state = await self._leap(name, state)

@@ -14,6 +14,7 @@ MAX_NSEC3_HASHES = 300
 MAX_NSEC3_ITERATIONS = 50  # RFC 9276 §3.2: above, the zone's denials count as insecure
 MAX_QUESTIONS = 80  # an unsigned ip6.arpa tree of 32 labels is walked label by label
 MAX_EFFORT = 3000  # records in all replies together, long names counting as several; a deep walk needs 1300
+KEY_EFFORT = 3  # of a DNSKEY record, beside that of reading it
 MAX_ALIASES = 10
 MAX_KEYS_PER_ZONE = 32  # DNSKEY records of one zone that are looked at
 MAX_SIGNATURES_PER_SET = 16

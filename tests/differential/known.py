@@ -71,7 +71,9 @@ def judge(result: Result) -> tuple[list[str], list[str]]:
         wrong.append(f"{title}: oepy says {result.ours.status.value} ({result.ours.reason}), not {expected}")
     lacking = fnmatch.fnmatchcase(title, NOT_IN_UNBOUND) and result.delv.status == SECURE
     if result.is_unsafe and not lacking:
-        wrong.append(f"{title}: UNSAFE: oepy secure with TTL {result.ours.ttl}, unbound {result.unbound}")
+        wrong.append(
+            f"{title}: UNSAFE: oepy secure with TTL {result.ours.ttl}, unbound {result.unbound}, delv {result.delv}"
+        )
     for oracle, said in result.differences():
         line = f"{title}: oepy {result.status}, {oracle} {said.status}"
         reason = next(

@@ -37,7 +37,13 @@ def read_delv(started: tuple[subprocess.Popen[str], Path]) -> Said:
         if process.poll() is None:
             process.kill()
         path.unlink()
-    return Said(_delv_status(text), " / ".join(text.strip().splitlines()[:4]))
+    return Said(_delv_status(text), " / ".join(text.strip().splitlines()[:4]), _delv_ttl(text))
+
+
+def _delv_ttl(text: str) -> int:
+    """The smallest of the records of an answer, as delv has capped it; -1 where there are none."""
+    fields = [line.split() for line in text.splitlines() if line and not line.startswith(";")]
+    return min((int(words[1]) for words in fields if len(words) > 3 and words[1].isdigit()), default=-1)
 
 
 def _delv_status(text: str) -> str:

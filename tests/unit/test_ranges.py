@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oepy.dns import ranges
+from oepy.dns.anchors import TrustAnchors
 from oepy.dns.ranges import NsecRanges
 from oepy.dns.validator import Validator
 from oepy.model import Security
@@ -63,6 +64,24 @@ async def test_a_range_from_above_a_cut_is_silent_about_what_is_below():
     assert (ds.status, ds.rdatas) == (Security.SECURE, ())
     outcome = await validator.lookup(name("www.unsigned.example."), A)
     assert (outcome.status, len(outcome.rdatas)) == (Security.INSECURE, 1)
+
+
+async def test_a_range_from_above_an_anchor_says_nothing_below_it():
+    """An island that the public tree does not know, as in a network with names of its own."""
+    tree = standard_tree()
+    hidden = tree.add("hidden.example.")
+    hidden.add("www", "A", "192.0.2.50")
+    tree.delegate()
+    example = tree.zones[name("example.")]
+    for kind in (dns.rdatatype.NS, dns.rdatatype.DS):
+        example.records.pop((hidden.origin, int(kind)))
+    roots = tree.zones[dns.name.root].make_ds()
+    anchors = TrustAnchors.of({dns.name.root: roots, hidden.origin: hidden.make_ds()})
+    validator = Validator(tree, anchors, lambda: NOW, lambda: 1000.0)
+    assert (await validator.lookup(name("hiddem.example."), A)).rcode == "NXDOMAIN"
+    assert (await validator.lookup(name("hidden2.example."), A)).questions == 0
+    outcome = await validator.lookup(name("www.hidden.example."), A)
+    assert (outcome.status, len(outcome.rdatas)) == (Security.SECURE, 1)
 
 
 def test_the_store_is_bounded(monkeypatch):
