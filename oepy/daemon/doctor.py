@@ -20,7 +20,7 @@ from oepy.daemon.traps import choose_trap
 from oepy.errors import OepyError
 from oepy.interfaces import KeySource
 from oepy.keys import HostKey, describe, fingerprint
-from oepy.model import IKE_PORT, NAT_T_PORT, IpAddress, Unreachable
+from oepy.model import IKE_PORT, NAT_T_PORT, Bogus, IpAddress, KeyAnswer, Unreachable
 
 _EARLIEST_PLAUSIBLE = 1_767_225_600  # 2026-01-01: a clock before it fails every DNSSEC signature
 
@@ -151,30 +151,31 @@ def _key(config: Config) -> Iterator[Finding]:
 
 async def _names(config: Config) -> list[Finding]:
     source = key_source(config)
-    findings = []
     addresses = sorted(own_addresses(), key=str)
     subjects: list[IpAddress | str] = [config.identity] if config.identity else list(addresses)
     if not subjects:
         return [Finding("addresses", "bad", "this host has no address", "bring the network up")]
     answer = await source.peer_keys(subjects[0])
     resolvers = ", ".join(str(address) for address in config.resolvers)
-    if isinstance(answer, Unreachable):
-        mend = "name another resolver in dns.resolvers"
-        findings.append(Finding("resolver", "bad", f"{resolvers}: {answer.reason}", mend))
-    else:
-        state = type(answer).__name__.lower()
-        text = f"{resolvers} answers; {answer.owner} is {state}"
-        bogus = state == "bogus"
-        mend = "the resolver strips DNSSEC, or the zone is broken: try `oepy dns lookup . DNSKEY`"
-        findings.append(
-            Finding(
-                "DNSSEC",
-                "bad" if bogus else "good",
-                text + (f" ({answer.reason})" if bogus else ""),
-                mend if bogus else "",
-            )
-        )
+    findings = [judge_resolver(resolvers, answer)]
     return findings + await _own_records(config, source, subjects)
+
+
+def judge_resolver(resolvers: str, answer: KeyAnswer) -> Finding:
+    """What the lookup of this host's own name says of the resolver."""
+    if isinstance(answer, Unreachable):
+        return Finding(
+            "resolver", "bad", f"{resolvers}: {answer.reason}", "name another resolver in dns.resolvers"
+        )
+    text = f"{resolvers} answers; {answer.owner} is {type(answer).__name__.lower()}"
+    if not isinstance(answer, Bogus):
+        return Finding("DNSSEC", "good", text)
+    mend = "the zone is broken, or somebody forges its answers: try `oepy dns lookup NAME TYPE`"
+    if answer.stripped:
+        mend = (
+            "name a resolver that passes DNSSEC records on in dns.resolvers: with this one no key is believed"
+        )
+    return Finding("DNSSEC", "bad", f"{text} ({answer.reason})", mend)
 
 
 async def _own_records(config: Config, source: KeySource, subjects: list[IpAddress | str]) -> list[Finding]:
