@@ -491,13 +491,22 @@ class Engine:
     def _no_sa(self, message: NoSa, _now: float) -> Iterator[Action]:
         """A host with several addresses: each pair of addresses has a tunnel of its own."""
         for (_, destination), entry in self._at(message.destination):
-            if entry.state is not State.PRIVATE:
+            if entry.state is not State.PRIVATE or self._covers(entry, message.source):
                 continue
             entry.uncovered = message.source
             waiting = self._lookups.setdefault(destination, set())
             waiting.add(entry.key)
             if len(waiting) == 1:
                 yield StartLookup(destination)
+
+    def _covers(self, entry: Entry, source: IpAddress) -> bool:
+        """The packet may have been dropped just before its SA was there."""
+        return any(
+            selector.contains_address(source)
+            for tunnel in entry.tunnels
+            if tunnel.spi_in in self.pairs
+            for selector in self.pairs[tunnel.spi_in][0].local_ts
+        )
 
     def _at(self, destination: IpAddress) -> Iterator[tuple[Key, Entry]]:
         for group in PolicyGroup:

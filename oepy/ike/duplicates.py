@@ -110,8 +110,9 @@ def forbids(session: Session, remote_ts: tuple[TrafficSelector, ...]) -> bool:
 
 
 def initial_contact(session: Session) -> None:
-    """The peer says that it knows no other IKE SA with us (RFC 7296 §2.4): older ones of the same proven
-    identity go at once. A session that came up while this one was being negotiated is no leftover: the
+    """The peer says that it knows no other IKE SA between its identity and ours (RFC 7296 §2.4): older ones of
+    the same proven identity go at once. Of several addresses of ours each is an identity of its own: tunnels to
+    the others stay. A session that came up while this one was being negotiated is no leftover: the
     peer wrote INITIAL_CONTACT before it knew of it."""
     if session.authenticated is Authenticated.NULL:
         return
@@ -119,6 +120,8 @@ def initial_contact(session: Session) -> None:
     for other in list(session.context.by_identity.get(session.identity, ())):
         same = other.authenticated is session.authenticated and other.state is State.ESTABLISHED
         if other is session or not same or other.established_at >= session.created:
+            continue
+        if other.local.address != session.local.address:
             continue
         session.context.counters["initial_contact"] += 1
         other.end(DownReason.SUPERSEDED)

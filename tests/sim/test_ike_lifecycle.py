@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from ipaddress import ip_address
 
 import pytest
 
@@ -274,6 +275,18 @@ def test_initial_contact_of_another_identity_touches_nothing() -> None:
     assert len(b.pairs) == 2
     assert not b.of(ChildDown)
     assert len(a.pairs) == len(c.pairs) == 1
+
+
+def test_initial_contact_at_another_address_of_ours_touches_nothing() -> None:
+    """A host with several addresses: a tunnel to one does not end those to the others."""
+    a, b, net = connected()
+    second = replace(b.at, address=ip_address("192.0.2.22"))
+    net.hosts[second.address] = b
+    net.run(1)
+    a.ike.initiate(request(a, b, remote=second), net.now)
+    net.run(5)
+    assert not b.of(ChildDown)
+    assert len(b.pairs) == 2
 
 
 def test_a_dead_peer_is_noticed() -> None:

@@ -423,6 +423,8 @@ def test_an_unknown_spi_starts_at_most_one_negotiation_in_ten_seconds() -> None:
 def test_a_further_own_address_gets_a_tunnel_of_its_own() -> None:
     """A packet that no SA covers starts one more negotiation; the destination stays private all the time."""
     machine, _ = private_engine(PRIVATE)
+    covered = next(iter(machine.pairs.values()))[0].local_ts[0].start
+    assert machine.handle(NoSa(covered, PEER), 4.0) == []  # dropped just before the SA was there
     assert machine.handle(NoSa(GATEWAY, PEER), 5.0) == [StartLookup(PEER)]
     (start,) = without_reports(machine.handle(LookupDone(PEER, secure()), 5.1))
     assert isinstance(start, StartIke)
