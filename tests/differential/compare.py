@@ -50,15 +50,22 @@ class Result:
 
 def run_case(case: Case, responder: Responder) -> Result:
     responder.serve(case.tree)
-    delv = start_delv(responder.port, case.anchors, case.owner, case.kind)
     rdtype = int(dns.rdatatype.from_text(case.kind))
-    ours = asyncio.run(_ask(case, responder.port, rdtype))
-    context = Unbound(HOST, responder.port, case.anchors)
+    started = start_delv(responder.port, case.anchors, case.owner, case.kind)
     try:
-        said = context.ask(case.owner, rdtype)
+        ours = asyncio.run(_ask(case, responder.port, rdtype))
+        said = _ask_unbound(case, responder.port, rdtype)
+    finally:
+        delv = read_delv(started)  # which also ends it
+    return Result(case, ours, said, delv)
+
+
+def _ask_unbound(case: Case, port: int, rdtype: int) -> Said:
+    context = Unbound(HOST, port, case.anchors)
+    try:
+        return context.ask(case.owner, rdtype)
     finally:
         context.close()
-    return Result(case, ours, said, read_delv(delv))
 
 
 async def _ask(case: Case, port: int, rdtype: int) -> Outcome:
