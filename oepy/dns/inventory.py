@@ -24,7 +24,7 @@ from oepy.keys import describe, parse_public
 from oepy.model import IpAddress, KeyAlgorithm, PublicKey
 
 if TYPE_CHECKING:
-    from _csv import _reader as CsvReader
+    from _csv import Reader as CsvReader
 
 # The cells of a line of CSV, in the order of `Inventory.columns`, or a mapping of YAML.
 Row = list[str] | Mapping[str, Any]
@@ -164,14 +164,16 @@ class Inventory:
                 if len(cells) > width:
                     self.complain(reader.line_num, "more cells than columns")
                     continue
-                cells += [""] * (width - len(cells))
+                cells.extend([""] * (width - len(cells)))
             if head is None:
                 head = {at: cells[at] for at in head_cells}
                 self._head(reader.line_num, {self.columns[at]: text for at, text in head.items() if text})
             else:
                 for at in head_cells:
                     if cells[at] and cells[at] != head[at]:
-                        self.complain(reader.line_num, f"{self.columns[at]} differs: write it in the first row")
+                        self.complain(
+                            reader.line_num, f"{self.columns[at]} differs: write it in the first row"
+                        )
             if not count & 1023:
                 self.position = raw.tell()
             yield reader.line_num, cells

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import dns.name
 
-from oepy.dns.inventory import Host, Inventory, NameServer, Row
+from oepy.dns.inventory import Host, Inventory, Row
 from oepy.dns.message import NameKey, name_key
 from oepy.dns.records import Gateway, IpsecKey, OeText, build_oe_text, text_rdata
 from oepy.errors import UsageError

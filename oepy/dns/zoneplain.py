@@ -128,28 +128,25 @@ class PlainRows:
         """Zone, text and number of the records of each address; the rdata of the forward address records; the
         addresses that are in no listed zone."""
         reverse, forward, homeless = [], [], []
-        for address in addresses:
-            if ":" in address:
-                kind_number, located = 2, self._locate_v6(address)
+        for text in addresses:
+            if ":" in text:
+                number, kind, located = 2, "AAAA", self._locate_v6(text)
             else:
-                kind_number, located = 1, self._locate_v4(address)
+                number, kind, located = 1, "A", self._locate_v4(text)
             if located is None:
                 return None
             zone, owner, address = located
-            forward.append(f"{'A' if kind_number == 1 else 'AAAA'} {address}")
+            forward.append(f"{kind} {address}")
             if zone is None:
                 homeless.append(address)
                 continue
-            text = f"{owner} IN PTR {name}\n"
+            gateway = address
             if not style.own:
-                kind_number, gateway = style.fixed
-            else:
-                gateway = address
+                number, gateway = style.fixed
+            records = f"{owner} IN PTR {name}\n"
             for algorithm, key in keys:
-                text += (
-                    f"{owner} IN IPSECKEY {style.precedence} {kind_number} {algorithm} {gateway} {key}\n"
-                )
-            reverse.append((zone, text, 1 + len(keys)))
+                records += f"{owner} IN IPSECKEY {style.precedence} {number} {algorithm} {gateway} {key}\n"
+            reverse.append((zone, records, 1 + len(keys)))
         if len(forward) > 1 and len(set(forward)) != len(forward):
             return None
         return reverse, forward, homeless
