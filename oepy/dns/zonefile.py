@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from itertools import chain
 from pathlib import Path
+from typing import Protocol
 
 import dns.name
 
@@ -161,6 +162,10 @@ def _key_records(
             yield Record(zone, owner, "TXT", text_rdata(build_oe_text(text)))
 
 
+class Sink(Protocol):
+    def add(self, record: Record) -> None: ...
+
+
 class Output:
     """Zone files under construction. What is written waits in memory, up to `BUFFERED` characters, so that an
     inventory in any order costs few writes and no file stays open."""
@@ -243,9 +248,9 @@ def generate(
     try:
         directory.mkdir(parents=True, exist_ok=True)
         try:
-            writing = _Writing(inventory, output)
+            writing = Placement(inventory, output)
             output.begin()
-            writing.hosts(chain([first] if first else [], rows), progress, plain)
+            writing.hosts(chain([first] if first else [], rows), progress, output if plain else None)
             writing.finish()
             inventory.raise_problems()
             files = output.publish()
@@ -271,26 +276,32 @@ def _check_head(inventory: Inventory) -> None:
         inventory.raise_problems()
 
 
-class _Writing:
-    """One run over the rows of an inventory."""
+class Placement:
+    """One run over the rows of an inventory, whose head is read: each record goes to `sink`."""
 
-    def __init__(self, inventory: Inventory, output: Output) -> None:
+    def __init__(self, inventory: Inventory, sink: Sink) -> None:
         self.count = 0
         self.warnings: list[str] = []
-        self._inventory, self._output = inventory, output
+        self._inventory, self._sink = inventory, sink
         self._zones = ZoneMap(inventory.zones)
         self._servers = {name_key(server.name) for server in inventory.name_servers}
         self._glue: dict[NameKey, tuple[IpAddress, ...]] = {}
 
-    def hosts(self, rows: Iterator[tuple[int, Row]], progress: Callable[[int], None], plain: bool) -> None:
+    def hosts(
+        self,
+        rows: Iterable[tuple[int, Row]],
+        progress: Callable[[int], None] = lambda position: None,
+        output: Output | None = None,
+    ) -> None:
+        """Rows of the usual form go the short way into `output`, where there is one."""
         from oepy.dns.zoneplain import PlainRows
 
-        plain_rows = PlainRows(self._inventory, self._zones, self._output, self._servers, self._warn)
+        plain = output and PlainRows(self._inventory, self._zones, output, self._servers, self._warn)
         for line, row in rows:
             self.count += 1
             if not self.count & 1023:
                 progress(self._inventory.position)
-            if plain and isinstance(row, list) and plain_rows.add(line, row):
+            if plain and isinstance(row, list) and plain.add(line, row):
                 continue
             host = self._inventory.host(line, row)
             if host is not None:
@@ -305,7 +316,7 @@ class _Writing:
                 host.line, f"{host.name} and its addresses are outside of every listed zone"
             )
         for record in records:
-            self._output.add(record)
+            self._sink.add(record)
         for address in host.addresses:
             owner = reverse_name(address)
             if not self._zones.find(owner) and not self._zones.classless(owner):
@@ -324,7 +335,7 @@ class _Writing:
                 continue
             self._glue[name_key(server.name)] = server.addresses
             for address in server.addresses:
-                self._output.add(_address_record(home, server.name, address))
+                self._sink.add(_address_record(home, server.name, address))
             if not server.addresses:
                 self.warnings.append(
                     f"name server {server.name} lies in a listed zone but has no address: add it as a host, or "
@@ -335,10 +346,10 @@ class _Writing:
             if parent is None:
                 continue
             for server in servers:
-                self._output.add(Record(parent, zone, "NS", str(server.name)))
+                self._sink.add(Record(parent, zone, "NS", str(server.name)))
                 if server.name.is_subdomain(zone):
                     for address in self._glue.get(name_key(server.name), ()):
-                        self._output.add(_address_record(parent, server.name, address))
+                        self._sink.add(_address_record(parent, server.name, address))
 
 
 def _address_record(zone: dns.name.Name, owner: dns.name.Name, address: IpAddress) -> Record:
