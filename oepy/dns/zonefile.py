@@ -25,7 +25,8 @@ from oepy.dns.records import Gateway, IpsecKey, OeText, build_oe_text, text_rdat
 from oepy.errors import UsageError
 from oepy.model import IpAddress, KeyAlgorithm
 
-BUFFERED = 8 << 20  # characters of all zones that wait to be written
+BUFFERED = 1 << 20  # characters of all zones that wait to be written, and as many more for each zone:
+BUFFERED_OF_ZONE = 4096
 MAX_WARNINGS = 100
 _CLASSLESS = re.compile(rb"(\d{1,3})([/-])(\d{1,3})")
 _IN_ADDR = dns.name.from_text("in-addr.arpa.")
@@ -167,8 +168,8 @@ class Sink(Protocol):
 
 
 class Output:
-    """Zone files under construction. What is written waits in memory, up to `BUFFERED` characters, so that an
-    inventory in any order costs few writes and no file stays open."""
+    """Zone files under construction. What is written waits in memory, within a bound, so that an inventory
+    in any order costs few writes and no file stays open."""
 
     def __init__(self, directory: Path, serial: int, inventory: Inventory) -> None:
         self.directory = directory
@@ -179,6 +180,7 @@ class Output:
         self._index = {name_key(zone): index for index, zone in enumerate(self.zones)}
         self._waiting: list[list[str]] = [[] for _ in self.zones]
         self._size = 0
+        self._bound = BUFFERED + BUFFERED_OF_ZONE * len(self.zones)
 
     def index(self, zone: dns.name.Name) -> int:
         return self._index[name_key(zone)]
@@ -201,7 +203,7 @@ class Output:
         """Whole lines for the zone of that index."""
         self._waiting[index].append(text)
         self._size += len(text)
-        if self._size > BUFFERED:
+        if self._size > self._bound:
             self.flush()
 
     def flush(self) -> None:

@@ -150,6 +150,7 @@ def test_any_order_and_a_full_buffer_lose_nothing(folder, monkeypatch):
     ]
     whole = outcome(folder, table(hosts))
     monkeypatch.setattr(zonefile, "BUFFERED", 100)
+    monkeypatch.setattr(zonefile, "BUFFERED_OF_ZONE", 0)
     assert outcome(folder, table(hosts)) == whole
     assert isinstance(whole, tuple)
     assert whole[1] == 101
