@@ -13,18 +13,22 @@ import binascii
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address
 from socket import AF_INET, AF_INET6, inet_ntop, inet_pton
 from typing import TYPE_CHECKING, TypeVar
 
 import dns.name
 
 from oepy.dns.message import NameKey
-from oepy.dns.records import Gateway, gateway_text, gateway_type_of
+from oepy.dns.records import MAX_TEXT_CHUNK, Gateway, OeText, gateway_text, gateway_type_of
+from oepy.dns.zonemap import ZoneMap, reverse_name
+from oepy.model import KeyAlgorithm
 
 if TYPE_CHECKING:
     from oepy.dns.inventory import Inventory
-    from oepy.dns.zonefile import Output, ZoneMap
+    from oepy.dns.zonefile import Output
 
+_RSA = int(KeyAlgorithm.RSA)
 MAX_KEPT = 4096  # entries of each memory: a sorted inventory needs one or two
 # Letters, digits, `-`, `_`: nothing that a zone file would escape.
 _PLAIN_NAME = re.compile(r"(?:[A-Za-z0-9_-]{1,63}\.){1,126}[A-Za-z0-9_-]{1,63}\.?").fullmatch
@@ -49,11 +53,41 @@ class _Place:
 @dataclass(frozen=True, slots=True)
 class _Style:
     """What `precedence`, `gateway` and `records` of a row mean. `own` is "self", else `fixed` is gateway type and
-    gateway in text."""
+    gateway in text; `text_gateway` is that of TXT, empty for the host itself."""
 
     precedence: int
     own: bool
     fixed: tuple[int, str]
+    text_gateway: str
+    ipseckey: bool
+    txt: bool
+
+    def records(
+        self, owner: str, keys: list[tuple[int, str]], gateway: tuple[int, str], itself: str
+    ) -> list[str]:
+        """The lines of all keys at an owner; `itself` is the host as TXT names it there."""
+        lines = []
+        number, address = gateway if self.own else self.fixed
+        for algorithm, key in keys:
+            if self.ipseckey:
+                lines.append(f"{owner} IN IPSECKEY {self.precedence} {number} {algorithm} {address} {key}\n")
+            if self.txt and algorithm == _RSA:
+                pieces = '" "'.join(
+                    key[at : at + MAX_TEXT_CHUNK] for at in range(0, len(key), MAX_TEXT_CHUNK)
+                )
+                head = f"X-IPsec-Server({self.precedence})={self.text_gateway or itself} "
+                lines.append(f'{owner} IN TXT "{head}" "{pieces}"\n')
+        return lines
+
+
+@dataclass(frozen=True, slots=True)
+class _Spot:
+    """Where the reverse records of one address belong. `alias` is the zone and the line of an RFC 2317 CNAME."""
+
+    zone: int | None
+    owner: str
+    address: str
+    alias: tuple[int, str] | None = None
 
 
 class PlainRows:
@@ -97,7 +131,7 @@ class PlainRows:
         kind = (cells[precedence_at], cells[gateway_at], cells[records_at])
         style = self._styles[kind] if kind in self._styles else self._style(line, kind)
         keys = self._keys(line, cells[keys_at])
-        if style is None or keys is None:
+        if style is None or keys is None or (style.txt and keys and all(one[0] != _RSA for one in keys)):
             return False
         addresses = cells[addresses_at].translate(_SEPARATORS).split()
         found = self._reverse(name, addresses, keys, style)
@@ -107,52 +141,49 @@ class PlainRows:
         if home.zone is not None:
             owner = label + home.rest
             lines = [f"{owner} IN {address}\n" for address in forward]
-            number, gateway = (0, ".") if style.own else style.fixed
-            head = f"{owner} IN IPSECKEY {style.precedence} {number}"
-            lines += [f"{head} {algorithm} {gateway} {key}\n" for algorithm, key in keys]
-            if lines:
-                self._output.put(home.zone, "".join(lines))
-                self._output.records += len(lines)
+            lines += style.records(owner, keys, (0, "."), f"@{name[:-1]}")
+            self._write(home.zone, lines)
         elif not reverse:
             return False
-        for zone, text, count in reverse:
-            self._output.put(zone, text)
-            self._output.records += count
+        for zone, lines in reverse:
+            self._write(zone, lines)
         for address in homeless:
             self._warn(line, address, name)
         return True
 
+    def _write(self, zone: int, lines: list[str]) -> None:
+        self._output.put(zone, "".join(lines))
+        self._output.records += len(lines)
+
     def _reverse(
         self, name: str, addresses: list[str], keys: list[tuple[int, str]], style: _Style
-    ) -> tuple[list[tuple[int, str, int]], list[str], list[str]] | None:
-        """Zone, text and number of the records of each address; the rdata of the forward address records; the
-        addresses that are in no listed zone."""
-        reverse, forward, homeless = [], [], []
+    ) -> tuple[list[tuple[int, list[str]]], list[str], list[str]] | None:
+        """Zone and records of each address; the rdata of the forward address records; the addresses that are in no
+        listed zone."""
+        reverse: list[tuple[int, list[str]]] = []
+        forward, homeless = [], []
         for text in addresses:
             if ":" in text:
-                number, kind, located = 2, "AAAA", self._locate_v6(text)
+                number, kind, spot = 2, "AAAA", self._locate_v6(text)
             else:
-                number, kind, located = 1, "A", self._locate_v4(text)
-            if located is None:
+                number, kind, spot = 1, "A", self._locate_v4(text)
+            if spot is None:
                 return None
-            zone, owner, address = located
+            address, owner = spot.address, spot.owner
             forward.append(f"{kind} {address}")
-            if zone is None:
+            if spot.alias is not None:
+                reverse.append((spot.alias[0], [spot.alias[1]]))
+            if spot.zone is None:
                 homeless.append(address)
                 continue
-            gateway = address
-            if not style.own:
-                number, gateway = style.fixed
-            records = f"{owner} IN PTR {name}\n"
-            for algorithm, key in keys:
-                records += f"{owner} IN IPSECKEY {style.precedence} {number} {algorithm} {gateway} {key}\n"
-            reverse.append((zone, records, 1 + len(keys)))
+            lines = [f"{owner} IN PTR {name}\n"]
+            lines += style.records(owner, keys, (number, address), address)
+            reverse.append((spot.zone, lines))
         if len(forward) > 1 and len(set(forward)) != len(forward):
             return None
         return reverse, forward, homeless
 
-    def _locate_v4(self, address: str) -> tuple[int | None, str, str] | None:
-        """Zone, relative owner and canonical text."""
+    def _locate_v4(self, address: str) -> _Spot | None:
         try:
             packed = inet_pton(AF_INET, address)
         except (OSError, ValueError):
@@ -164,9 +195,11 @@ class PlainRows:
             place = self._nets[net]
         else:
             place = self._net(net, ".".join(reversed(net.split("."))) + ".in-addr.arpa.")
-        return None if place is None else (place.zone, last + place.rest, address)
+        if place is None:
+            return self._locate_alone(reverse_name(IPv4Address(packed)), address)
+        return _Spot(place.zone, last + place.rest, address)
 
-    def _locate_v6(self, address: str) -> tuple[int | None, str, str] | None:
+    def _locate_v6(self, address: str) -> _Spot | None:
         try:
             packed = inet_pton(AF_INET6, address)
         except (OSError, ValueError):
@@ -177,7 +210,22 @@ class PlainRows:
         nibbles = ".".join(packed.hex()[::-1])
         net = nibbles[32:]  # the upper 64 bits
         place = self._nets[net] if net in self._nets else self._net(net, f"{net}.ip6.arpa.")
-        return None if place is None else (place.zone, nibbles[:31] + place.rest, text)
+        if place is None:
+            return self._locate_alone(reverse_name(IPv6Address(packed)), text)
+        return _Spot(place.zone, nibbles[:31] + place.rest, text)
+
+    def _locate_alone(self, owner: dns.name.Name, address: str) -> _Spot:
+        """In a network that several zones share."""
+        zone, cut = self._zones.find(owner), self._zones.classless(owner)
+        alias = None
+        if cut is not None:
+            if zone is not None:
+                line = f"{owner.relativize(zone).to_text()} IN CNAME {cut}\n"
+                alias = (self._output.index(zone), line)
+            zone, owner = self._zones.find(cut), cut
+        if zone is None:
+            return _Spot(None, "", address)
+        return _Spot(self._output.index(zone), owner.relativize(zone).to_text(), address, alias)
 
     # ---- what rows have in common, found the long way once ------------------------------------------------
 
@@ -203,7 +251,8 @@ class PlainRows:
 
     def _read_style(self, line: int, cells: tuple[str, str, str]) -> _Style | None:
         precedence_text, gateway_cell, records = cells
-        if not re.fullmatch(r"[0-9]{0,3}", precedence_text) or records.lower() not in ("", "ipseckey"):
+        kinds = records.lower().translate(_SEPARATORS).split() if records else ["ipseckey"]
+        if not re.fullmatch(r"[0-9]{0,3}", precedence_text) or not set(kinds) <= {"ipseckey", "txt"}:
             return None
         precedence = int(precedence_text or "10")
         before = len(self._inventory.problems)
@@ -213,7 +262,8 @@ class PlainRows:
             return None
         gateway: Gateway = None if isinstance(value, str) else value
         fixed = int(gateway_type_of(gateway)), gateway_text(gateway)
-        return _Style(precedence, value == "self", fixed)
+        text_gateway = "" if gateway is None else OeText(precedence, gateway, None).gateway_text
+        return _Style(precedence, value == "self", fixed, text_gateway, "ipseckey" in kinds, "txt" in kinds)
 
     def _keys(self, line: int, cell: str) -> list[tuple[int, str]] | None:
         """Algorithm and base64 of each key."""

@@ -68,7 +68,7 @@ rows = st.tuples(
         ["", "", "self", "SELF", "none", "192.0.2.1", "2001:db8::1", "::ffff:1.2.3.4", "gw.Example", "a..b"]
     ),
     st.sampled_from(["", "", "0", "255", "256", "07", "x", " "]),
-    st.sampled_from(["", "", "ipseckey", "IPSECKEY", "ipseckey txt", "txt", "mx"]),
+    st.sampled_from(["", "", "ipseckey", "IPSECKEY", "ipseckey txt", "txt", "TXT;ipseckey", " ", "mx"]),
 )
 
 
@@ -112,21 +112,56 @@ def test_the_short_way_writes_the_same_bytes_as_the_long_way(folder, hosts):
     assert outcome(folder, text) == outcome(folder, text, plain=False)
 
 
-good_rows = st.tuples(
-    st.from_regex(r"[a-z0-9_-]{1,9}(\.sub)?\.example", fullmatch=True),
-    st.lists(
-        st.one_of(
-            st.integers(0, 2**16 - 1).map(lambda n: f"198.51.{n >> 8}.{n & 255}"),
-            st.ip_addresses(v=6, network="2001:db8::/32").map(str),
-        ),
-        max_size=2,
-        unique=True,
-    ).map(" ".join),
-    st.sampled_from(["", ED, EC, RSA, f"{ED};{RSA}"]),
-    st.sampled_from(["", "self", "none", "192.0.2.1", "2001:db8::1", "gw.example"]),
-    st.integers(0, 255).map(str),
-    st.just(""),
+ADDRESSES = st.one_of(
+    st.integers(0, 2**16 - 1).map(lambda n: f"198.51.{n >> 8}.{n & 255}"),
+    st.integers(0, 255).map(lambda n: f"192.0.3.{n}"),  # a quarter of them by RFC 2317
+    st.ip_addresses(v=6, network="2001:db8::/32").map(str),
+    st.ip_addresses(v=6, network="2001:db8::f000:0:0:0/68").map(str),  # the one zone, beside the other
 )
+KEYS = [
+    ("", ""),
+    (ED, ""),
+    (EC, "ipseckey"),
+    (RSA, ""),
+    (RSA, "ipseckey txt"),
+    (f"{ED};{RSA}", "txt;ipseckey"),
+    (RSA, "txt"),
+]
+good_rows = st.builds(
+    lambda name, addresses, key, gateway, precedence: (
+        name,
+        " ".join(addresses),
+        key[0],
+        gateway,
+        str(precedence),
+        key[1],
+    ),
+    st.from_regex(r"[a-z0-9_-]{1,9}(\.sub)?\.example", fullmatch=True),
+    st.lists(ADDRESSES, max_size=2, unique=True),
+    st.sampled_from(KEYS),
+    st.sampled_from(["", "self", "none", "192.0.2.1", "2001:db8::1", "gw.example"]),
+    st.integers(0, 255),
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(good_rows, min_size=1, max_size=4))
+def test_good_rows_are_the_same_both_ways(folder, hosts):
+    """Every kind of record and gateway, networks with one zone and with several."""
+    made = outcome(folder, table(hosts))
+    assert isinstance(made, tuple), made
+    assert made == outcome(folder, table(hosts), plain=False)
+
+
+def test_the_short_way_takes_the_usual_rows(folder, monkeypatch):
+    """None of them goes the long way: else the tests above would compare it with itself."""
+    hosts = [
+        (f"h{n}.example", f"198.51.100.{n} 192.0.3.{n} 2001:db8::{n:x}", key, gateway, "", records)
+        for n, ((key, records), gateway) in enumerate(itertools.product(KEYS, ["", "none", "gw.example"]), 1)
+    ]
+    (folder / "hosts.csv").write_text(table(hosts), newline="")
+    monkeypatch.setattr(Inventory, "host", None)  # the long way is closed
+    assert generate(Inventory(folder / "hosts.csv"), folder / "short", 7).hosts == len(hosts) + 1
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
