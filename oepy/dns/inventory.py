@@ -19,6 +19,7 @@ import dns.exception
 import dns.name
 import yaml
 
+from oepy.dns.message import name_key
 from oepy.errors import ConfigError, KeyFormatError
 from oepy.keys import describe, parse_public
 from oepy.model import IpAddress, KeyAlgorithm, PublicKey
@@ -31,6 +32,7 @@ Row = list[str] | Mapping[str, Any]
 
 MAX_PROBLEMS = 1000  # a wrong column would else list a million lines
 MAX_KEPT_KEYS = 1000
+MAX_CELL = 4 << 20  # characters: the zones of a large network stand in one cell
 DEFAULT_TTL = 3600
 RECORD_KINDS = ("ipseckey", "txt")
 _HOST_FIELDS = frozenset({"name", "addresses", "keys", "gateway", "precedence", "records"})
@@ -136,6 +138,7 @@ class Inventory:
     def _csv_rows(self) -> Iterator[tuple[int, list[str]]]:
         with self.source.open("rb") as raw:
             stream = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
+            csv.field_size_limit(MAX_CELL)
             reader = csv.reader(stream, skipinitialspace=True, strict=True)
             try:
                 self.columns = tuple(next(reader, ()))
@@ -186,9 +189,11 @@ class Inventory:
             self.complain(line, f"ttl {row['ttl']!r} is no number of seconds")
         else:
             self.ttl = ttl
+        listed = {name_key(zone) for zone in self.zones}
         for text in _words(row.get("zones")):
             zone = self._name(line, text, "zone")
-            if zone is not None and zone not in self.zones:
+            if zone is not None and name_key(zone) not in listed:
+                listed.add(name_key(zone))
                 self.zones.append(zone)
         known = {server.name for server in self.name_servers}
         for entry in _items(row.get("name_servers")):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address
@@ -202,8 +203,8 @@ def _check_head(inventory: Inventory) -> None:
         inventory.complain(1, "no zones: list them in `zones`")
     if not inventory.name_servers:
         inventory.complain(1, "no name servers: list them in `name_servers`")
-    names = [file_name(zone) for zone in inventory.zones]
-    for name in sorted({name for name in names if names.count(name) > 1}):
+    names = Counter(file_name(zone) for zone in inventory.zones)
+    for name in sorted(name for name, count in names.items() if count > 1):
         inventory.complain(1, f"two zones would both be written to {name}")
     if not inventory.zones or not inventory.name_servers:
         for _ in inventory.hosts():
