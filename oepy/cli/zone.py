@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -65,7 +66,7 @@ def generate(
     source = Inventory(inventory)
     source.preset(zones, servers, ttl)
     number = serial if serial is not None else int(time.time())
-    with _progress(inventory) as progress:
+    with _tidy_termination(), _progress(inventory) as progress:
         result = generate_zones(source, directory, number, progress)
     for warning in result.warnings:
         click.echo(f"oepy: {inventory}: {warning}", err=True)
@@ -81,6 +82,20 @@ def generate(
         click.echo(f"{result.hosts} hosts, {result.records} records in {len(result.files)} files:")
         for path in result.files:
             click.echo(str(path))
+
+
+@contextlib.contextmanager
+def _tidy_termination() -> Iterator[None]:
+    """SIGTERM ends the command as Ctrl-C does, so that no half-made file stays."""
+
+    def leave(number: int, _frame: object) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

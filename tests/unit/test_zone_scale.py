@@ -6,6 +6,10 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+import signal
+import subprocess
+import sys
+import time
 
 import dns.name
 import dns.rdata
@@ -16,6 +20,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from oepy.bench.zone import write_inventory
 from oepy.dns import zonefile
 from oepy.dns.inventory import Inventory
 from oepy.dns.zonefile import generate
@@ -206,6 +211,21 @@ def test_an_interrupted_run_leaves_the_old_files(folder):
     with pytest.raises(KeyboardInterrupt):
         generate(Inventory(folder / "hosts.csv"), out, 8, interrupt)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_command_that_is_ended_leaves_nothing(tmp_path, number):
+    """By Ctrl-C or by `kill`, while a zone file is half-made."""
+    write_inventory(tmp_path / "hosts.csv", 200_000, ipv6=False, shuffled=False)
+    out = tmp_path / "out"
+    code = f"from oepy.cli import main; main(['zone', 'generate', '{tmp_path}/hosts.csv', '-o', '{out}'])"
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    while not (out.exists() and list(out.glob(".db.*"))):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    assert process.wait(20) != 0
+    assert list(out.iterdir()) == []
 
 
 @pytest.mark.parametrize(
