@@ -210,7 +210,7 @@ def _owner(text: str) -> Any:
     import dns.exception
     import dns.name
 
-    from oepy.dns.zonefile import reverse_name
+    from oepy.dns.zonemap import reverse_name
 
     try:
         return reverse_name(ip_address(text))

@@ -134,7 +134,7 @@ def _describe(public: PublicKey, owner: str | None, gateway: str | None, precede
 def _owner(owner: str | None) -> tuple[str, Gateway]:
     from ipaddress import ip_address
 
-    from oepy.dns.zonefile import reverse_name
+    from oepy.dns.zonemap import reverse_name
 
     if owner is None:
         return "@", None

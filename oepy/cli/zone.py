@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
+import signal
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+from oepy.errors import UsageError
+
+if TYPE_CHECKING:
+    from dns.name import Name
+
+    from oepy.dns.zonecheck import Checked
 
 
 @click.group()
@@ -54,13 +66,8 @@ def generate(
     source = Inventory(inventory)
     source.preset(zones, servers, ttl)
     number = serial if serial is not None else int(time.time())
-    with click.progressbar(
-        length=inventory.stat().st_size if inventory.is_file() else 0,
-        label="hosts",
-        file=sys.stderr,
-        hidden=not sys.stderr.isatty(),
-    ) as bar:
-        result = generate_zones(source, directory, number, lambda done: bar.update(done - bar.pos))
+    with _tidy_termination(), _progress(inventory) as progress:
+        result = generate_zones(source, directory, number, progress)
     for warning in result.warnings:
         click.echo(f"oepy: {inventory}: {warning}", err=True)
     if as_json:
@@ -77,24 +84,136 @@ def generate(
             click.echo(str(path))
 
 
+@contextlib.contextmanager
+def _tidy_termination() -> Iterator[None]:
+    """SIGTERM ends the command as Ctrl-C does, so that no half-made file stays."""
+
+    def leave(number: int, _frame: object) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _progress(inventory: Path) -> Iterator[Callable[[int], None]]:
+    """Hears of the bytes read; a bar with the time left, on a terminal only."""
+    if not sys.stderr.isatty() or not inventory.is_file():
+        yield lambda position: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("hosts"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("hosts", total=inventory.stat().st_size)
+        yield lambda position: bar.update(task, completed=position)
+
+
 @zone.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("subject", metavar="FILE|ZONE")
+@click.option("--inventory", type=click.Path(path_type=Path), help="What the zone must hold.")
+@click.option("--server", metavar="ADDR", help="Take the zone from this server by transfer (AXFR).")
+@click.option("--port", type=click.IntRange(1, 65535), default=53, show_default=True, help="Of --server.")
+@click.option(
+    "--tsig-file",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="TSIG key for the transfer in BIND's form, as tsig-keygen writes it, mode 0600.",
+)
+@click.option(
+    "--resolver", "resolvers", multiple=True, metavar="ADDR", help="For a live zone; as in `dns lookup`."
+)
+@click.option("--resolver-port", type=click.IntRange(1, 65535), default=53, show_default=True)
+@click.option("--trust-anchor", "trust_anchors", multiple=True, metavar="FILE", help="As in `dns lookup`.")
+@click.option("--at", metavar="YYYYMMDDHHMMSS", help="Check signatures as of this time (UTC).")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
-def check(file: Path, as_json: bool) -> None:
-    """Check every key record of a zone FILE: does it parse, is its key usable?
+@click.pass_context
+def check(
+    ctx: click.Context,
+    *,
+    subject: str,
+    inventory: Path | None,
+    server: str | None,
+    port: int,
+    tsig_file: Path | None,
+    resolvers: tuple[str, ...],
+    resolver_port: int,
+    trust_anchors: tuple[str, ...],
+    at: str | None,
+    as_json: bool,
+) -> None:
+    """Check a zone: would oepy use its key records, and are they what the inventory says?
+
+    Of a FILE, or of a ZONE by transfer from --server, or of a live ZONE by validated lookups of what the
+    inventory names. Exit status: 0 where all is well, 1 where something is wrong.
 
     \b
-    oepy zone check out/db.2.0.192.in-addr.arpa
+    oepy zone check out/db.2.0.192.in-addr.arpa --inventory hosts.yaml
+    oepy zone check 2.0.192.in-addr.arpa --server 192.0.2.53 --tsig-file transfer.key
+    oepy zone check 2.0.192.in-addr.arpa --inventory hosts.yaml
     """
-    from oepy.dns.zonecheck import check_file
+    from oepy.dns.inventory import Inventory
+    from oepy.dns.zonecheck import check_zone, read_file, transfer
 
-    result = check_file(file)
-    if as_json:
-        record = {"file": str(file), "good": result.good, "problems": list(result.problems)}
-        click.echo(json.dumps(record, indent=2))
+    wanted = Inventory(inventory) if inventory is not None else None
+    if server is None and Path(subject).is_file():
+        source = "file"
+        checked = check_zone(read_file(Path(subject)), wanted)
+    elif server is not None:
+        from oepy.cli.dns import _address
+        from oepy.dns.tsig import load_tsig
+
+        source = "transfer"
+        key = load_tsig(tsig_file) if tsig_file is not None else None
+        checked = check_zone(transfer(_zone_name(subject), _address(server), port, key), wanted)
     else:
-        for problem in result.problems:
-            click.echo(problem)
-        click.echo(f"{file}: {result.good} usable key records, {len(result.problems)} not usable")
-    if result.problems:
+        from oepy.cli.dns import _validator
+        from oepy.dns.zonelive import check_live
+
+        source, origin = "live", _zone_name(subject)
+
+        async def run() -> Checked:
+            return await check_live(
+                _validator(ctx.obj, resolvers, resolver_port, trust_anchors, at), origin, wanted
+            )
+
+        checked = asyncio.run(run())
+    _print_checked(checked, subject, source, as_json)
+    if checked.kinds:
         sys.exit(1)
+
+
+def _zone_name(text: str) -> Name:
+    import dns.exception
+    import dns.name
+
+    try:
+        return dns.name.from_text(text, dns.name.root)
+    except (dns.exception.DNSException, ValueError):
+        raise UsageError(f"{text!r} is neither a file nor the name of a zone") from None
+
+
+def _print_checked(checked: Checked, subject: str, source: str, as_json: bool) -> None:
+    if as_json:
+        record = {
+            "zone": str(checked.zone),
+            "source": source,
+            "good": checked.good,
+            "counts": checked.kinds,
+            "problems": checked.problems,
+        }
+        click.echo(json.dumps(record, indent=2))
+        return
+    for problem in checked.problems:
+        click.echo(problem)
+    total = sum(checked.kinds.values())
+    if total > len(checked.problems):
+        click.echo(f"… and {total - len(checked.problems)} more")
+    counts = ", ".join(f"{count} {kind}" for kind, count in checked.kinds.items())
+    click.echo(
+        f"{subject}: {checked.good} usable key records, {total} problems" + f" ({counts})" * bool(counts)
+    )

@@ -13,18 +13,26 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 import dns.exception
 import dns.name
 import yaml
 
+from oepy.dns.message import name_key
 from oepy.errors import ConfigError, KeyFormatError
 from oepy.keys import describe, parse_public
 from oepy.model import IpAddress, KeyAlgorithm, PublicKey
 
+if TYPE_CHECKING:
+    from _csv import Reader as CsvReader
+
+# The cells of a line of CSV, in the order of `Inventory.columns`, or a mapping of YAML.
+Row = list[str] | Mapping[str, Any]
+
 MAX_PROBLEMS = 1000  # a wrong column would else list a million lines
 MAX_KEPT_KEYS = 1000
+MAX_CELL = 4 << 20  # characters: the zones of a large network stand in one cell
 DEFAULT_TTL = 3600
 RECORD_KINDS = ("ipseckey", "txt")
 _HOST_FIELDS = frozenset({"name", "addresses", "keys", "gateway", "precedence", "records"})
@@ -63,6 +71,7 @@ class Inventory:
     name_servers: list[NameServer] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     position: int = 0  # bytes read of a CSV so far, for a progress bar
+    columns: tuple[str, ...] = ()  # of a CSV, while it is read
     _keys: dict[str, PublicKey] = field(default_factory=dict)
 
     def preset(self, zones: Iterable[str], name_servers: Iterable[str], ttl: int | None) -> None:
@@ -81,16 +90,27 @@ class Inventory:
     def hosts(self) -> Iterator[Host]:
         """Every host without a mistake; call `raise_problems` when through. Raises ConfigError at once
         where the file cannot be read as YAML or CSV at all."""
+        for line, row in self.rows():
+            host = self.host(line, row)
+            if host is not None:
+                yield host
+
+    def rows(self) -> Iterator[tuple[int, Row]]:
+        """The rows as they stand in the file, with their lines; `zones` and the like are known from the first
+        row on. Raises ConfigError as `hosts` does."""
+        self.columns = ()
         try:
-            rows = self._csv_rows() if self.source.suffix.lower() == ".csv" else self._yaml_rows()
-            for line, row in rows:
-                host = self._host(line, row)
-                if host is not None:
-                    yield host
+            yield from self._csv_rows() if self.source.suffix.lower() == ".csv" else self._yaml_rows()
         except OSError as error:
             raise ConfigError(str(self.source), [f"cannot be read: {error.strerror}"]) from None
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise ConfigError(str(self.source), [f"no CSV or YAML text: {error}"]) from None
+        except UnicodeDecodeError as error:
+            raise ConfigError(str(self.source), [f"no CSV or YAML text in UTF-8: {error}"]) from None
+
+    def host(self, line: int, row: Row) -> Host | None:
+        """The host of a row of `rows`; None where it has mistakes, which are in `problems` then."""
+        if isinstance(row, list):
+            row = {name: cell for name, cell in zip(self.columns, row, strict=False) if cell}
+        return self._host(line, row)
 
     # ---- the two forms -----------------------------------------------------------------------------------
 
@@ -115,27 +135,51 @@ class Inventory:
             else:
                 self.complain(document[_LINE], f"host {row!r} is no mapping")
 
-    def _csv_rows(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    def _csv_rows(self) -> Iterator[tuple[int, list[str]]]:
         with self.source.open("rb") as raw:
             stream = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
-            reader = csv.DictReader(stream, skipinitialspace=True, strict=True)
-            columns = set(reader.fieldnames or ())
-            for name in sorted(columns - _HOST_FIELDS - _HEAD_FIELDS):
-                self.complain(1, f"unknown column {name!r}")
-            if "name" not in columns:
-                self.complain(1, "column `name` is missing")
-                return
-            seen: dict[str, str] = {}
-            for row in reader:
-                if None in row:
+            csv.field_size_limit(MAX_CELL)
+            reader = csv.reader(stream, skipinitialspace=True, strict=True)
+            try:
+                self.columns = tuple(next(reader, ()))
+                if self._check_columns():
+                    yield from self._csv_hosts(reader, raw)
+            except csv.Error as error:
+                self.complain(reader.line_num, f"no CSV from here on: {error}; check the quotes")
+
+    def _check_columns(self) -> bool:
+        for name in sorted(set(self.columns) - _HOST_FIELDS - _HEAD_FIELDS):
+            self.complain(1, f"unknown column {name!r}")
+        for name in sorted({name for name in self.columns if self.columns.count(name) > 1}):
+            self.complain(1, f"column {name!r} stands there twice")
+        if "name" not in self.columns:
+            self.complain(1, "column `name` is missing")
+        return "name" in self.columns
+
+    def _csv_hosts(self, reader: CsvReader, raw: IO[bytes]) -> Iterator[tuple[int, list[str]]]:
+        width = len(self.columns)
+        head_cells = [at for at, name in enumerate(self.columns) if name in _HEAD_FIELDS]
+        head: dict[int, str] | None = None
+        for count, cells in enumerate(reader):
+            if not cells:
+                continue
+            if len(cells) != width:
+                if len(cells) > width:
                     self.complain(reader.line_num, "more cells than columns")
                     continue
-                head = {key: row[key] for key in _HEAD_FIELDS & columns if row[key]}
-                if head and head != seen:
-                    self._head(reader.line_num, head)
-                    seen = head
+                cells.extend([""] * (width - len(cells)))
+            if head is None:
+                head = {at: cells[at] for at in head_cells}
+                self._head(reader.line_num, {self.columns[at]: text for at, text in head.items() if text})
+            else:
+                for at in head_cells:
+                    if cells[at] and cells[at] != head[at]:
+                        self.complain(
+                            reader.line_num, f"{self.columns[at]} differs: write it in the first row"
+                        )
+            if not count & 1023:
                 self.position = raw.tell()
-                yield reader.line_num, {key: value for key, value in row.items() if value}
+            yield reader.line_num, cells
 
     # ---- fields ------------------------------------------------------------------------------------------
 
@@ -145,9 +189,11 @@ class Inventory:
             self.complain(line, f"ttl {row['ttl']!r} is no number of seconds")
         else:
             self.ttl = ttl
+        listed = {name_key(zone) for zone in self.zones}
         for text in _words(row.get("zones")):
             zone = self._name(line, text, "zone")
-            if zone is not None and zone not in self.zones:
+            if zone is not None and name_key(zone) not in listed:
+                listed.add(name_key(zone))
                 self.zones.append(zone)
         known = {server.name for server in self.name_servers}
         for entry in _items(row.get("name_servers")):
@@ -168,12 +214,12 @@ class Inventory:
         addresses = tuple(a for a in (self._address(line, text) for text in texts) if a is not None)
         if len(set(addresses)) != len(addresses):
             self.complain(line, "an address is listed twice")
-        keys = tuple(k for k in (self._key(line, item) for item in _items(row.get("keys"))) if k is not None)
+        keys = tuple(k for k in (self.key(line, item) for item in _items(row.get("keys"))) if k is not None)
         precedence = _integer(row.get("precedence", 10), 0, 255)
         if precedence is None:
             self.complain(line, f"precedence {row['precedence']!r} is not in 0..255")
         records = self._records(line, row, keys)
-        gateway = self._gateway(line, row.get("gateway", "self"))
+        gateway = self.gateway(line, row.get("gateway", "self"))
         if len(self.problems) > before or name is None or precedence is None or gateway is None:
             return None
         return Host(line, name, addresses, keys, gateway, precedence, records)
@@ -187,7 +233,7 @@ class Inventory:
             self.complain(line, f"records: txt needs an RSA key, this host's is {describe(keys[0])}")
         return records
 
-    def _gateway(self, line: int, value: object) -> str | IpAddress | dns.name.Name | None:
+    def gateway(self, line: int, value: object) -> str | IpAddress | dns.name.Name | None:
         text = str(value).strip()
         if text.lower() in ("self", "none"):
             return text.lower()
@@ -218,7 +264,7 @@ class Inventory:
             return None
         return address
 
-    def _key(self, line: int, item: str) -> PublicKey | None:
+    def key(self, line: int, item: str) -> PublicKey | None:
         """From `ALGORITHM BASE64`, or a file beside the inventory. Fleets share few keys: they are kept."""
         try:
             key = self._keys.get(item)
@@ -238,7 +284,7 @@ class Inventory:
         return None
 
 
-class _LineLoader(yaml.SafeLoader):
+class _LineLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # libyaml: 8 times as fast
     """Puts the line number of each mapping into it."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

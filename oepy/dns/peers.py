@@ -33,7 +33,7 @@ from oepy.dns.records import (
     parse_oe_text,
 )
 from oepy.dns.validator import Early, Outcome, Validator
-from oepy.dns.zonefile import reverse_name
+from oepy.dns.zonemap import reverse_name
 from oepy.errors import ParseError
 from oepy.model import (
     Absent,

@@ -22,7 +22,7 @@ import pytest
 
 from oepy.dns.build import make_key_source, make_validator
 from oepy.dns.validator import Outcome, Validator
-from oepy.dns.zonefile import reverse_name
+from oepy.dns.zonemap import reverse_name
 from oepy.errors import OepyError
 from oepy.keys import HostKey
 from oepy.lab.nameserver import RESOLVER_IPV4, RESOLVER_IPV6, ExtraHost, LabDns, in_namespace

@@ -26,7 +26,7 @@ from oepy.dns.records import IpsecKey, build_ipseckey
 from oepy.dns.signatures import SignatureFailure, usable_keys, verify
 from oepy.dns.transport import NoReply, UdpTransport
 from oepy.dns.validator import Outcome
-from oepy.dns.zonefile import reverse_name
+from oepy.dns.zonemap import reverse_name
 from oepy.errors import ParseError
 from oepy.keys import HostKey
 from oepy.model import Bogus, Secure, Security

@@ -14,7 +14,7 @@ from oepy.daemon.doctor import judge_resolver
 from oepy.dns import peers, records
 from oepy.dns.peers import DnsKeySource
 from oepy.dns.records import IpsecKey, OeText
-from oepy.dns.zonefile import reverse_name
+from oepy.dns.zonemap import reverse_name
 from oepy.keys import HostKey
 from oepy.model import Absent, Bogus, GatewayType, Insecure, KeyAnswer, Secure, Unreachable
 from tests.fakes.signed_tree import SignedTree, Zone, name

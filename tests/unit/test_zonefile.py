@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from oepy.cli import main
 from oepy.dns.anchors import IANA_ROOT, TrustAnchors
 from oepy.dns.inventory import Inventory
-from oepy.dns.zonefile import classless_span, file_name, generate, reverse_name
+from oepy.dns.zonefile import file_name, generate
+from oepy.dns.zonemap import classless_span, reverse_name
 from oepy.errors import ConfigError
 from oepy.keys import HostKey, encode, public_pem
 
