@@ -68,7 +68,7 @@ def _update_options(command: Callable[..., None]) -> Callable[..., None]:
 @_update_options
 @click.option("--replace", is_flag=True, help="Remove key records that oepy did not make.")
 @click.pass_context
-def publish(ctx: click.Context, *, replace: bool, **options: Any) -> None:
+def publish(ctx: click.Context, /, *, replace: bool, **options: Any) -> None:
     """Bring the key records of this host, or of INVENTORY, into their zones by signed updates.
 
     Only the difference is sent; run it again to go on after an interruption. Names with somebody else's key
@@ -84,7 +84,7 @@ def publish(ctx: click.Context, *, replace: bool, **options: Any) -> None:
 @click.command()
 @_update_options
 @click.pass_context
-def withdraw(ctx: click.Context, **options: Any) -> None:
+def withdraw(ctx: click.Context, /, **options: Any) -> None:
     """Remove the key records of this host, or of INVENTORY, and nothing else.
 
     \b
@@ -103,6 +103,7 @@ def withdraw(ctx: click.Context, **options: Any) -> None:
 @click.pass_context
 def verify(
     ctx: click.Context,
+    /,
     *,
     servers: tuple[str, ...],
     trust_anchors: tuple[str, ...],

@@ -77,7 +77,7 @@ class Server:
             return await self._exchange(queries)
 
     async def soa(self, zone: dns.name.Name) -> tuple[int, int]:
-        """Serial and negative TTL (RFC 2308 §5, in seconds). Raises ServerError where it does not serve the zone."""
+        """Serial and negative TTL (RFC 2308 §5, in seconds). Raises ServerError where it lacks the zone."""
         (answer,) = await self.ask([(zone, int(dns.rdatatype.SOA))])
         if isinstance(answer, str):
             raise ServerError(f"{self}: {answer}")
@@ -208,9 +208,7 @@ class Server:
         family = socket.AF_INET if self.address.version == 4 else socket.AF_INET6
         channel = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         if self._mark:
-            with contextlib.suppress(
-                PermissionError
-            ):  # an ordinary user asks unmarked, as the resolver's questions
+            with contextlib.suppress(PermissionError):  # ordinary users ask unmarked
                 channel.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, self._mark)
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
@@ -241,10 +239,10 @@ def build_update(zone: dns.name.Name, changes: Sequence[Change]) -> dns.update.U
     """The message of RFC 2136: prerequisites (§2.4.2, §2.4.3), then for each RRset what goes and what comes."""
     message = dns.update.UpdateMessage(zone)
     for change in changes:
-        message.absent(change.owner, CNAME)
+        message.absent(change.owner, dns.rdatatype.CNAME)
         for rrset in change.sets:
             if rrset.before is None:
-                message.absent(change.owner, rrset.type)
+                message.absent(change.owner, dns.rdatatype.RdataType.make(rrset.type))
             else:
                 message.present(change.owner, *_rdatas(rrset.type, sorted(rrset.before.data)))
             for rdata in _rdatas(rrset.type, rrset.removed):
