@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
-from itertools import islice
+from itertools import chain, islice
 
 import dns.name
 import dns.rcode
@@ -82,11 +82,10 @@ def task_of(
         inventory.complain(1, "no zones: list them in `zones`")
     zones = ZoneMap(inventory.zones)
     count = 0
-    for host in (() if first is None else (first,)), hosts:
-        for one in host:
-            count += 1
-            if zones.zones and not wanted_of([one], zones, inventory.ttl) and one.keys:
-                inventory.complain(one.line, f"{one.name} and its addresses are outside of every listed zone")
+    for host in chain(() if first is None else (first,), hosts):
+        count += 1
+        if host.keys and zones.zones and not wanted_of([host], zones, inventory.ttl):
+            inventory.complain(host.line, f"{host.name} and its addresses are outside of every listed zone")
     inventory.raise_problems()
 
     def again() -> Iterator[Host]:
