@@ -138,9 +138,8 @@ def verify(
             for text in servers:
                 server = Server(_address(text), port, None, MARK_OWN)
                 yield str(server), server
-            for name in await finder.servers_of(zone):
-                for address in await finder.addresses_of(name):
-                    yield f"{name} {address}", Server(address, 53, None, MARK_OWN)
+            async for labelled in finder.authorities_of(zone):
+                yield labelled
 
         validator = None
         if not no_validator:
@@ -166,7 +165,8 @@ def _finder(config_path: str | None, subject: dict[str, Any]) -> Finder:
     from oepy.model import MARK_OWN
 
     resolvers = [_address(text) for text in subject["resolvers"] or _configured(config_path, "resolvers")]
-    return Finder(UdpTransport(resolvers or default_resolvers(), subject["resolver_port"], MARK_OWN))
+    transport = UdpTransport(resolvers or default_resolvers(), subject["resolver_port"], MARK_OWN)
+    return Finder(transport, MARK_OWN)
 
 
 async def _task(

@@ -103,8 +103,9 @@ def task_of(
 class Finder:
     """Asks the resolver where zones and their servers are. Not validated: TSIG, or the validator, decides later."""
 
-    def __init__(self, transport: Transport) -> None:
+    def __init__(self, transport: Transport, mark: int = 0) -> None:
         self._transport = transport
+        self._mark = mark
 
     async def zone_of(self, owner: Name) -> Name:
         """The zone in which this name's records are, after its aliases. Raises UsageError."""
@@ -152,6 +153,12 @@ class Finder:
         if not found:
             raise ServerError(f"the name server {name} has no address", "give --server")
         return found
+
+    async def authorities_of(self, zone: Name) -> AsyncIterator[tuple[str, Server]]:
+        """Every address of every server of the NS set, with a label. Raises ServerError."""
+        for name in await self.servers_of(zone):
+            for address in await self.addresses_of(name):
+                yield f"{name} {address}", Server(address, 53, None, self._mark)
 
     async def _ask(self, name: Name, kind: dns.rdatatype.RdataType) -> Reply:
         reply = await self._transport.ask(Question(name, int(kind)))

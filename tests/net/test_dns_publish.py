@@ -12,12 +12,14 @@ import os
 import secrets
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import Any
 
+import dns.message
 import dns.name
 import dns.query
 import dns.rdatatype
@@ -254,3 +256,87 @@ def test_this_host(lab):
     assert (status, record["all_right"]) == (0, True), record
     status, record = oepy("withdraw")
     assert (status, record["records_removed"]) == (0, 3)
+
+
+def test_key_rotate(lab):
+    """A whole roll-over, killed and gone on with: the key in use is in every answer at every moment."""
+    key = lab.directory / "rotating.key"
+    HostKey.generate("ed25519").save(key)
+    config = lab.directory / "rotate.yaml"
+    config.write_text(
+        yaml.safe_dump(
+            {
+                "identity": {"id": "legacy.oe.example", "key": str(key)},
+                "control": {"socket": str(lab.directory / "no.sock")},
+            }
+        )
+    )
+    head = ["ip", "netns", "exec", lab.namespace, sys.executable, "-m", "oepy", "-c", str(config)]
+    where = ["--address", "198.18.0.40", "--resolver", str(RESOLVER_IPV4), "--json"]
+    update = ["--tsig-file", str(lab.tsig), "--ttl", "2"]
+    anchor = ["--trust-anchor", str(lab.server.trust_anchor)]
+
+    def oepy(*words: str) -> tuple[int, Any]:
+        result = subprocess.run(
+            [*head, *words, *where], capture_output=True, text=True, timeout=60, check=False
+        )
+        return result.returncode, json.loads(result.stdout) if result.stdout else result.stderr
+
+    old = HostKey.load(key).public
+    status, record = oepy("dns", "publish", *update)
+    assert status == 0, record
+    missing: list[str] = []
+    sampled = 0
+    stop = threading.Event()
+
+    def sample() -> None:
+        nonlocal sampled
+        while not stop.wait(0.02):
+            before = encode(HostKey.load(key).public)
+            query = dns.message.make_query(
+                "legacy.oe.example.", "IPSECKEY"
+            )  # what a peer's resolver has cached
+            answer = dns.query.udp(query, str(RESOLVER_IPV4), timeout=5)
+            found = {base64.b64encode(rdata.key).decode() for rrset in answer.answer for rdata in rrset}
+            sampled += 1
+            if not {before, encode(HostKey.load(key).public)} & found:
+                missing.append(before)
+
+    watcher = threading.Thread(target=lambda: in_namespace(lab.namespace, sample))
+    watcher.start()
+    try:
+        killed = subprocess.Popen(
+            [*head, "key", "rotate", *update, *anchor, *where],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + 30
+        while not key.with_name("rotating.key.rotation").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        killed.kill()
+        killed.wait(10)
+        status, record = oepy("key", "rotate", *update, *anchor, "--no-wait")
+        assert (status, record["done"], record["step"]) == (1, False, "wait"), record
+        status, listed = oepy("key", "list", *anchor)
+        assert [(row["state"], row["published"]) for row in listed["keys"]][0] == (
+            "current",
+            ["legacy.oe.example", "198.18.0.40"],
+        )
+        assert listed["keys"][1]["state"] == "next"
+        assert listed["keys"][1]["fingerprint"] == listed["rotation"]["key"] == record["key"]
+        status, record = oepy("key", "rotate", *update, *anchor)
+        assert (status, record["done"]) == (0, True), record
+        time.sleep(2.5)
+    finally:
+        stop.set()
+        watcher.join(20)
+    assert missing == []
+    assert sampled > 20
+    new = HostKey.load(key).public
+    assert new != old
+    content = "".join(lab.content()["oe.example."]).replace(" ", "")
+    assert encode(new) in content
+    assert encode(old) not in content
+    status, listed = oepy("key", "list", *anchor)
+    assert [row["state"] for row in listed["keys"]] == ["current"]
+    assert listed["rotation"] is None
