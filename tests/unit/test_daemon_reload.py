@@ -121,7 +121,7 @@ async def test_odd_waiting_times_are_refused_with_a_sentence(tmp_path: Path, sec
 
 
 async def test_a_reload_takes_up_a_rolled_over_key(tmp_path: Path) -> None:
-    """The key that is proven changes with the file; where the file is gone, nothing changes and an alert says so."""
+    """The key that is proven changes with the file; where that is gone, nothing changes, with an alert."""
     daemon = daemon_of(tmp_path / "oepy.yaml", FakeTrap())
     old, new = daemon.host_key.public, HostKey.generate("ed25519")
     (tmp_path / "host.key").unlink()
