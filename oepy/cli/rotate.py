@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 2.0
 DAEMON_SECONDS = 10.0
+SLACK_SECONDS = 2.0  # whole seconds in caches, and clocks
 
 _resolver_options = (
     click.option("--resolver-port", type=click.IntRange(1, 65535), default=53, show_default=True),
@@ -190,6 +191,7 @@ class _RollOver:
         click.echo(text, err=self._options["as_json"])
 
     async def _publish(self, rotation: Rotation) -> Rotation:
+        from oepy.dns.peers import MIN_TTL
         from oepy.keyring import Step
 
         task = await self._task()
@@ -201,7 +203,7 @@ class _RollOver:
         seen = await self._everywhere(task, validated=False)
         if not rotation.cache_seconds:  # published by somebody else: the worst is assumed
             rotation = replace(rotation, cache_seconds=seen.cache_seconds)
-        until = time.time() + rotation.cache_seconds
+        until = time.time() + max(rotation.cache_seconds, MIN_TTL) + SLACK_SECONDS
         rotation = replace(rotation, step=Step.WAIT, until=until)
         self._ring.note(rotation)
         self._say(f"every server has it; caches have it by {_utc(until)}")

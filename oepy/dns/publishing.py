@@ -39,7 +39,7 @@ from oepy.dns.publish import (
 )
 from oepy.dns.transport import NoReply, Transport
 from oepy.dns.validator import Outcome, Validator
-from oepy.dns.zonefile import ZoneMap
+from oepy.dns.zonefile import ZoneMap, host_records
 from oepy.errors import UsageError
 from oepy.model import IpAddress, PublicKey, Security
 
@@ -70,9 +70,7 @@ class Task:
             yield wanted_of(chunk, self.zones, self.ttl, self.more_keys, withdraw=withdraw)
 
 
-def task_of(
-    make_inventory: Callable[[], Inventory], progress: Callable[[Inventory], None] = lambda inventory: None
-) -> tuple[Task, int]:
+def task_of(make_inventory: Callable[[], Inventory]) -> tuple[Task, int]:
     """The task of an inventory, and its number of hosts. It is read through once, so that a mistake in the last
     line stops everything before anything is sent. Raises ConfigError."""
     inventory = make_inventory()
@@ -84,17 +82,11 @@ def task_of(
     count = 0
     for host in chain(() if first is None else (first,), hosts):
         count += 1
-        if host.keys and zones.zones and not wanted_of([host], zones, inventory.ttl):
+        if zones.zones and next(host_records(host, zones), None) is None and zones.find(host.name) is None:
             inventory.complain(host.line, f"{host.name} and its addresses are outside of every listed zone")
     inventory.raise_problems()
 
-    def again() -> Iterator[Host]:
-        source = make_inventory()
-        for host in source.hosts():
-            yield host
-            progress(source)
-
-    return Task(again, zones, inventory.ttl), count
+    return Task(lambda: make_inventory().hosts(), zones, inventory.ttl), count
 
 
 # ---- finding zones and servers ---------------------------------------------------------------------------
