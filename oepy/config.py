@@ -39,6 +39,7 @@ class Config:
     key: Path
     resolvers: tuple[IpAddress, ...]
     trust_anchors: tuple[Path, ...]
+    negative_trust_anchors: tuple[str, ...]
     insecure_keys: bool
     rules: tuple[PolicyRule, ...]
     default_group: PolicyGroup
@@ -104,6 +105,18 @@ def _rule_text(value: object) -> str:
     return str(value)
 
 
+def _zone(value: object) -> str:
+    """A zone's name, absolute. Raises ValueError."""
+    import dns.exception
+    import dns.name
+
+    try:
+        return str(dns.name.from_text(str(value)))
+    except (dns.exception.DNSException, UnicodeError):
+        raise ValueError(f"{value!r} is no zone; write it like broken.example") from None
+
+
+_Zone = Annotated[str, BeforeValidator(_zone)]
 _Address = Annotated[str, BeforeValidator(lambda value: str(_address(value)))]
 _Rule = Annotated[str, BeforeValidator(_rule_text)]
 _GroupName = Literal["clear", "clear-or-private", "private-or-clear", "private", "block"]
@@ -121,6 +134,7 @@ class _Identity(_Section):
 class _Dns(_Section):
     resolvers: list[_Address] | None = None
     trust_anchors: list[Path] = []
+    negative_trust_anchors: list[_Zone] = []
     insecure_keys: Literal["ignore", "use"] = "ignore"
 
 
@@ -369,6 +383,7 @@ def _build(model: _File, source: str, resolvers: tuple[IpAddress, ...], manual: 
         key=model.identity.key,
         resolvers=resolvers,
         trust_anchors=tuple(model.dns.trust_anchors),
+        negative_trust_anchors=tuple(model.dns.negative_trust_anchors),
         insecure_keys=model.dns.insecure_keys == "use",
         rules=tuple(
             rule

@@ -305,7 +305,10 @@ class Insecure(KeyAnswer):
 
 @dataclass(frozen=True, slots=True)
 class Bogus(KeyAnswer):
-    """Validation failed, or a secure record that should hold a key is malformed (`reason` names it)."""
+    """Validation failed, or a secure record that should hold a key is malformed (`reason` names it).
+    `stripped`: it is the resolver that leaves DNSSEC records away."""
+
+    stripped: bool = False
 
 
 @dataclass(frozen=True, slots=True)

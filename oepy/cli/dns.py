@@ -129,6 +129,45 @@ def peer(
         sys.exit(1)
 
 
+@dns.command()
+@_resolver_options
+@click.pass_context
+def anchors(
+    ctx: click.Context,
+    *,
+    resolvers: tuple[str, ...],
+    port: int,
+    trust_anchors: tuple[str, ...],
+    at: str | None,
+    as_json: bool,
+) -> None:
+    """The trust anchors, and whether their zones still use these keys.
+
+    Exit status: 0 where each anchored zone uses at least one of its anchors, else 1.
+
+    \b
+    oepy dns anchors
+    oepy dns anchors --trust-anchor anchors.key --json
+    """
+    from dataclasses import asdict
+
+    from oepy.dns.anchorcheck import AnchorState, check_anchors
+
+    async def run() -> list[AnchorState]:
+        return await check_anchors(_validator(ctx.obj, resolvers, port, trust_anchors, at))
+
+    states = asyncio.run(run())
+    if as_json:
+        click.echo(json.dumps([asdict(state) for state in states], indent=2))
+    else:
+        for state in states:
+            key = f"{state.kind} {state.key_tag} algorithm {state.algorithm}  " if state.kind else ""
+            why = f" ({state.reason})" if state.reason else ""
+            click.echo(f"{state.zone}  {key}{state.state}{why}")
+    wanted = {state.zone for state in states if state.state != "negative"}
+    sys.exit(0 if wanted == {state.zone for state in states if state.state == "in use"} else 1)
+
+
 # ---- options ---------------------------------------------------------------------------------------------
 
 
@@ -146,6 +185,7 @@ def _validator(
         [_address(text) for text in resolvers or _configured(config_path, "resolvers")],
         port=port,
         trust_anchors=trust_anchors or _configured(config_path, "trust_anchors"),
+        negative_trust_anchors=_configured(config_path, "negative_trust_anchors"),
         mark=MARK_OWN,  # a running daemon must not trap the questions of its own administrator
         at=parse_time(at) if at else None,
     )
@@ -206,6 +246,7 @@ def _outcome_record(outcome: Outcome) -> dict[str, Any]:
         "type": dns.rdatatype.to_text(dns.rdatatype.RdataType.make(outcome.question.type)),
         "status": outcome.status.value,
         "reason": outcome.reason,
+        "stripped": outcome.stripped,
         "rcode": outcome.rcode,
         "answers": [_presentation(rdata) for rdata in outcome.rdatas],
         "canonical_name": str(outcome.canonical_name),

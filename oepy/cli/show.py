@@ -38,7 +38,7 @@ def status(ctx: click.Context, as_json: bool) -> None:
         click.secho(f"KEY LOG IS ON: secrets are written to {data['key_log']}", fg="red", bold=True)
     mode = f" by {data['datapath_mode']}" if data["datapath_mode"] else ""
     click.echo(f"datapath   {data['datapath']}{mode} ({data['datapath_reason']})")
-    click.echo(f"trap       {data['trap']}")
+    click.echo(f"trap       {data['trap']} ({data['trap_reason']})")
     click.echo(f"host key   {data['key']['type']} {data['key']['fingerprint']} ({data['key']['file']})")
     for record in data["own_records"]:
         reason = f" ({record['reason']})" if record["reason"] else ""

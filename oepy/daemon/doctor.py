@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -17,12 +16,12 @@ from oepy.daemon.addresses import own_addresses
 from oepy.daemon.datapaths import choose
 from oepy.daemon.forecast import key_source
 from oepy.daemon.own import OwnRecords
+from oepy.daemon.traps import choose_trap
 from oepy.errors import OepyError
 from oepy.interfaces import KeySource
 from oepy.keys import HostKey, describe, fingerprint
-from oepy.model import IKE_PORT, NAT_T_PORT, IpAddress, Unreachable
+from oepy.model import IKE_PORT, NAT_T_PORT, Bogus, IpAddress, KeyAnswer, Unreachable
 
-_NETLINK_NETFILTER = 12
 _EARLIEST_PLAUSIBLE = 1_767_225_600  # 2026-01-01: a clock before it fails every DNSSEC signature
 
 
@@ -47,7 +46,7 @@ def examine(config: Config) -> list[Finding]:
         *_kernel_ipsec(),
         *_tun(),
         *_datapath(config),
-        *_queue(),
+        *_trap(config),
         *_ports(),
         *_key(config),
         *asyncio.run(_names(config)),
@@ -74,10 +73,10 @@ def _tun() -> Iterator[Finding]:
         os.close(os.open("/dev/net/tun", os.O_RDWR))
     except FileNotFoundError:
         yield Finding(
-            "TUN", "bad", "no /dev/net/tun", "load the module `tun`, or give the container the device"
+            "TUN", "warning", "no /dev/net/tun", "load the module `tun`, or give the container the device"
         )
     except OSError as error:
-        yield Finding("TUN", "bad", f"/dev/net/tun: {error.strerror}", "give this process CAP_NET_ADMIN")
+        yield Finding("TUN", "warning", f"/dev/net/tun: {error.strerror}", "give this process CAP_NET_ADMIN")
     else:
         yield Finding("TUN", "good", "/dev/net/tun opens")
 
@@ -104,19 +103,21 @@ def _datapath(config: Config) -> Iterator[Finding]:
         yield Finding("datapath", "good", f"`datapath: {config.datapath}` is {name}{by}: {reason}")
 
 
-def _queue() -> Iterator[Finding]:
-    if shutil.which("nft") is None:
-        yield Finding("nftables", "bad", "no `nft` command", "install the package nftables")
+def _trap(config: Config) -> Iterator[Finding]:
+    """Tried with a table of nftables that is removed at once."""
+    from oepy.trap.probe import packet_queue
+
+    lacking = packet_queue()
+    if lacking is None:
+        yield Finding("packet queue", "good", "packets can be queued")
     else:
-        yield Finding("nftables", "good", "`nft` is there")
+        yield Finding("packet queue", "warning", lacking.what, lacking.mend)
     try:
-        socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER).close()
-    except OSError as error:
-        yield Finding(
-            "packet queue", "bad", f"no netfilter netlink: {error.strerror}", "load nfnetlink_queue"
-        )
+        name, reason = choose_trap(config.trap, config.datapath)
+    except OepyError as error:
+        yield Finding("trap", "bad", f"`trap: {config.trap}`: {error.what}", error.mend)
     else:
-        yield Finding("packet queue", "good", "netfilter netlink answers")
+        yield Finding("trap", "good", f"`trap: {config.trap}` is {name}: {reason}")
 
 
 def _ports() -> Iterator[Finding]:
@@ -150,30 +151,31 @@ def _key(config: Config) -> Iterator[Finding]:
 
 async def _names(config: Config) -> list[Finding]:
     source = key_source(config)
-    findings = []
     addresses = sorted(own_addresses(), key=str)
     subjects: list[IpAddress | str] = [config.identity] if config.identity else list(addresses)
     if not subjects:
         return [Finding("addresses", "bad", "this host has no address", "bring the network up")]
     answer = await source.peer_keys(subjects[0])
     resolvers = ", ".join(str(address) for address in config.resolvers)
-    if isinstance(answer, Unreachable):
-        mend = "name another resolver in dns.resolvers"
-        findings.append(Finding("resolver", "bad", f"{resolvers}: {answer.reason}", mend))
-    else:
-        state = type(answer).__name__.lower()
-        text = f"{resolvers} answers; {answer.owner} is {state}"
-        bogus = state == "bogus"
-        mend = "the resolver strips DNSSEC, or the zone is broken: try `oepy dns lookup . DNSKEY`"
-        findings.append(
-            Finding(
-                "DNSSEC",
-                "bad" if bogus else "good",
-                text + (f" ({answer.reason})" if bogus else ""),
-                mend if bogus else "",
-            )
-        )
+    findings = [judge_resolver(resolvers, answer)]
     return findings + await _own_records(config, source, subjects)
+
+
+def judge_resolver(resolvers: str, answer: KeyAnswer) -> Finding:
+    """What the lookup of this host's own name says of the resolver."""
+    if isinstance(answer, Unreachable):
+        return Finding(
+            "resolver", "bad", f"{resolvers}: {answer.reason}", "name another resolver in dns.resolvers"
+        )
+    text = f"{resolvers} answers; {answer.owner} is {type(answer).__name__.lower()}"
+    if not isinstance(answer, Bogus):
+        return Finding("DNSSEC", "good", text)
+    mend = "the zone is broken, or somebody forges its answers: try `oepy dns lookup NAME TYPE`"
+    if answer.stripped:
+        mend = (
+            "name a resolver that passes DNSSEC records on in dns.resolvers: with this one no key is believed"
+        )
+    return Finding("DNSSEC", "bad", f"{text} ({answer.reason})", mend)
 
 
 async def _own_records(config: Config, source: KeySource, subjects: list[IpAddress | str]) -> list[Finding]:

@@ -52,5 +52,10 @@ def key_source(config: Config) -> KeySource:
     """The DNS room as this configuration wants it; its questions carry the daemon's mark."""
     from oepy.dns.build import make_key_source, make_validator
 
-    validator = make_validator(config.resolvers, trust_anchors=config.trust_anchors, mark=MARK_OWN)
+    validator = make_validator(
+        config.resolvers,
+        trust_anchors=config.trust_anchors,
+        negative_trust_anchors=config.negative_trust_anchors,
+        mark=MARK_OWN,
+    )
     return make_key_source(validator)

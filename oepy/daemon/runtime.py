@@ -50,7 +50,7 @@ KEEP_BLOCKED_HINT = "lift it with `oepy guard remove`"
 
 
 _FIXED = (
-    *("identity", "key", "resolvers", "trust_anchors"),
+    *("identity", "key", "resolvers", "trust_anchors", "negative_trust_anchors"),
     *("datapath", "trap", "device", "socket", "key_log"),
 )
 

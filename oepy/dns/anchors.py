@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import dns.rrset
 import dns.tokenizer
 
 from oepy.dns.message import NameKey, name_key
-from oepy.dns.signatures import DIGESTS, Dnskey, Ds, ZoneKey, is_supported, matches_ds
+from oepy.dns.signatures import DIGESTS, Dnskey, Ds, ZoneKey, matches_ds, strongest
 from oepy.errors import ConfigError
 
 MAX_ANCHOR_FILE = 1024 * 1024
@@ -34,14 +34,16 @@ _BIND_BLOCK = re.compile(r"\b(?:trust-anchors|trusted-keys|managed-keys)\s*\{", 
 
 @dataclass(frozen=True, slots=True)
 class Anchor:
-    """What is trusted to begin with at one zone."""
+    """What is trusted to begin with at one zone; a negative one (RFC 7646) says that nothing is checked there
+    and below, down to the next anchor."""
 
     zone: dns.name.Name
     digests: tuple[Ds, ...] = ()
     keys: tuple[Dnskey, ...] = ()
+    is_negative: bool = False
 
     def accepts(self, key: ZoneKey) -> bool:
-        if any(is_supported(ds) and matches_ds(key, self.zone, ds) for ds in self.digests):
+        if any(matches_ds(key, self.zone, ds) for ds in strongest(self.digests)):
             return True
         return any(key.dnskey.key == own.key and key.dnskey.algorithm == own.algorithm for own in self.keys)
 
@@ -75,8 +77,11 @@ class TrustAnchors:
         return cls.of(parse_anchors(IANA_ROOT, "built-in"))
 
     @classmethod
-    def load(cls, paths: Iterable[str | os.PathLike[str]]) -> TrustAnchors:
-        """From files; the IANA root where the list is empty. Raises ConfigError."""
+    def load(
+        cls, paths: Iterable[str | os.PathLike[str]], negative: Iterable[dns.name.Name] = ()
+    ) -> TrustAnchors:
+        """From files; the IANA root where the list is empty. `negative` are zones not to be checked. Raises
+        ConfigError."""
         records: dict[dns.name.Name, list[dns.rdata.Rdata]] = {}
         for path in map(Path, paths):
             try:
@@ -86,7 +91,17 @@ class TrustAnchors:
                 raise ConfigError(str(path), [f"cannot be read: {error.strerror}"]) from None
             for zone, rdatas in parse_anchors(text, str(path)).items():
                 records.setdefault(zone, []).extend(rdatas)
-        return cls.of(records) if records else cls.iana()
+        store = cls.of(records) if records else cls.iana()
+        store.add_negative(negative)
+        return store
+
+    def add_negative(self, zones: Iterable[dns.name.Name]) -> None:
+        """At a zone that has an anchor too, the negative one wins: somebody asked for it."""
+        for zone in zones:
+            self._by_zone[name_key(zone)] = Anchor(zone, is_negative=True)
+
+    def __iter__(self) -> Iterator[Anchor]:
+        return iter(self._by_zone.values())
 
     def closest(self, name: dns.name.Name) -> Anchor | None:
         """The anchor at the name or nearest above it."""

@@ -10,12 +10,15 @@ from collections.abc import Sequence
 from ipaddress import ip_address
 from pathlib import Path
 
+import dns.exception
+import dns.name
+
 from oepy.configfile import RESOLV_CONF, system_resolvers
 from oepy.dns.anchors import TrustAnchors
 from oepy.dns.peers import DnsKeySource
 from oepy.dns.transport import DNS_PORT, UdpTransport
 from oepy.dns.validator import Validator
-from oepy.errors import UsageError
+from oepy.errors import ConfigError, UsageError
 from oepy.model import IpAddress
 
 
@@ -24,17 +27,25 @@ def make_validator(
     *,
     port: int = DNS_PORT,
     trust_anchors: Sequence[str | os.PathLike[str]] = (),
+    negative_trust_anchors: Sequence[str] = (),
     mark: int = 0,
     at: int | None = None,
 ) -> Validator:
     """A validator on real sockets. Call it inside the event loop that will use it.
 
-    `resolvers` empty means those of /etc/resolv.conf, `trust_anchors` empty the IANA root; `mark` is the
-    SO_MARK of its sockets; `at` fixes the time for signatures (seconds since 1970). Raises ConfigError.
+    `resolvers` empty means those of /etc/resolv.conf, `trust_anchors` empty the IANA root;
+    `negative_trust_anchors` are zones that are not to be checked (RFC 7646); `mark` is the SO_MARK of its
+    sockets; `at` fixes the time for signatures (seconds since 1970). Raises ConfigError.
     """
     transport = UdpTransport(resolvers or default_resolvers(), port, mark)
     clock = time.time if at is None else lambda: float(at)
-    return Validator(transport, TrustAnchors.load(trust_anchors), clock, time.monotonic)
+    try:
+        negative = [dns.name.from_text(zone) for zone in negative_trust_anchors]
+    except (dns.exception.DNSException, UnicodeError) as error:
+        raise ConfigError(
+            "dns.negative_trust_anchors", [f"holds something that is no zone: {error}"]
+        ) from None
+    return Validator(transport, TrustAnchors.load(trust_anchors, negative), clock, time.monotonic)
 
 
 def default_resolvers(path: Path = RESOLV_CONF) -> tuple[IpAddress, ...]:

@@ -14,13 +14,15 @@ from dataclasses import dataclass, field
 
 import dns.name
 import dns.rcode
+import dns.rdata
 import dns.rdatatype
 
 from oepy.dns.anchors import Anchor, TrustAnchors
 from oepy.dns.cache import TtlCache
-from oepy.dns.denial import Cut, Denial
-from oepy.dns.limits import MAX_DENIAL_RECORDS, Budget, LimitExceeded
+from oepy.dns.denial import Cut, Denial, Nsec
+from oepy.dns.limits import KEY_EFFORT, MAX_DENIAL_RECORDS, Budget, LimitExceeded
 from oepy.dns.message import NameKey, Question, Reply, RRset, name_key
+from oepy.dns.ranges import NsecRanges
 from oepy.dns.signatures import (
     ALGORITHM_NAMES,
     Ds,
@@ -29,6 +31,7 @@ from oepy.dns.signatures import (
     ZoneKey,
     is_supported,
     matches_ds,
+    strongest,
     usable_keys,
     verify,
 )
@@ -38,12 +41,14 @@ from oepy.model import Security
 MAX_ZONES = 5000
 MAX_CUTS = 20000
 WALK_WINDOW = 6  # DS questions that are on their way at once on a walk down
+MAX_NEGATIVE_TTL = 3600.0  # RFC 2308 §5 advises one to three hours
 MAX_FORESEEN = 6  # zones whose DS and DNSKEY are asked along with the first question
 _DS = int(dns.rdatatype.DS)
 _DNSKEY = int(dns.rdatatype.DNSKEY)
 _CNAME = int(dns.rdatatype.CNAME)
 _NSEC = int(dns.rdatatype.NSEC)
 _NSEC3 = int(dns.rdatatype.NSEC3)
+STRIPPED = "the resolver strips DNSSEC"
 _ARPA = dns.name.from_text("arpa.")
 _IP6_ARPA = dns.name.from_text("ip6.arpa.")
 # Where ip6.arpa is usually cut: allocations of a /32, a /48 and a /64, in labels with the root.
@@ -53,7 +58,8 @@ Name = dns.name.Name
 
 
 class Verdict(Exception):
-    """Ends a lookup: bogus, or indeterminate where nothing can be said. `unreachable`: nobody answered."""
+    """Ends a lookup: bogus, or indeterminate where nothing can be said. `unreachable`: nobody answered;
+    `unsigned`: signatures are missing; `stripped`: it is the resolver that leaves them away."""
 
     def __init__(
         self,
@@ -63,8 +69,12 @@ class Verdict(Exception):
         *,
         unreachable: bool = False,
         over_limit: bool = False,
+        stripped: bool = False,
+        unsigned: bool = False,
     ) -> None:
         super().__init__(reason)
+        self.stripped = stripped
+        self.unsigned = unsigned
         self.over_limit = over_limit
         self.status = status
         self.reason = reason
@@ -109,6 +119,7 @@ class Shared:
     monotonic: Callable[[], float]
     zones: TtlCache[NameKey, ZoneState] = field(default_factory=lambda: TtlCache(MAX_ZONES))
     cuts: TtlCache[NameKey, Cut] = field(default_factory=lambda: TtlCache(MAX_CUTS))
+    ranges: NsecRanges = field(default_factory=NsecRanges)
     questions: dict[Question, asyncio.Task[Reply | NoReply]] = field(default_factory=dict)
     zones_pending: dict[NameKey, asyncio.Task[ZoneState | Verdict]] = field(default_factory=dict)
 
@@ -137,16 +148,16 @@ class Chain:
     def start(self, name: Name, rdtype: int) -> asyncio.Task[Reply | NoReply]:
         """Send the question unless it is on its way or answered. Raises LimitExceeded."""
         question = Question(name, rdtype)
-        task = self._replies.get(question)
-        if task is None:
+        if question not in self._replies:
             self.budget.spend_question()
             self.asked += question not in self.shared.questions
-            task = self._replies[question] = self.shared.ask(question)
-        return task
+            self.adopt(question, self.shared.ask(question))
+        return self._replies[question]
 
     async def reply(self, name: Name, rdtype: int) -> Reply:
-        """Raises Verdict (indeterminate) where no usable reply comes."""
+        """Raises Verdict (indeterminate) where no usable reply comes, LimitExceeded."""
         reply = await asyncio.shield(self.start(name, rdtype))
+        self.budget.check_effort()
         if isinstance(reply, NoReply):
             raise Verdict(
                 Security.INDETERMINATE, f"no reply for {reply.question}: {reply.reason}", unreachable=True
@@ -162,10 +173,17 @@ class Chain:
     def adopt(self, question: Question, task: asyncio.Task[Reply | NoReply]) -> None:
         """Take over a question that was sent earlier."""
         self._replies[question] = task
+        task.add_done_callback(self._account)
+
+    def _account(self, task: asyncio.Task[Reply | NoReply]) -> None:
+        if not task.cancelled() and task.exception() is None and isinstance(reply := task.result(), Reply):
+            self.budget.effort -= reply.effort
 
     def foresee(self, name: Name) -> None:
         """Ask now for what the chain to `name` will most likely need, where little of it is known."""
-        known = self._deepest_known(name)
+        if self.excuse(name) is not None:
+            return
+        known = self.nearest_known(name)
         if known is None:
             anchor = self.shared.anchors.closest(name)
             if anchor is None:
@@ -191,13 +209,16 @@ class Chain:
             lengths_chosen = list(lengths)
         return [Name(name.labels[-length:]) for length in lengths_chosen]
 
-    def _deepest_known(self, name: Name) -> ZoneState | None:
+    def nearest_known(self, name: Name) -> ZoneState | None:
+        """The zone at or nearest above `name` whose state is in the cache, but none above its anchor."""
         now = self.shared.monotonic()
         key = name_key(name)
         for depth in range(len(key)):
             state = self.shared.zones.get(key[depth:], now)
             if state is not None:
                 return state
+            if self.shared.anchors.at(Name(name.labels[depth:])) is not None:
+                return None
         return None
 
     # ---- zones -------------------------------------------------------------------------------------------
@@ -224,11 +245,14 @@ class Chain:
                     outcome.zone,
                     unreachable=outcome.unreachable,
                     over_limit=outcome.over_limit,
+                    stripped=outcome.stripped,
+                    unsigned=outcome.unsigned,
                 )
-        self._touch(state)
+        self.rely_on(state)
         return state
 
-    def _touch(self, state: ZoneState | None) -> None:
+    def rely_on(self, state: ZoneState | None) -> None:
+        """Name the zone and those above it in the outcome."""
         while state is not None and (key := name_key(state.zone)) not in self.touched:
             self.touched[key] = state
             state = state.parent
@@ -249,6 +273,9 @@ class Chain:
             self.shared.zones.put(name_key(name), state, state.ttl, self.shared.monotonic())
 
     async def _build_zone(self, name: Name) -> ZoneState:
+        excuse = self.excuse(name)
+        if excuse is not None:
+            return excuse
         anchor = self.shared.anchors.at(name)
         self.start(name, _DNSKEY)
         if anchor is not None:
@@ -260,6 +287,14 @@ class Chain:
         if not parent.is_secure:
             return parent
         return await self._below(name, parent, reply)
+
+    def excuse(self, name: Name) -> ZoneState | None:
+        """The insecure state by configuration, where the anchor nearest to `name` is a negative one."""
+        anchor = self.shared.anchors.closest(name)
+        if anchor is None or not anchor.is_negative:
+            return None
+        reason = f"the configuration has a negative trust anchor for {anchor.zone} (RFC 7646)"
+        return ZoneState(anchor.zone, Security.INSECURE, (), reason, None, float("inf"))
 
     async def _zone_above(self, name: Name, reply: Reply) -> ZoneState:
         """The zone that answers for the DS of `name`, by its signatures; an insecure state without any."""
@@ -289,7 +324,7 @@ class Chain:
         verified = self.verify(rrset, parent)
         if verified.closest_encloser is not None:
             raise Verdict(Security.BOGUS, f"{rrset} is made from a wildcard", name)
-        digests = [ds for ds in rrset.rdatas if isinstance(ds, Ds) and is_supported(ds)]
+        digests = strongest(ds for ds in rrset.rdatas if isinstance(ds, Ds))
         if not digests:
             reason = f"the DS of {name} has only algorithms or digests that are not supported"
             return ZoneState(name, Security.INSECURE, (), reason, parent, verified.ttl)
@@ -326,11 +361,14 @@ class Chain:
     ) -> ZoneState:
         """Fetch the DNSKEY set and verify it by a key that the DS or the anchor names (RFC 4035 §5.2)."""
         rrset = (await self.reply(name, _DNSKEY)).find(name, _DNSKEY)
-        if rrset is None:
-            raise Verdict(Security.BOGUS, f"{name} should be signed, but has no DNSKEY", name)
-        if not rrset.signatures:
-            hint = " (does the resolver speak DNSSEC?)" if parent is None else ""
-            raise Verdict(Security.BOGUS, f"the DNSKEY set of {name} came without signatures{hint}", name)
+        if rrset is None or not rrset.signatures:
+            what = f"{name} should be signed, but has no DNSKEY"
+            if rrset is not None:
+                what = f"the DNSKEY set of {name} came without signatures"
+            if parent is None:
+                what = f"{STRIPPED}: {what}"
+            raise Verdict(Security.BOGUS, what, name, unsigned=True, stripped=parent is None)
+        self.budget.effort -= KEY_EFFORT * len(rrset.rdatas)
         keys = usable_keys(rrset.rdatas)
         entries = [key for key in keys if is_entry(key)]
         if not entries:
@@ -340,6 +378,15 @@ class Chain:
         except SignatureFailure as failure:
             raise Verdict(Security.BOGUS, str(failure), name) from None
         return ZoneState(name, Security.SECURE, keys, "", parent, min(ttl, verified.ttl))
+
+    async def is_stripped(self, name: Name) -> bool:
+        """Whether the resolver leaves signatures away even where they must be: at the anchor above `name`."""
+        anchor = self.shared.anchors.closest(name)
+        if anchor is None or anchor.is_negative:
+            return False
+        reply = await self.reply(anchor.zone, _DNSKEY)
+        rrset = reply.find(anchor.zone, _DNSKEY)
+        return rrset is None or not rrset.signatures
 
     # ---- the walk down -----------------------------------------------------------------------------------
 
@@ -351,8 +398,8 @@ class Chain:
         anchor = self.shared.anchors.closest(name)
         if anchor is None:
             raise Verdict(Security.INDETERMINATE, f"no trust anchor at or above {name}", name)
-        state = self._deepest_known(name) or await self.zone(anchor.zone)
-        self._touch(state)
+        state = self.excuse(name) or self.nearest_known(name) or await self.zone(anchor.zone)
+        self.rely_on(state)
         if state.is_secure:
             state = await self._leap(name, state)
         path = _path(state.zone, name)
@@ -367,10 +414,9 @@ class Chain:
                 break
             state = below
         if state.is_secure:
-            raise Verdict(
-                Security.BOGUS, f"{state.zone} is signed, but {subject} came without signatures", state.zone
-            )
-        self._touch(state)
+            reason = f"{state.zone} is signed, but {subject} came without signatures"
+            raise Verdict(Security.BOGUS, reason, state.zone, unsigned=True)
+        self.rely_on(state)
         return state
 
     async def _leap(self, name: Name, state: ZoneState) -> ZoneState:
@@ -427,9 +473,8 @@ class Chain:
         cut = denial.no_ds(name)
         if cut is Cut.UNKNOWN:
             what = "no proof" if denial else "no signed proof"
-            raise Verdict(
-                Security.BOGUS, f"{parent.zone} gives {what} that {name} has no DS record", parent.zone
-            )
+            reason = f"{parent.zone} gives {what} that {name} has no DS record"
+            raise Verdict(Security.BOGUS, reason, parent.zone, unsigned=not denial)
         self.shared.cuts.put(name_key(name), cut, ttl, self.shared.monotonic())
         return cut, ttl
 
@@ -450,9 +495,9 @@ class Chain:
             raise Verdict(Security.BOGUS, str(failure), state.zone) from None
 
     def denial(self, reply: Reply, state: ZoneState) -> tuple[Denial, float]:
-        """The denial records of the zone, verified, and their smallest TTL."""
-        records = []
-        ttl = float("inf")
+        """The denial records of the zone, verified, and their smallest TTL (RFC 9077: at most the SOA's)."""
+        records: list[tuple[Name, dns.rdata.Rdata]] = []
+        ttl = min(MAX_NEGATIVE_TTL, reply.negative_ttl or MAX_NEGATIVE_TTL)
         for rrset in _denials(reply)[:MAX_DENIAL_RECORDS]:
             if not any(signature.signer == state.zone for signature in rrset.signatures):
                 continue
@@ -460,6 +505,15 @@ class Chain:
             if verified.closest_encloser is None:  # an expanded wildcard says nothing about this owner
                 records += [(rrset.name, rdata) for rdata in rrset.rdatas]
                 ttl = min(ttl, verified.ttl)
+        now = self.shared.monotonic()
+        for owner, rdata in records:
+            if isinstance(rdata, Nsec):
+                self.shared.ranges.put(state.zone, owner, rdata, ttl, now)
+        return Denial(state.zone, records, self.budget), ttl
+
+    def known_denial(self, name: Name, state: ZoneState) -> tuple[Denial, float]:
+        """What is kept of earlier denials of the zone that may speak of `name`, and its seconds left."""
+        records, ttl = self.shared.ranges.around(state.zone, name, self.shared.monotonic())
         return Denial(state.zone, records, self.budget), ttl
 
     def entries(self, failed: Name | None = None) -> tuple[ChainEntry, ...]:

@@ -116,6 +116,10 @@ class Denial:
         return bool(self._nsec or self._nsec3)
 
     @property
+    def is_nsec(self) -> bool:
+        return bool(self._nsec)
+
+    @property
     def _too_many_iterations(self) -> bool:
         return self._parameters is not None and self._parameters[0] > MAX_NSEC3_ITERATIONS
 

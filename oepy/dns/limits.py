@@ -13,6 +13,8 @@ MAX_FAILED_CHECKS = 16  # legitimate: a key roll-over, colliding key tags
 MAX_NSEC3_HASHES = 300
 MAX_NSEC3_ITERATIONS = 50  # RFC 9276 §3.2: above, the zone's denials count as insecure
 MAX_QUESTIONS = 80  # an unsigned ip6.arpa tree of 32 labels is walked label by label
+MAX_EFFORT = 3000  # records in all replies together, long names counting as several; a deep walk needs 1300
+KEY_EFFORT = 3  # of a DNSKEY record, beside that of reading it
 MAX_ALIASES = 10
 MAX_KEYS_PER_ZONE = 32  # DNSKEY records of one zone that are looked at
 MAX_SIGNATURES_PER_SET = 16
@@ -31,6 +33,7 @@ class Budget:
     failures: int = MAX_FAILED_CHECKS
     hashes: int = MAX_NSEC3_HASHES
     questions: int = MAX_QUESTIONS
+    effort: int = MAX_EFFORT
 
     def spend_signature(self) -> None:
         self.signatures -= 1
@@ -51,3 +54,8 @@ class Budget:
         self.questions -= 1
         if self.questions < 0:
             raise LimitExceeded(f"more than {MAX_QUESTIONS} questions in one lookup")
+
+    def check_effort(self) -> None:
+        """`effort` is taken away where replies arrive, which may be after nobody waits for them."""
+        if self.effort < 0:
+            raise LimitExceeded(f"replies with more than {MAX_EFFORT} records in one lookup")

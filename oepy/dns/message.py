@@ -7,7 +7,7 @@ the library cannot read, and every IPSECKEY, stays as generic rdata (RFC 3597), 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import dns.exception
@@ -17,13 +17,15 @@ import dns.rdata
 import dns.rdataclass
 import dns.rdatatype
 import dns.rdtypes.ANY.RRSIG
+import dns.rdtypes.ANY.SOA
 import dns.wire
 
 from oepy.errors import ParseError
 from oepy.wire import Writer
 
-MAX_RECORDS = 500  # in one reply; a legitimate one has some dozens
-MAX_NAMED = 40  # of them with a name in their data: the library needs milliseconds for one of 127 labels
+MAX_RECORDS = 250  # in one reply; a legitimate one has some dozens
+MAX_EFFORT = 1000  # records and their long names, in the time that one short record takes
+MAX_NAMED = 24  # of them with a name in their data: the library needs milliseconds for one of 127 labels
 EDNS_PAYLOAD = 1232  # what passes everywhere without fragments (DNS flag day 2020)
 _FLAG_QR = 0x8000
 _FLAG_TC = 0x0200
@@ -34,9 +36,7 @@ _IN = dns.rdataclass.IN
 
 NameKey = tuple[bytes, ...]
 _RecordKey = tuple[NameKey, int]  # owner and type
-_Record = tuple[
-    dns.name.Name, int, dns.rdata.Rdata, bytes
-]  # owner, TTL, data, and its bytes to tell duplicates
+_Record = tuple[dns.name.Name, int, dns.rdata.Rdata, Hashable]  # owner, TTL, data, and what tells duplicates
 
 
 def name_key(name: dns.name.Name) -> NameKey:
@@ -88,6 +88,7 @@ class Reply:
     authority: tuple[RRset, ...]
     truncated: bool = False
     notes: tuple[str, ...] = ()
+    effort: int = 0  # what reading it cost, in records of short names
 
     def find(self, name: dns.name.Name, rdtype: int) -> RRset | None:
         return next((r for r in self.answer if r.type == rdtype and r.name == name), None)
@@ -95,6 +96,15 @@ class Reply:
     @property
     def rcode_text(self) -> str:
         return rcode_text(self.rcode)
+
+    @property
+    def negative_ttl(self) -> float:
+        """RFC 2308 §5, in seconds; 0.0 without a SOA. Its own signature is not needed: the signed denial's TTL
+        is the cap."""
+        for rrset in self.authority:
+            if isinstance(soa := rrset.rdatas[0], dns.rdtypes.ANY.SOA.SOA):
+                return float(min(rrset.ttl, soa.minimum))
+        return 0.0
 
 
 def rcode_text(rcode: int) -> str:
@@ -148,7 +158,7 @@ def _parse(parser: dns.wire.Parser, question: Question, identifier: int) -> Repl
     rcode = flags & 0xF
     for _ in range(additionals):
         rcode |= _extended_rcode(parser)
-    return Reply(question, rcode, answer, authority, notes=tuple(notes))
+    return Reply(question, rcode, answer, authority, notes=tuple(notes), effort=reader.effort + additionals)
 
 
 def _extended_rcode(parser: dns.wire.Parser) -> int:
@@ -175,13 +185,17 @@ class _RecordReader:
         self, parser: dns.wire.Parser, names: dict[int, dns.name.Name], notes: list[str], question: Question
     ) -> None:
         self._parser, self._names, self._notes = parser, names, notes
+        self._question = question
         self._read = _READ | {question.type}
         self._named = 0
+        self.effort = 0
 
     def pull(self, count: int) -> Iterator[_Record]:
         parser = self._parser
         for _ in range(count):
+            known = len(self._names)
             name = _pull_name(parser, self._names)
+            self.effort += 1 + (len(name.labels) // 4 if len(self._names) > known else 0)
             rdtype, rdclass, ttl, length = parser.get_struct("!HHIH")
             start = parser.current
             raw = parser.get_bytes(length)
@@ -191,9 +205,25 @@ class _RecordReader:
             if isinstance(rdata, dns.rdata.GenericRdata) and rdtype in _SIGNALS:
                 self._notes.append(f"{name}: a malformed {dns.rdatatype.to_text(rdtype)} record is ignored")
                 continue
+            if isinstance(rdata, dns.rdtypes.ANY.RRSIG.RRSIG):
+                self._count(rdata.signer)
             # RFC 2181 §8: a TTL with the top bit set is 0.
             generic = rdtype in _NAMELESS or isinstance(rdata, dns.rdata.GenericRdata)
-            yield name, ttl if ttl < 1 << 31 else 0, rdata, raw if generic else rdata.to_digestable()
+            yield name, ttl if ttl < 1 << 31 else 0, rdata, raw if generic else self._identity(rdata, raw)
+            if self.effort > MAX_EFFORT:
+                raise ParseError(f"the reply to {self._question} has too many long names in it")
+
+    def _count(self, *names: dns.name.Name) -> None:
+        self.effort += sum(len(name.labels) // 2 for name in names)
+
+    def _identity(self, rdata: dns.rdata.Rdata, raw: bytes) -> Hashable:
+        """The library's own comparison costs a millisecond for each long name."""
+        names = [getattr(rdata, field) for field in _NAME_FIELDS.get(rdata.rdtype, ())]
+        if not names:
+            return rdata.to_digestable()
+        self._count(*names)
+        rest = raw[-20:] if rdata.rdtype == _T.SOA else getattr(rdata, "windows", ())
+        return (*map(name_key, names), rest)
 
     def _rdata(self, rdtype: int, start: int, raw: bytes) -> dns.rdata.Rdata:
         kind = dns.rdatatype.RdataType.make(rdtype)
@@ -216,16 +246,17 @@ _SIGNALS = frozenset({dns.rdatatype.RRSIG})
 # What anybody here looks into; the rest is kept unread, unless it was asked for.
 _T = dns.rdatatype.RdataType
 _NAMELESS = frozenset({_T.A, _T.AAAA, _T.TXT, _T.DS, _T.DNSKEY, _T.NSEC3, _T.RRSIG})
+_NAME_FIELDS = {_T.CNAME: ("target",), _T.DNAME: ("target",), _T.NSEC: ("next",), _T.SOA: ("mname", "rname")}
 _READ: frozenset[int] = _NAMELESS | {_T.CNAME, _T.DNAME, _T.SOA, _T.NSEC}
 
 
 def _group(records: Iterable[_Record]) -> tuple[RRset, ...]:
     """RRsets in order of appearance, without duplicates; the TTL of a set is its smallest (RFC 2181 §5).
-    Duplicates are found by their bytes, since the library's hash of a record with names is slow."""
+    Duplicates are found by what tells them apart, since the library's hash of a record with names is slow."""
     owners: dict[NameKey, dns.name.Name] = {}
-    data: dict[_RecordKey, dict[bytes, dns.rdata.Rdata]] = {}
+    data: dict[_RecordKey, dict[Hashable, dns.rdata.Rdata]] = {}
     ttls: dict[_RecordKey, int] = {}
-    signatures: dict[_RecordKey, dict[bytes, dns.rdtypes.ANY.RRSIG.RRSIG]] = {}
+    signatures: dict[_RecordKey, dict[Hashable, dns.rdtypes.ANY.RRSIG.RRSIG]] = {}
     for name, ttl, rdata, raw in records:
         owner = name_key(name)
         owners.setdefault(owner, name)

@@ -371,7 +371,14 @@ class _Search:
 
     def _failure(self, outcome: Outcome) -> KeyAnswer:
         if outcome.status is Security.BOGUS:
-            return Bogus(self._subject, str(self._owner), FAILURE_TTL, outcome.reason, notes=self._notes)
+            return Bogus(
+                self._subject,
+                str(self._owner),
+                FAILURE_TTL,
+                outcome.reason,
+                notes=self._notes,
+                stripped=outcome.stripped,
+            )
         return self.unreachable(outcome.reason)
 
     def unreachable(self, reason: str) -> KeyAnswer:

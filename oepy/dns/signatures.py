@@ -47,7 +47,7 @@ ALGORITHM_NAMES = {
     16: "ED448",
 }
 _FLAG_ZONE = 0x0100
-_FLAG_REVOKE = 0x0080
+REVOKE = 0x0080  # RFC 5011 §2.1: good for nothing any more
 _SERIAL_HALF = 1 << 31
 
 
@@ -79,6 +79,17 @@ def is_supported(ds: Ds) -> bool:
     return int(ds.algorithm) in ALGORITHMS and int(ds.digest_type) in DIGESTS
 
 
+def strongest(digests: Iterable[Ds]) -> tuple[Ds, ...]:
+    """The supported ones, and of each key's only those with its strongest digest: RFC 4509 §3 for SHA-1, and
+    for SHA-256 beside SHA-384 by the same reasoning, or a broken digest would take the better one's place."""
+    supported = [ds for ds in digests if is_supported(ds)]
+    best: dict[tuple[int, int], int] = {}
+    for ds in supported:
+        key = (ds.key_tag, int(ds.algorithm))
+        best[key] = max(best.get(key, 0), int(ds.digest_type))
+    return tuple(ds for ds in supported if int(ds.digest_type) == best[ds.key_tag, int(ds.algorithm)])
+
+
 def usable_keys(rdatas: Iterable[dns.rdata.Rdata]) -> tuple[ZoneKey, ...]:
     """The keys that may sign zone data: ZONE flag, protocol 3, not revoked, an algorithm that we verify."""
     found = []
@@ -86,7 +97,7 @@ def usable_keys(rdatas: Iterable[dns.rdata.Rdata]) -> tuple[ZoneKey, ...]:
         if not isinstance(rdata, Dnskey) or int(rdata.algorithm) not in ALGORITHMS:
             continue
         flags = int(rdata.flags)
-        if not flags & _FLAG_ZONE or flags & _FLAG_REVOKE or rdata.protocol != 3:
+        if not flags & _FLAG_ZONE or flags & REVOKE or rdata.protocol != 3:
             continue
         public = _public(rdata)
         if public is not None:
@@ -104,12 +115,16 @@ def _public(key: Dnskey) -> GenericPublicKey | None:
 
 
 def matches_ds(key: ZoneKey, zone: dns.name.Name, ds: Ds) -> bool:
+    """Whether the DS names this key; its digest type must be supported."""
+    return (
+        key.tag == ds.key_tag and key.dnskey.algorithm == ds.algorithm and digest_fits(key.dnskey, zone, ds)
+    )
+
+
+def digest_fits(key: Dnskey, zone: dns.name.Name, ds: Ds) -> bool:
     """RFC 4034 §5.1.4: digest over the canonical owner name and the DNSKEY rdata."""
-    if key.tag != ds.key_tag or int(key.dnskey.algorithm) != int(ds.algorithm):
-        return False
     data = zone.canonicalize().to_wire() or b""
-    digest = DIGESTS[int(ds.digest_type)](data + (key.dnskey.to_wire() or b"")).digest()
-    return digest == ds.digest
+    return DIGESTS[int(ds.digest_type)](data + (key.to_wire() or b"")).digest() == ds.digest
 
 
 def check_time(signature: Rrsig, now: int) -> str:

@@ -17,11 +17,19 @@ import dns.rdata
 import dns.rdatatype
 import dns.rdtypes.ANY.CNAME
 import dns.rdtypes.ANY.DNAME
-import dns.rdtypes.ANY.SOA
 
 from oepy.dns.anchors import TrustAnchors
 from oepy.dns.cache import TtlCache
-from oepy.dns.chain import Chain, ChainEntry, Shared, Verdict, ZoneState, deepest_signer, denial_signer
+from oepy.dns.chain import (
+    STRIPPED,
+    Chain,
+    ChainEntry,
+    Shared,
+    Verdict,
+    ZoneState,
+    deepest_signer,
+    denial_signer,
+)
 from oepy.dns.denial import Proof
 from oepy.dns.limits import MAX_ALIASES, Budget, LimitExceeded
 from oepy.dns.message import Question, Reply, RRset, rcode_text
@@ -45,7 +53,8 @@ class Outcome:
     """What is known of one name and type. Bogus and indeterminate hold no records.
 
     `ttl` is in seconds; `unreachable` tells a silent or failing resolver from other reasons for
-    indeterminate; `questions` is 0 where the cache answered.
+    indeterminate; `stripped` names a resolver that leaves signatures away as the cause; `questions` is 0
+    where the cache answered.
     """
 
     question: Question
@@ -58,6 +67,7 @@ class Outcome:
     chain: tuple[ChainEntry, ...] = ()
     unreachable: bool = False
     questions: int = 0
+    stripped: bool = False
 
     @property
     def is_usable(self) -> bool:
@@ -82,16 +92,22 @@ class Validator:
     def monotonic(self) -> Callable[[], float]:
         return self._shared.monotonic
 
+    @property
+    def anchors(self) -> TrustAnchors:
+        return self._shared.anchors
+
     def flush(self) -> None:
         """Forget everything that was learned."""
         self._answers.clear()
         self._shared.zones.clear()
         self._shared.cuts.clear()
+        self._shared.ranges.clear()
 
     def forget(self, name: Name, rdtypes: Iterable[int]) -> None:
         """Forget these answers of one name; what is known of its zones stays."""
         for rdtype in rdtypes:
             self._answers.remove(Question(name, rdtype))
+        self._shared.ranges.forget(name)
 
     def is_known(self, name: Name, rdtype: int) -> bool:
         """Whether the cache has the answer."""
@@ -126,7 +142,10 @@ class Validator:
         lookup = _Lookup(question, chain)
         try:
             async with asyncio.timeout(LOOKUP_SECONDS):
-                outcome = await lookup.run()
+                try:
+                    outcome = await lookup.run()
+                except Verdict as failure:
+                    raise await _with_cause(failure, question, chain) from None
         except TimeoutError:
             verdict = Verdict(
                 Security.INDETERMINATE, f"not finished within {LOOKUP_SECONDS:g} s", unreachable=True
@@ -144,6 +163,22 @@ class Validator:
         return outcome
 
 
+async def _with_cause(verdict: Verdict, question: Question, chain: Chain) -> Verdict:
+    """A resolver that strips DNSSEC may have been met only after the keys above were cached: ask for one
+    signature that must be there."""
+    if not verdict.unsigned or verdict.stripped or verdict.zone is None:
+        return verdict
+    try:
+        stripped = await chain.is_stripped(question.name)
+    except Verdict:
+        return verdict
+    if not stripped:
+        return verdict
+    return Verdict(
+        verdict.status, f"{STRIPPED}: {verdict.reason}", verdict.zone, unsigned=True, stripped=True
+    )
+
+
 def _failed(question: Question, verdict: Verdict) -> Outcome:
     return Outcome(
         question,
@@ -152,6 +187,7 @@ def _failed(question: Question, verdict: Verdict) -> Outcome:
         "SERVFAIL",
         question.name,
         unreachable=verdict.unreachable,
+        stripped=verdict.stripped,
     )
 
 
@@ -167,6 +203,8 @@ class _Lookup:
 
     async def run(self) -> Outcome:
         target, rdtype = self._question.name, self._question.type
+        if (known := self._from_ranges(target, rdtype)) is not None:
+            return known
         self._chain.start(target, rdtype)
         self._chain.foresee(target.parent() if rdtype == _DS and target != dns.name.root else target)
         reply = await self._chain.reply(target, rdtype)
@@ -188,6 +226,26 @@ class _Lookup:
             target = alias
             if not _speaks_of(reply, target, rdtype):
                 reply = await self._chain.reply(target, rdtype)
+
+    def _from_ranges(self, name: Name, rdtype: int) -> Outcome | None:
+        """RFC 8198: absence that a validated NSEC of an earlier answer proves, without a question."""
+        if rdtype == _DS or self._chain.excuse(name) is not None:
+            return None
+        state = self._chain.nearest_known(name)
+        if state is None or not state.is_secure:
+            return None
+        denial, ttl = self._chain.known_denial(name, state)
+        if not denial:
+            return None
+        for proof, rcode in (
+            (denial.no_data(name, rdtype), dns.rcode.NOERROR),
+            (denial.no_name(name), dns.rcode.NXDOMAIN),
+        ):
+            if proof is Proof.PROVEN:
+                self._chain.rely_on(state)
+                self._note(state, ttl)
+                return self._outcome(name, (), rcode_text(rcode))
+        return None
 
     def _outcome(self, target: Name, rdatas: tuple[dns.rdata.Rdata, ...], rcode: str) -> Outcome:
         return Outcome(
@@ -211,9 +269,13 @@ class _Lookup:
     async def _check(self, rrset: RRset, reply: Reply) -> None:
         """Raises Verdict unless the RRset is secure or provably insecure."""
         strict = rrset.type == _DS
+        searched = _zone_search_name(rrset.name, strict)
         signer = deepest_signer([rrset], rrset.name, strict=strict)
-        if signer is None:
-            state = await self._chain.walk(_zone_search_name(rrset.name, strict), str(rrset))
+        excuse = self._chain.excuse(searched)
+        if excuse is not None:
+            state = excuse
+        elif signer is None:
+            state = await self._chain.walk(searched, str(rrset))
         else:
             state = await self._chain.zone(signer)
         if not state.is_secure:
@@ -261,20 +323,25 @@ class _Lookup:
         """Check that the name or type is proven absent; returns the rcode that the proof supports."""
         rdtype = self._question.type
         strict = rdtype == _DS
+        searched = _zone_search_name(name, strict)
         signer = denial_signer(reply, name, strict=strict)
-        if signer is None:
+        excuse = self._chain.excuse(searched)
+        if excuse is not None:
+            state = excuse
+        elif signer is None:
             subject = f"the answer that {Question(name, rdtype)} does not exist"
-            state = await self._chain.walk(_zone_search_name(name, strict), subject)
+            state = await self._chain.walk(searched, subject)
         else:
             state = await self._chain.zone(signer)
-        soa_ttl = _negative_ttl(reply)
+        soa_ttl = reply.negative_ttl
         if not state.is_secure:
             self._note(state, soa_ttl)
             return reply.rcode_text
         denial, ttl = self._chain.denial(reply, state)
         rcode = dns.rcode.Rcode(reply.rcode)
         proof = denial.no_name(name) if rcode == dns.rcode.NXDOMAIN else denial.no_data(name, rdtype)
-        if proof is Proof.NONE and rcode == dns.rcode.NXDOMAIN:
+        if proof is Proof.NONE and rcode == dns.rcode.NXDOMAIN and denial.is_nsec:
+            # Servers older than NSEC3 say NXDOMAIN at empty non-terminals (against RFC 4592 §2.2.2).
             proof, rcode = denial.no_data(name, rdtype), dns.rcode.NOERROR
         if proof is Proof.NONE:
             raise Verdict(
@@ -319,11 +386,3 @@ def _through_dname(name: Name, rrset: RRset) -> Name:
         return name.relativize(rrset.name).concatenate(rdata.target)
     except dns.exception.DNSException:
         raise Verdict(Security.BOGUS, f"{name} through {rrset} is too long for a name") from None
-
-
-def _negative_ttl(reply: Reply) -> float:
-    """RFC 2308 §5. The SOA's own signature is not needed: the signed denial's TTL is the cap."""
-    for rrset in reply.authority:
-        if rrset.type == _SOA and isinstance(rrset.rdatas[0], dns.rdtypes.ANY.SOA.SOA):
-            return float(min(rrset.ttl, rrset.rdatas[0].minimum))
-    return 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import dns.dnssec
 import dns.flags
@@ -19,7 +20,7 @@ import dns.rdtypes.ANY.NSEC
 import dns.rdtypes.ANY.NSEC3
 import dns.rdtypes.util
 import dns.rrset
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
 
 from oepy.dns.anchors import TrustAnchors
 from oepy.dns.message import Question, Reply, build_query, parse_reply
@@ -36,9 +37,29 @@ def name(text: str) -> Name:
     return dns.name.from_text(text)
 
 
+def make_dnskey(private: Any, algorithm: int, flags: int = 257) -> Any:
+    return dns.dnssec.make_dnskey(private.public_key(), algorithm, flags=flags)
+
+
+def make_ds(origin: Name, dnskey: Any, digest: int) -> Any:
+    kind = {1: "SHA1", 2: "SHA256", 4: "SHA384"}[digest]
+    return dns.dnssec.make_ds(origin, dnskey, kind, policy=dns.dnssec.allow_all_policy)
+
+
+def make_private(algorithm: int) -> Any:
+    """A key for the DNSSEC algorithm; RSA of 1024 bits, since the tests make many."""
+    if algorithm in (13, 14):
+        return ec.generate_private_key(ec.SECP256R1() if algorithm == 13 else ec.SECP384R1())
+    if algorithm in (15, 16):
+        kinds = (ed25519.Ed25519PrivateKey, ed448.Ed448PrivateKey)
+        return kinds[algorithm - 15].generate()
+    return rsa.generate_private_key(65537, 1024)
+
+
 @dataclass
 class Zone:
-    """One zone. `nsec3`: (iterations, salt, opt-out); `ds` overrides what the parent publishes."""
+    """One zone. `nsec3`: (iterations, salt, opt-out); `ds` overrides what the parent publishes, `private` the
+    key, `flags` its flags, `digests` the digest types of the DS."""
 
     origin: Name
     signed: bool = True
@@ -46,16 +67,17 @@ class Zone:
     ttl: int = 300
     inception: int = NOW - 3600
     expiration: int = NOW + 86400
-    p256: bool = False
+    algorithm: int = 15
+    private: Any = None
+    flags: int = 257
+    digests: tuple[int, ...] = (2,)
     ds: list[dns.rdata.Rdata] | None = None
     records: dict[tuple[Name, int], list[dns.rdata.Rdata]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.private = (
-            ec.generate_private_key(ec.SECP256R1()) if self.p256 else ed25519.Ed25519PrivateKey.generate()
-        )
-        algorithm = dns.dnssec.Algorithm.ECDSAP256SHA256 if self.p256 else dns.dnssec.Algorithm.ED25519
-        self.dnskey = dns.dnssec.make_dnskey(self.private.public_key(), algorithm, flags=257)
+        self.private = self.private or make_private(self.algorithm)
+        self.dnskey = make_dnskey(self.private, self.algorithm, self.flags)
+        self.entry = (self.private, self.dnskey)  # what the DS names and the DNSKEY set is signed with
         self.add("@", "SOA", "ns.invalid. host.invalid. 1 7200 900 1209600 120")
         self.add("@", "NS", "ns.invalid.")
         if self.signed:
@@ -74,7 +96,9 @@ class Zone:
     def make_ds(self) -> list[dns.rdata.Rdata]:
         if self.ds is not None:
             return self.ds
-        return [dns.dnssec.make_ds(self.origin, self.dnskey, "SHA256")] if self.signed else []
+        if not self.signed:
+            return []
+        return [make_ds(self.origin, self.entry[1], digest) for digest in self.digests]
 
     def names(self) -> list[Name]:
         return sorted({owner for owner, _ in self.records})
@@ -94,18 +118,25 @@ class Zone:
         return rrset
 
     def sign(self, rrset: dns.rrset.RRset) -> dns.rrset.RRset:
-        signature = dns.dnssec.sign(
-            rrset,
-            self.private,
-            self.origin,
-            self.dnskey,
-            inception=self.inception,
-            expiration=self.expiration,
-        )
         signatures = dns.rrset.RRset(rrset.name, IN, T.RRSIG, covers=rrset.rdtype)
         signatures.ttl = rrset.ttl
-        signatures.add(signature)
+        signatures.add(self.signature(rrset))
         return signatures
+
+    def signature(self, rrset: dns.rrset.RRset, **changes: Any) -> Any:
+        """One signature; `changes` are other values of `inception`, `expiration`, `signer`, `key` (private
+        and DNSKEY)."""
+        key = self.entry if rrset.rdtype == T.DNSKEY else (self.private, self.dnskey)
+        private, dnskey = changes.pop("key", key)
+        times = {"inception": self.inception, "expiration": self.expiration} | changes
+        signer = times.pop("signer", self.origin)
+        return dns.dnssec.sign(rrset, private, signer, dnskey, policy=dns.dnssec.allow_all_policy, **times)
+
+    def add_entry_key(self, algorithm: int, private: Any = None, flags: int = 257) -> None:
+        """A key-signing key beside the zone's own."""
+        private = private or make_private(algorithm)
+        self.entry = (private, make_dnskey(private, algorithm, flags))
+        self.add_rdata("@", self.entry[1])
 
     # ---- denial ------------------------------------------------------------------------------------------
 
@@ -204,15 +235,21 @@ class SignedTree:
         self.asked.append(question)
         await asyncio.sleep(self.delay)
         query = dns.message.from_wire(build_query(question, 7))
+        reply = self.answer(question, query)
+        if reply is None:
+            return NoReply(question, "silence")
+        return parse_reply(reply.to_wire(max_size=65535), question, 7)
+
+    def answer(self, question: Question, query: dns.message.Message) -> dns.message.Message | None:
+        """The reply after all lies; None for silence."""
         reply = dns.message.make_response(query)
         self._resolve(reply, question.name, question.type)
         for lie in self.lies:
             changed = lie(question, reply)
             if changed is None:
-                return NoReply(question, "silence")
+                return None
             reply = changed
-        wire = reply.to_wire(max_size=65535)
-        return parse_reply(wire, question, 7)
+        return reply
 
     # ---- answers -----------------------------------------------------------------------------------------
 
@@ -238,7 +275,7 @@ class SignedTree:
                 rrset = zone.rrset(known, known_kind)
                 self._put(reply.answer, zone, rrset)
                 target = owner.relativize(known).concatenate(rrset[0].target)
-                reply.answer.append(dns.rrset.from_text(owner, 0, "IN", "CNAME", str(target)))
+                reply.answer.append(dns.rrset.from_text(owner, zone.ttl, "IN", "CNAME", str(target)))
                 return target
         return self._missing(reply, zone, owner, kind)
 

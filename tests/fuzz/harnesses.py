@@ -4,12 +4,17 @@ any other exception, or a failed assertion, is a finding. Nothing here needs the
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import functools
 import json
 from collections.abc import Callable
 
+import dns.message
 import dns.name
+import dns.rcode
 import dns.rdatatype
+import dns.rrset
 import yaml
 
 from oepy.convert.render import render
@@ -21,8 +26,10 @@ from oepy.datapath.esp.mss import clamp
 from oepy.datapath.esp.offload import NONE, SIZE, Offload, parse
 from oepy.datapath.esp.sa import EspPair
 from oepy.datapath.esp.segment import segments
-from oepy.dns.message import Question, parse_reply
+from oepy.dns.message import Question, Reply, parse_reply
 from oepy.dns.records import build_ipseckey, build_oe_text, is_oe_text, parse_ipseckey, parse_oe_text
+from oepy.dns.transport import NoReply
+from oepy.dns.validator import Outcome, Validator
 from oepy.errors import KeyFormatError, OepyError, ParseError, RemoteError
 from oepy.ike.endpoint import SessionInfo
 from oepy.ike.header import FLAG_INITIATOR, FLAG_RESPONSE, VERSION_2, Exchange, Header, PayloadType
@@ -33,13 +40,14 @@ from oepy.keys import from_public_key
 from oepy.manual.checks import read_manual
 from oepy.manual.pairing import pair_up
 from oepy.manual.presenting import policy_mapping, sa_mapping
-from oepy.model import Direction, SaPair
+from oepy.model import Direction, SaPair, Security
 from oepy.netlink import Frame, parse_frames
 from oepy.trap import netlink, queue
 from oepy.trap.packet import parse_flow
 from oepy.xfrm import answers, pieces, requests, values
 from tests.fakes.datapath import esp_of, pairs, sealed_plaintext
 from tests.fakes.network_card import cut, transport_sum
+from tests.fakes.signed_tree import NOW, standard_tree
 from tests.sim.ike_net import Host, Net, request, two_hosts
 
 # ---- IKE ---------------------------------------------------------------------------------------------------
@@ -181,6 +189,99 @@ def dns_reply(data: bytes) -> None:
         for rrset in (*reply.answer, *reply.authority):
             for rdata in rrset.rdatas:
                 rdata.to_digestable()
+
+
+class LyingTree:
+    """The answers of the standard tree, made once, and what is true of the names below `QUESTIONS`."""
+
+    QUESTIONS = tuple(
+        Question(dns.name.from_text(owner), int(dns.rdatatype.from_text(kind)))
+        for owner, kind in (
+            ("www.example.", "A"),
+            ("nothing.three.", "A"),
+            ("a.wild.example.", "A"),
+            ("www.child.three.", "A"),
+            ("www.unsigned.example.", "A"),
+            ("www.dn.example.", "A"),
+            ("alias.three.", "A"),
+            ("child.example.", "DS"),
+        )
+    )
+
+    def __init__(self) -> None:
+        self.tree = standard_tree()
+        self.tree.delegate()
+        self.kept: dict[Question, dns.message.Message] = {}
+        self.orders: list[bytes] = []
+        self.truth = [asyncio.run(self.look(question, [])) for question in self.QUESTIONS]
+        self.known = list(self.kept.values())
+
+    async def look(self, question: Question, orders: list[bytes]) -> Outcome:
+        self.orders, self.number = orders, 0
+        validator = Validator(self, self.tree.anchors(), lambda: NOW, lambda: 1000.0)
+        return await validator.lookup(question.name, question.type)
+
+    async def ask(self, question: Question) -> Reply | NoReply:
+        if question not in self.kept:
+            query = dns.message.make_query(question.name, question.type, want_dnssec=True, id=7)
+            self.kept[question] = self.tree.answer(question, query) or query
+        wire = self._lie(self.kept[question], self.number)
+        self.number += 1
+        try:
+            return parse_reply(wire, question, 7)
+        except ParseError as error:
+            return NoReply(question, str(error))
+
+    def _lie(self, truth: dns.message.Message, number: int) -> bytes:
+        reply = dns.message.QueryMessage(7)
+        reply.flags = truth.flags
+        reply.sections = [list(section) for section in truth.sections]
+        changes = []
+        for which, kind, one, two in self.orders:
+            if which % 24 != number:
+                continue
+            section = reply.sections[1 + kind % 2]
+            if kind // 2 % 5 == 0 and section:
+                del section[one % len(section)]
+            elif kind // 2 % 5 == 1:
+                other = self.known[one % len(self.known)].sections[1 + two % 2]
+                section += [rrset for rrset in other if rrset not in section]
+            elif kind // 2 % 5 == 2:
+                reply.set_rcode(dns.rcode.Rcode(one % 4))
+            elif kind // 2 % 5 == 3 and section:
+                moved = self.QUESTIONS[two % len(self.QUESTIONS)].name
+                taken = section.pop(one % len(section))
+                section.append(dns.rrset.from_rdata_list(moved, taken.ttl, list(taken)))
+            else:
+                changes.append((one, two))
+        wire = bytearray(reply.to_wire(max_size=65535))
+        for one, two in changes:
+            wire[12 + one * 5 % (len(wire) - 12)] ^= two
+        return bytes(wire)
+
+
+@functools.cache
+def _lying_tree() -> LyingTree:
+    return LyingTree()
+
+
+def dns_chain(data: bytes) -> None:
+    """Whatever a resolver changes, drops, moves or mixes: the truth, or bogus or indeterminate without data; never
+    insecure where the name is signed. First byte: the question. Then orders of four bytes: which reply, what to
+    do, where, with what."""
+    if not data:
+        return
+    lying = _lying_tree()
+    number = data[0] % len(lying.QUESTIONS)
+    orders = [data[i : i + 4] for i in range(1, min(len(data), 65) - 3, 4)]
+    outcome, truth = asyncio.run(lying.look(lying.QUESTIONS[number], orders)), lying.truth[number]
+    if not outcome.is_usable:
+        assert not outcome.rdatas
+        return
+    assert outcome.status is truth.status, (outcome, truth)
+    if outcome.status is Security.SECURE:
+        assert (outcome.rdatas, outcome.rcode) == (truth.rdatas, truth.rcode), (outcome, truth)
+        assert outcome.ttl <= truth.ttl
 
 
 # ---- ESP ---------------------------------------------------------------------------------------------------
@@ -396,6 +497,7 @@ HARNESSES: dict[str, Callable[[bytes], None]] = {
     "ike_sealed": ike_sealed,
     "records": records,
     "dns_reply": dns_reply,
+    "dns_chain": dns_chain,
     "esp": esp,
     "trap": trap,
     "xfrm": xfrm,

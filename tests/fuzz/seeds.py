@@ -33,7 +33,9 @@ CORPUS = pathlib.Path(__file__).parent / "corpus"
 
 
 def seeds() -> dict[str, list[bytes]]:
-    made: dict[str, list[bytes]] = {name: [] for name in ("ike", "ike_sealed", "records", "dns_reply", "esp")}
+    made: dict[str, list[bytes]] = {
+        name: [] for name in ("ike", "ike_sealed", "records", "dns_reply", "dns_chain", "esp")
+    }
     scene = Scene("established", seed=2)
     datagrams = [data for *_, data in scene.net.carried]
     for state in range(len(SCENES)):
@@ -148,6 +150,12 @@ def _records(made: dict[str, list[bytes]]) -> None:
         number = int(dns.rdatatype.RdataType.make(kind)).to_bytes(2, "big")
         answer = b"\xc0\x0c" + number + b"\x00\x01\0\0\x0e\x10" + len(wire).to_bytes(2, "big") + wire
         made["dns_reply"].append(b"\1\0\0\0\1\0\0" + answer)
+    for question in range(8):
+        made["dns_chain"] += [
+            bytes((question,)),
+            bytes((question, 0, 0, 1, 0, 2, 2, 3, 0)),
+            bytes((question, 0, 6, 0, 1, 1, 3, 5, 1, 3, 4, 3, 0)),
+        ]
 
 
 def _configurations(made: dict[str, list[bytes]]) -> None:

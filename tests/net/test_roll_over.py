@@ -54,7 +54,9 @@ def test_both_peers_change_their_keys_under_traffic(tmp_path):
             host.write_config()
             subprocess.run(command(host, tsig, "dns", "publish"), check=True, timeout=60, capture_output=True)
         network.start_daemons()
-        old = {host.plan.name: fingerprint(HostKey.load(host.directory / "host.key").public) for host in (alpha, beta)}
+        old = {
+            host: HostKey.load(network.hosts[host].directory / "host.key").public for host in network.hosts
+        }
         assert flow(alpha, beta)
         outcomes: list[bool] = []
         results: list[subprocess.CompletedProcess[str]] = []
@@ -75,4 +77,6 @@ def test_both_peers_change_their_keys_under_traffic(tmp_path):
         assert all(outcomes)
         for host in (alpha, beta):
             key = host.client.get(protocol.STATUS)["key"]["fingerprint"]
-            assert key == fingerprint(HostKey.load(host.directory / "host.key").public) != old[host.plan.name]
+            new = HostKey.load(host.directory / "host.key").public
+            assert new != old[host.plan.name]
+            assert key == fingerprint(new)

@@ -59,6 +59,17 @@ def test_all_mistakes_are_listed_with_their_lines() -> None:
         assert part in text
 
 
+def test_negative_trust_anchors_are_names_of_zones() -> None:
+    """Made absolute; what is no name is a mistake with its line."""
+    config = parse(
+        "dns: {resolvers: [192.0.2.53], negative_trust_anchors: [broken.example, 2.0.192.in-addr.arpa.]}"
+    )
+    assert config.negative_trust_anchors == ("broken.example.", "2.0.192.in-addr.arpa.")
+    (problem,) = problems("dns:\n  negative_trust_anchors: [a..b]\n")
+    assert problem.startswith("line 2")
+    assert "no zone" in problem
+
+
 @pytest.mark.parametrize("text", ["a: [b", "- x", "policy: {default: clear}\npolicy: {}", "'"])
 def test_what_is_no_mapping_or_no_yaml_is_refused(text: str) -> None:
     """Broken YAML, lists and keys that stand twice each give a line."""

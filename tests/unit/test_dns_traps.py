@@ -9,6 +9,7 @@ import time
 from ipaddress import ip_address
 
 import dns.flags
+import dns.message
 import dns.name
 import dns.rcode
 import dns.rdata
@@ -16,7 +17,7 @@ import dns.rdatatype
 import dns.rrset
 import pytest
 
-from oepy.dns import transport
+from oepy.dns import limits, transport
 from oepy.dns.denial import Denial, Proof
 from oepy.dns.limits import Budget
 from oepy.dns.message import Question, Reply, RRset, parse_reply
@@ -255,11 +256,11 @@ def test_a_reply_full_of_long_names_costs_little(kind, count, rdata):
 
 
 def test_pointers_into_a_long_name_cost_little():
-    """18 KB with 490 records, whose names are all made from one by compression."""
+    """9 KB with 240 records, whose names are all made from one by compression."""
     wire = _wire(2, 1, LONG)
     start = len(wire) - len(LONG)
-    wire = wire[:6] + struct.pack("!H", 491) + wire[8:]
-    for number in range(490):
+    wire = wire[:6] + struct.pack("!H", 241) + wire[8:]
+    for number in range(240):
         owner, data = (0xC000 | start + 2 * (offset % 110) for offset in (number, number // 110))
         body = struct.pack("!HH", data, data + 2) + number.to_bytes(20, "big")
         wire += struct.pack("!HHHIH", owner, SOA, 1, 300, len(body)) + body
@@ -267,6 +268,33 @@ def test_pointers_into_a_long_name_cost_little():
     with pytest.raises(ParseError, match="names"):
         parse_reply(wire, QUESTION, 7)
     assert time.process_time() - begin < CPU_GOAL
+
+
+def _fat(question: Question, reply: dns.message.Message) -> dns.message.Message:
+    """No signature on the answer, and 230 records that nobody asked for with every reply."""
+    if question.type == A:
+        reply.answer = [rrset for rrset in reply.answer if rrset.rdtype != RRSIG]
+    texts = [f'"{number} {"x" * 80}"' for number in range(230)]
+    reply.authority.append(dns.rrset.from_text_list("x.example.", 300, "IN", "TXT", texts))
+    return reply
+
+
+@pytest.mark.parametrize("fat", [False, True])
+async def test_a_walk_over_dear_replies_ends_within_its_budget(fat):
+    """Eighty questions, each with a reply as dear as the attacker can make it: bogus before that."""
+    tree = SignedTree()
+    tree.add("example.").add("a." * 70 + "www", "A", "192.0.2.1")
+    tree.lies.append(_fat if fat else _without_answer_signature)
+    outcome = await look(tree, "a." * 70 + "www.example.")
+    assert outcome.status is Security.BOGUS
+    assert f"more than {limits.MAX_EFFORT} records" in outcome.reason
+    assert len(tree.asked) < (20 if fat else 80)
+
+
+def _without_answer_signature(question: Question, reply: dns.message.Message) -> dns.message.Message:
+    if question.type == A:
+        reply.answer = [rrset for rrset in reply.answer if rrset.rdtype != RRSIG]
+    return reply
 
 
 def test_a_large_set_with_many_false_signatures_costs_little():

@@ -7,8 +7,10 @@ from ipaddress import ip_address
 
 import dns.name
 import dns.rdata
+import dns.rdatatype
 import pytest
 
+from oepy.daemon.doctor import judge_resolver
 from oepy.dns import peers, records
 from oepy.dns.peers import DnsKeySource
 from oepy.dns.records import IpsecKey, OeText
@@ -279,3 +281,27 @@ async def test_elapsed_and_questions_are_told_and_a_cached_answer_costs_none(tre
     assert (first.questions > 0, second.questions) == (True, 0)
     assert isinstance(second, Secure)
     assert base64.b64encode(second.keys[0].key.data) == base64.b64encode(ED.data)
+
+
+async def test_a_resolver_that_strips_dnssec_is_named_by_doctor(tree):
+    """By the reason (which `explain` shows) and by another mend than for a broken zone."""
+    reverse(tree).add_rdata("10", ipseckey(ED))
+
+    def strip(question, reply):
+        for section in (reply.answer, reply.authority):
+            section[:] = [rrset for rrset in section if rrset.rdtype != dns.rdatatype.RRSIG]
+        return reply
+
+    def forge(question, reply):
+        return strip(question, reply) if question.type == 45 else reply
+
+    for lie, stripped in ((strip, True), (forge, False)):
+        tree.lies = [lie]
+        answer = await ask(tree)
+        finding = judge_resolver("192.0.2.53", answer)
+        assert isinstance(answer, Bogus)
+        assert (finding.verdict, answer.stripped) == ("bad", stripped)
+        assert ("the resolver strips DNSSEC" in finding.text) is stripped
+        assert ("name a resolver" in finding.mend) is stripped
+    tree.lies = []
+    assert judge_resolver("192.0.2.53", await ask(tree)).verdict == "good"

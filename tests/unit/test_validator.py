@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 
+import dns.name
 import dns.rdatatype
 import pytest
 
 from oepy.dns import limits
+from oepy.dns.anchors import TrustAnchors
 from oepy.dns.chain import Chain, Verdict, ZoneState
 from oepy.dns.limits import Budget, LimitExceeded
 from oepy.dns.message import RRset
 from oepy.dns.signatures import ZoneKey, usable_keys, verify
-from oepy.dns.validator import Outcome
+from oepy.dns.validator import Outcome, Validator
 from oepy.model import Security
-from tests.fakes.signed_tree import NOW, SignedTree, Zone, name, standard_tree
+from tests.fakes.signed_tree import NOW, SignedTree, Zone, make_ds, name, standard_tree
 
 A = int(dns.rdatatype.A)
 PARENTS = ["example.", "three."]
@@ -350,6 +352,92 @@ async def test_a_resolver_without_dnssec_is_named_as_the_cause():
     assert "resolver" in outcome.reason
 
 
+async def test_a_resolver_that_strips_later_is_named_too():
+    """The keys above are in the cache already; the resolver is asked for one signature that must be there."""
+    tree = standard_tree()
+    validator = tree.validator()
+    assert (await validator.lookup(name("www.example."), A)).status is Security.SECURE
+    tree.lies.append(lambda question, reply: without_signatures(reply))
+    outcome = await validator.lookup(name("deep.empty.example."), A)
+    assert (outcome.status, outcome.stripped) == (Security.BOGUS, True)
+    assert outcome.reason.startswith("the resolver strips DNSSEC")
+
+
+async def test_a_zone_that_lost_its_signatures_is_not_the_resolvers_fault():
+    """The anchor's own signature is there, so the zone or somebody on the way is to blame."""
+    tree = standard_tree()
+    tree.lies.append(only("www.example.", without_signatures))
+    outcome = await look(tree, "www.example.")
+    assert (outcome.status, outcome.stripped) == (Security.BOGUS, False)
+
+
+# ---- anchors in the middle --------------------------------------------------------------------------------
+
+
+def _validator_with(tree, negative=(), positive=None):
+    tree.delegate()
+    records = {dns.name.root: tree.zones[dns.name.root].make_ds()} | (positive or {})
+    anchors = TrustAnchors.of(records)
+    anchors.add_negative(map(name, negative))
+    return Validator(tree, anchors, lambda: NOW, lambda: 1000.0)
+
+
+@pytest.mark.parametrize("warm", [False, True])
+async def test_below_a_negative_trust_anchor_nothing_is_checked(warm):
+    """RFC 7646: a broken zone is insecure by configuration, its neighbours are checked as ever."""
+    tree = standard_tree()
+    tree.lies.append(only("www.example.", without_signatures))
+    tree.lies.append(only("www.child.example.", without_signatures))
+    validator = _validator_with(tree, ["example."])
+    if warm:
+        assert (await validator.lookup(name("www.three."), A)).status is Security.SECURE
+    for owner in ("www.example.", "www.child.example.", "nothing.example.", "deep.empty.example."):
+        outcome = await validator.lookup(name(owner), A)
+        assert outcome.status is Security.INSECURE, owner
+        assert "negative trust anchor" in outcome.reason
+    assert (await validator.lookup(name("example."), int(dns.rdatatype.DS))).status is Security.SECURE
+    assert (await validator.lookup(name("www.three."), A)).status is Security.SECURE
+
+
+async def test_an_anchor_below_a_negative_one_is_checked_again():
+    """The nearest anchor decides."""
+    tree = standard_tree()
+    child = tree.zones[name("child.example.")]
+    validator = _validator_with(tree, ["example."], {child.origin: child.make_ds()})
+    assert (await validator.lookup(name("www.child.example."), A)).status is Security.SECURE
+    assert (await validator.lookup(name("www.example."), A)).status is Security.INSECURE
+    tree.lies.append(only("www.child.example.", without_signatures))
+    again = _validator_with(tree, ["example."], {child.origin: child.make_ds()})
+    assert (await again.lookup(name("www.child.example."), A)).status is Security.BOGUS
+
+
+@pytest.mark.parametrize("warm", [False, True])
+async def test_an_island_with_an_anchor_is_not_excused_by_the_zone_above(warm):
+    """Its delegation is provably unsigned, but its own anchor says that signatures must be there."""
+    tree = standard_tree()
+    island = tree.add("island.unsigned.example.")
+    island.add("www", "A", "192.0.2.30")
+    tree.lies.append(only("www.island.unsigned.example.", without_signatures))
+    validator = _validator_with(tree, (), {island.origin: island.make_ds()})
+    if warm:
+        assert (await validator.lookup(name("www.unsigned.example."), A)).status is Security.INSECURE
+    outcome = await validator.lookup(name("www.island.unsigned.example."), A)
+    assert outcome.status is Security.BOGUS
+
+
+@pytest.mark.parametrize(("wrong", "expected"), [(2, Security.SECURE), (4, Security.BOGUS)])
+async def test_the_strongest_digest_of_a_key_counts(wrong, expected):
+    """A DS with SHA-256 must not stand in for a SHA-384 one of the same key that does not fit."""
+    tree = standard_tree()
+    child = tree.zones[name("child.example.")]
+    child.ds = [
+        ds.replace(digest=bytes(len(ds.digest))) if digest == wrong else ds
+        for digest in (2, 4)
+        for ds in [make_ds(child.origin, child.dnskey, digest)]
+    ]
+    assert (await look(tree, "www.child.example.")).status is expected
+
+
 async def test_the_ad_bit_is_never_believed():
     """AD on a forged reply changes nothing."""
     tree = standard_tree()
@@ -400,7 +488,7 @@ async def test_one_good_path_is_enough_and_a_wrong_ds_is_bogus():
 async def test_ecdsa_zones_verify():
     """P-256, the commonest algorithm, goes through the same path."""
     tree = SignedTree()
-    tree.add("example.", p256=True).add("www", "A", "192.0.2.1")
+    tree.add("example.", algorithm=13).add("www", "A", "192.0.2.1")
     assert (await look(tree, "www.example.")).status is Security.SECURE
 
 

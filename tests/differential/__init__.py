@@ -1,0 +1,1 @@
+"""The validator beside libunbound and delv, over generated answers: `python -m tests.differential`."""
