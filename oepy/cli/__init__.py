@@ -39,9 +39,9 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "The rules that keep private destinations blocked without a daemon.",
     ),
     "doctor": ("oepy.cli.doctor", "doctor", "Check this host, each finding with its mend."),
-    "key": ("oepy.cli.key", "key", "Make and show host keys."),
+    "key": ("oepy.cli.key", "key", "Make, show and change host keys."),
     "zone": ("oepy.cli.zone", "zone", "Zone files with key records."),
-    "dns": ("oepy.cli.dns", "dns", "Validated lookups and peers' keys."),
+    "dns": ("oepy.cli.dns", "dns", "Validated lookups, peers' keys, and publishing one's own."),
     "lab": ("oepy.cli.lab", "lab", "The lab that `make demo` uses."),
     "bench": ("oepy.cli.bench", "bench", "The benchmarks."),
 }

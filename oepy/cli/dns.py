@@ -342,3 +342,13 @@ def _print_peer(record: dict[str, Any]) -> None:
     )
     for note in record["notes"]:
         click.echo(f"note: {note}")
+
+
+def _add_publishing() -> None:
+    from oepy.cli.publish import publish, verify, withdraw
+
+    for command in (publish, withdraw, verify):
+        dns.add_command(command)
+
+
+_add_publishing()

@@ -1,4 +1,4 @@
-"""`oepy key`: make and show host keys."""
+"""`oepy key`: make, show and change host keys."""
 
 from __future__ import annotations
 
@@ -163,3 +163,13 @@ def _gateway(text: str) -> Gateway:
         return dns.name.from_text(text, dns.name.root)
     except (dns.exception.DNSException, ValueError):
         raise UsageError(f"{text!r} is neither an address nor a domain name") from None
+
+
+def _add_roll_over() -> None:
+    from oepy.cli.rotate import list_keys, rotate
+
+    key.add_command(list_keys)
+    key.add_command(rotate)
+
+
+_add_roll_over()

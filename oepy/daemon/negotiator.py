@@ -87,6 +87,10 @@ class Negotiator:
         self.endpoint.receive(data, local, remote, self._ports.monotonic())
         self.pump()
 
+    def use_key(self, host_key: HostKey) -> None:
+        """Prove this key from now on; what is established stays."""
+        self._key = host_key
+
     def start(self, action: StartIke) -> None:
         if self._closing:
             return

@@ -44,6 +44,11 @@ class OwnRecords:
         self._records: dict[str, OwnRecord] = {}
         self._asking: dict[str, asyncio.Task[OwnRecord]] = {}
 
+    def use_key(self, public: PublicKey) -> None:
+        """This host has another key: what was judged by the old one is forgotten."""
+        self._public = public
+        self._records.clear()
+
     def known(self) -> list[OwnRecord]:
         return list(self._records.values())
 

@@ -250,6 +250,7 @@ class Daemon(Core):
             config = configuration.load(self._config_path)
             self._check_reload(config)
             self._check_manual(config.manual)
+            host_key = HostKey.load(config.key)
             self.manual.after_reload(config.manual)
         except ConfigError as error:
             for problem in error.problems:
@@ -265,6 +266,7 @@ class Daemon(Core):
             self.journal.add("reload-refused", alert=True, reason=str(error))
             return
         self.config = config
+        self._use_key(host_key)
         self.policy = PolicyTable(config.rules, config.default_group)
         self.engine.settings = engine_settings(
             self.policy, config.insecure_keys, config.after_failed_ike_blocks, self._manual_policy
@@ -273,6 +275,15 @@ class Daemon(Core):
         self._spawn(self._reload_manual(config))
         self.reloads += 1
         self.journal.add("reloaded", reason=config.source)
+
+    def _use_key(self, host_key: HostKey) -> None:
+        """Another key in the same file: a roll-over."""
+        if host_key.public == self.host_key.public:
+            return
+        self.host_key = host_key
+        self.negotiator.use_key(host_key)
+        self.own.use_key(host_key.public)
+        self.journal.add("host-key-changed", reason=fingerprint(host_key.public))
 
     def _check_reload(self, config: Config) -> None:
         """What a running daemon cannot change."""

@@ -1,6 +1,7 @@
 """Asking the resolver: UDP with a random identifier and port for each question, TCP where it is truncated.
 
-This is the room's only file with sockets. A question ends within `TOTAL_SECONDS`, whatever the resolvers do.
+The room has sockets here and in `primary` only. A question ends within `TOTAL_SECONDS`, whatever the
+resolvers do.
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ import dns.rdtypes.ANY.DNSKEY
 import yaml
 
 from oepy.dns.inventory import Inventory
+from oepy.dns.tsig import parse_tsig
 from oepy.dns.zonefile import file_name, generate
 from oepy.errors import OepyError
 from oepy.keys import encode
@@ -72,6 +73,7 @@ class LabDns:
 
     `keys` gives the published key by the host's first label ("alpha"); a host without one gets no key record.
     `gateway` is that of the key records: "self" or, as libreswan wants it, "none".
+    `update_key` is a TSIG key in BIND's form that may change key records in every signed zone.
     `resource_records` are lines of master-file form by zone, added as they are (tests want odd ones).
     """
 
@@ -84,6 +86,7 @@ class LabDns:
         extra_hosts: Sequence[ExtraHost] = (),
         resource_records: Mapping[str, Sequence[str]] | None = None,
         gateway: str = "self",
+        update_key: str = "",
         zones_directory: Path = _ZONES_DIRECTORY,
     ) -> None:
         self.directory = directory.resolve()
@@ -94,6 +97,7 @@ class LabDns:
         self._extra_hosts = extra_hosts
         self._resource_records = resource_records or {}
         self._gateway = gateway
+        self._update_key = update_key
         self._templates = zones_directory
         self._process: subprocess.Popen[bytes] | None = None
         self._inventory: Inventory | None = None
@@ -226,6 +230,9 @@ class LabDns:
         stanzas = []
         for zone in zones:
             signing = f"dnssec-policy {_policy(zone)}; inline-signing yes; " if self._is_signed(zone) else ""
+            if signing and self._update_key:
+                updater = parse_tsig(self._update_key, "the lab's update key").name
+                signing += f"update-policy {{ grant {updater} zonesub IPSECKEY TXT; }}; "
             stanzas.append(
                 f'zone "{zone}" {{ type primary; file "{file_name(zone)}"; check-names ignore; {signing}}};'
             )
@@ -237,6 +244,7 @@ class LabDns:
             "IPV4": str(RESOLVER_IPV4),
             "IPV6": str(RESOLVER_IPV6),
             "TRUST_ANCHORS": anchor,
+            "UPDATE_KEY": self._update_key,
             "ZONES": "\n\t".join(stanzas),
         }.items():
             text = text.replace(f"@{name}@", value)

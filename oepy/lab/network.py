@@ -179,7 +179,9 @@ class LabNetwork:
         odd_records: Mapping[str, Sequence[str]] | None = None,
         public_keys: Mapping[str, PublicKey] | None = None,
         gateway: str = "self",
+        update_key: str = "",
     ) -> None:
+        self._update_key = update_key
         self.directory = directory
         self._key_log = key_log
         self._datapath = datapath
@@ -226,6 +228,7 @@ class LabNetwork:
             extra_hosts=self._extra_dns,
             resource_records=self._odd_records,
             gateway=self._gateway,
+            update_key=self._update_key,
         )
         self.dns.start()
         for host in self.hosts.values():

@@ -32,9 +32,11 @@ AFTER = "dns: {resolvers: [127.0.0.1]}\npolicy: {groups: {clear: [198.18.0.0/24]
 
 def daemon_of(path: Path, trap: FakeTrap) -> Daemon:
     """One that has never started: fakes for its rooms, a real configuration file."""
-    path.write_text(BEFORE)
+    key = path.with_name("host.key")
+    path.write_text(f"identity: {{key: {key}}}\n" + BEFORE)
     daemon = Daemon(configuration.load(path), str(path), lambda _: None)
     daemon.host_key = HostKey.generate("ed25519")
+    daemon.host_key.save(key)
     daemon.chosen = Chosen("none", NoDatapath(), "for this test")
     daemon.wire(
         Surroundings(
@@ -64,7 +66,7 @@ async def test_a_reload_that_the_kernel_refuses_changes_nothing(
 ) -> None:
     """Engine and kernel must go by one policy: else a peer were private in one of them and clear in the other."""
     daemon = daemon_of(tmp_path / "oepy.yaml", trap)
-    (tmp_path / "oepy.yaml").write_text(AFTER)
+    (tmp_path / "oepy.yaml").write_text(f"identity: {{key: {tmp_path / 'host.key'}}}\n" + AFTER)
     daemon.reload()
     group = PolicyGroup.CLEAR if taken else PolicyGroup.PRIVATE
     assert daemon.engine.settings.group_of(PEER)[0] is group
@@ -116,3 +118,18 @@ async def test_odd_waiting_times_are_refused_with_a_sentence(tmp_path: Path, sec
         assert await asyncio.to_thread(client.get, "/v1/peers") == []
     finally:
         await server.stop()
+
+
+async def test_a_reload_takes_up_a_rolled_over_key(tmp_path: Path) -> None:
+    """The key that is proven changes with the file; where that is gone, nothing changes, with an alert."""
+    daemon = daemon_of(tmp_path / "oepy.yaml", FakeTrap())
+    old, new = daemon.host_key.public, HostKey.generate("ed25519")
+    (tmp_path / "host.key").unlink()
+    daemon.reload()
+    assert daemon.host_key.public == old
+    assert daemon.journal.last_alerts
+    new.save(tmp_path / "host.key")
+    daemon.reload()
+    assert daemon.host_key.public == new.public
+    assert daemon.negotiator._key.public == new.public
+    assert daemon.own._public == new.public

@@ -52,6 +52,7 @@ async def daemon_of(path: Path, section: dict[str, Any], datapath: FakeDatapath 
     write(path, section)
     daemon = Daemon(configuration.load(path), str(path), lambda _: None)
     daemon.host_key = HostKey.generate("ed25519")
+    daemon.host_key.save(path.with_name("host.key"))
     loop = asyncio.get_running_loop()
     daemon.wire(
         Surroundings(
@@ -76,7 +77,15 @@ async def daemon_of(path: Path, section: dict[str, Any], datapath: FakeDatapath 
 
 def write(path: Path, section: dict[str, Any]) -> None:
     path.touch(mode=0o600)
-    path.write_text(json.dumps({"dns": {"resolvers": ["127.0.0.1"]}, "manual": section}))
+    path.write_text(
+        json.dumps(
+            {
+                "identity": {"key": str(path.with_name("host.key"))},
+                "dns": {"resolvers": ["127.0.0.1"]},
+                "manual": section,
+            }
+        )
+    )
 
 
 def rules(daemon: Daemon) -> list[Way]:
