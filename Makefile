@@ -59,7 +59,7 @@ test-kernel:
 	@scripts/install-system kernel
 	@scripts/unpack-peers libreswan
 	@$(MAKE) --no-print-directory $(VENV)/.dev
-	@scripts/second-kernel --time 2700 $(BIN)/python -m pytest -p no:cacheprovider -m "(kernel or any_kernel) and not long" $(KERNEL_TESTS) $(PYTEST)
+	@scripts/second-kernel --time 2700 $(BIN)/python -m pytest -p no:cacheprovider --timeout 900 -m "(kernel or any_kernel) and not long" $(KERNEL_TESTS) $(PYTEST)
 
 test-long:
 	@scripts/install-system test
@@ -67,7 +67,7 @@ test-long:
 	@scripts/run-tests -m "not kernel" $(PYTEST)
 	@scripts/install-system kernel
 	@scripts/unpack-peers libreswan
-	@scripts/second-kernel --time 3600 $(BIN)/python -m pytest -p no:cacheprovider -m "kernel or any_kernel" $(KERNEL_TESTS) $(PYTEST)
+	@scripts/second-kernel --time 3600 $(BIN)/python -m pytest -p no:cacheprovider --timeout 900 -m "kernel or any_kernel" $(KERNEL_TESTS) $(PYTEST)
 
 # Not part of the tests: SECONDS for each target, one after the other. A finding is a file `crash-…`.
 SECONDS ?= 600

@@ -27,7 +27,7 @@ from oepy.xfrm import answers, requests
 from oepy.xfrm import values as v
 from oepy.xfrm.algorithms import transforms
 from oepy.xfrm.socket import XfrmSocket, read
-from tests.fakes.datapath import ipv4_packet, keys_of, mirrored, pairs, selector
+from tests.fakes.datapath import esp_of, ipv4_packet, keys_of, mirrored, pairs, selector
 from tests.kernel.xfrm_harness import (
     SECRET,
     Host,
@@ -275,7 +275,7 @@ async def test_replay_window_of_4096_and_esn(hosts: Hosts, net: Wired, suite: Es
 
         async def sent(sequence: int) -> bool:
             sender._sequence = sequence - 1
-            inject(net.a, sender.seal(_datagram(b"%d" % sequence), 0.0))
+            inject(net.a, esp_of(sender, _datagram(b"%d" % sequence)))
             await asyncio.sleep(0.02)
             with contextlib.suppress(BlockingIOError):
                 return receiver.recv(100) == b"%d" % sequence
@@ -314,7 +314,7 @@ async def test_forged_packets_are_counted(hosts: Hosts, net: Wired) -> None:
     spi = next(spis)
     pair, other = pairs(A4, B4, spis=(spi, spi + 1))
     await b.datapath.install(dataclasses.replace(other, encap=False))
-    sealed = bytearray(EspPair(dataclasses.replace(pair, encap=False), 0.0).seal(ipv4_packet(A4, B4), 0.0))
+    sealed = bytearray(esp_of(EspPair(dataclasses.replace(pair, encap=False), 0.0), ipv4_packet(A4, B4)))
     sealed[-1] ^= 1
     inject(net.a, bytes(sealed))
     inject(net.a, (0x7777).to_bytes(4, "big") + bytes(sealed[4:]))
