@@ -21,6 +21,7 @@ from oepy.model import Flow, IpAddress, PolicyGroup, Verdict
 from oepy.trap import NfqueueTrap
 
 GROUP = PolicyGroup
+START_SECONDS = 60  # an emulated machine, with a sender that never stops beside it, takes twenty
 A4, B4, A6, B6 = "198.18.0.1", "198.18.0.2", "2001:2::1", "2001:2::2"
 
 
@@ -169,7 +170,7 @@ class Holder:
 
     def line(self, expected: str) -> None:
         assert self.process.stdout is not None
-        assert select.select([self.process.stdout], [], [], 10)[0], f"no {expected!r}"
+        assert select.select([self.process.stdout], [], [], START_SECONDS)[0], f"no {expected!r}"
         assert self.process.stdout.readline().strip() == expected
 
     def ask(self, command: str) -> None:
