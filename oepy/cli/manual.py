@@ -86,6 +86,11 @@ def _given(**values: Any) -> dict[str, Any]:
 # ---- sa ----------------------------------------------------------------------------------------------------
 
 
+_all_option = click.option(
+    "--all", "everybodys", is_flag=True, help="What else the kernel has, too: IKE's, other programs'."
+)
+
+
 @click.group()
 def sa() -> None:
     """Security associations keyed by hand.
@@ -251,9 +256,7 @@ def sa_flush(ctx: click.Context, as_json: bool) -> None:
 
 
 @sa.command("list")
-@click.option(
-    "--all", "everybodys", is_flag=True, help="What else the kernel has, too: IKE's, other programs'."
-)
+@_all_option
 @json_option
 @click.pass_context
 def sa_list(ctx: click.Context, everybodys: bool, as_json: bool) -> None:
@@ -458,9 +461,7 @@ def policy_flush(ctx: click.Context, as_json: bool) -> None:
 
 
 @policy.command("list")
-@click.option(
-    "--all", "everybodys", is_flag=True, help="What else the kernel has, too: IKE's, other programs'."
-)
+@_all_option
 @json_option
 @click.pass_context
 def policy_list(ctx: click.Context, everybodys: bool, as_json: bool) -> None:

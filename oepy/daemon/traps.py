@@ -42,17 +42,15 @@ class NoTrap:
 def choose_trap(wanted: str, datapath: str) -> tuple[str, str]:
     """(name, reason) for `trap:` and `datapath:` of the configuration. Tries what the kernel can, and leaves
     nothing. Raises OepyError with the mend where first packets cannot be caught."""
-    if wanted == "none":
+    if wanted == "acquire" and datapath in ("tun", "none"):
+        raise OepyError(
+            f"the kernel's trap goes with the kernel's datapath, not with `datapath: {datapath}`",
+            "use `trap: nfqueue`",
+        )
+    if wanted != "auto":
         return wanted, "configured"
-    if wanted == "acquire" or datapath == "none":
-        if wanted == "acquire" and datapath in ("tun", "none"):
-            raise OepyError(
-                f"the kernel's trap goes with the kernel's datapath, not with `datapath: {datapath}`",
-                "use `trap: nfqueue`",
-            )
-        return ("acquire" if wanted == "acquire" else "nfqueue"), "configured"
-    if wanted == "nfqueue":
-        return wanted, "configured"
+    if datapath == "none":
+        return "nfqueue", "configured"
     from oepy.trap.probe import packet_queue
 
     lacking = packet_queue()

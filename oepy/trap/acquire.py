@@ -340,11 +340,16 @@ def guard_stands() -> bool:
 
 def remove_guard() -> bool:
     """False where there was none. Raises OepyError."""
-    if not guard_stands():
-        return False
-    kernel = XfrmSocket()
     try:
+        kernel = XfrmSocket()
+    except OepyError:
+        return False
+    try:
+        if not _guard(kernel):
+            return False
         _remove(kernel, keep={})
+        return True
+    except Refused as refused:
+        raise explained(refused) from refused
     finally:
         kernel.close()
-    return True
