@@ -41,6 +41,8 @@ class Config:
     trust_anchors: tuple[Path, ...]
     negative_trust_anchors: tuple[str, ...]
     insecure_keys: bool
+    relay: tuple[IpAddress, int] | None  # loopback address and port
+    trusted_names: tuple[str, ...]
     rules: tuple[PolicyRule, ...]
     default_group: PolicyGroup
     after_failed_ike_blocks: bool
@@ -116,6 +118,17 @@ def _zone(value: object) -> str:
         raise ValueError(f"{value!r} is no zone; write it like broken.example") from None
 
 
+def _relay(value: object) -> str:
+    """Raises ValueError."""
+    address, _, port = str(value).partition("@")
+    if not _address(address).is_loopback:
+        raise ValueError(f"{address} is not on loopback, and would serve strangers; write 127.0.0.54")
+    if port and not (port.isdigit() and 0 < int(port) < 65536):
+        raise ValueError(f"{port!r} is no port; write it like 127.0.0.54@53")
+    return str(value)
+
+
+_Relay = Annotated[str, BeforeValidator(_relay)]
 _Zone = Annotated[str, BeforeValidator(_zone)]
 _Address = Annotated[str, BeforeValidator(lambda value: str(_address(value)))]
 _Rule = Annotated[str, BeforeValidator(_rule_text)]
@@ -136,6 +149,8 @@ class _Dns(_Section):
     trust_anchors: list[Path] = []
     negative_trust_anchors: list[_Zone] = []
     insecure_keys: Literal["ignore", "use"] = "ignore"
+    relay: _Relay | None = None
+    trusted_names: list[_Zone] = []
 
 
 class _Policy(_Section):
@@ -231,6 +246,11 @@ def parse(text: str, source: str = "oepy.yaml") -> Config:
         line = lines.get(("dns", "resolvers"), lines.get(("dns",), 1))
         mend = f"none is named here nor in {RESOLV_CONF}; name at least one address"
         raise ConfigError(source, [f"line {line}: dns.resolvers: {mend}"])
+    place = _relay_place(model.dns.relay)
+    if place is not None and place[0] in found:
+        line = lines.get(("dns", "relay"), 1)
+        mend = f"{place[0]} is one of the resolvers; name those to ask in dns.resolvers, else it asks itself"
+        raise ConfigError(source, [f"line {line}: dns.relay: {mend}"])
     return _build(model, source, found, manual)
 
 
@@ -376,6 +396,13 @@ def _group_lines(data: dict[str, Any]) -> Iterator[tuple[str, int, object]]:
             yield str(name), index, text
 
 
+def _relay_place(text: str | None) -> tuple[IpAddress, int] | None:
+    if text is None:
+        return None
+    address, _, port = text.partition("@")
+    return ip_address(address), int(port or 53)
+
+
 def _build(model: _File, source: str, resolvers: tuple[IpAddress, ...], manual: ManualSet) -> Config:
     return Config(
         source=source,
@@ -385,6 +412,8 @@ def _build(model: _File, source: str, resolvers: tuple[IpAddress, ...], manual: 
         trust_anchors=tuple(model.dns.trust_anchors),
         negative_trust_anchors=tuple(model.dns.negative_trust_anchors),
         insecure_keys=model.dns.insecure_keys == "use",
+        relay=_relay_place(model.dns.relay),
+        trusted_names=tuple(model.dns.trusted_names),
         rules=tuple(
             rule
             for name, texts in model.policy.groups.items()

@@ -104,8 +104,9 @@ class Trap(Protocol):
 class KeySource(Protocol):
     """Which keys does this peer publish?"""
 
-    async def peer_keys(self, subject: IpAddress | str) -> KeyAnswer:
-        """By address (reverse name) or FQDN. Bounded in time; never raises for what DNS does."""
+    async def peer_keys(self, subject: IpAddress | str, names: Sequence[str] = ()) -> KeyAnswer:
+        """By address (reverse name) or FQDN; `names` are some that may lead to the address, whose keys come back
+        as `claims`. Bounded in time; never raises for what DNS does."""
 
     def forget(self, subject: IpAddress | str | None) -> None:
         """Drop what is cached of this peer's records, or (None) everything, validated zone keys included."""

@@ -289,6 +289,9 @@ class KeyAnswer:
     elapsed: float = 0.0  # seconds that the lookup took
     questions: int = 0  # questions sent to the resolver for it (0: all from cache)
     notes: tuple[str, ...] = ()  # odd records skipped, with the reason
+    # Keys at names that lead to this address and that the address's own (reverse) records do not confirm. They
+    # may be tried where the alternative is the clear, and decide nothing else (docs/forward-names.md).
+    claims: tuple[PeerKey, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,10 +328,17 @@ class Authenticated(enum.Enum):
     """How the *peer* proved who it is."""
 
     DNS = "dns"
+    NAME = "name"  # by the key at a name that leads to its address, which the address's records don't confirm
     PSK = "psk"
     X509 = "x509"
     NULL = "null"
     MANUAL = "manual"
+
+    @property
+    def proves_address(self) -> bool:
+        """Whether it is certain that the traffic of the peer's address is the peer's. What isn't protects against
+        those who listen, and never stands in for what is."""
+        return self not in (Authenticated.NULL, Authenticated.NAME)
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,6 +55,7 @@ class Admission:
     local_ts: tuple[TrafficSelector, ...] = ()
     remote_ts: tuple[TrafficSelector, ...] = ()
     refusal: str = ""
+    by_name: bool = False  # only a name says that the proven key may speak for the address
 
 
 def usable_keys(answer: KeyAnswer, use_insecure: bool) -> tuple[PeerKey, ...]:
@@ -92,27 +93,32 @@ class Admissions:
             return Admission(refusal=f"{_text(offer.tsr)} is not ours to protect")
         remote_ts: list[TrafficSelector] = []
         refusals: list[str] = []
+        by_name = False
         for address in _hosts(offer.tsi, offer.peer):
-            refusal = await self._refuses(offer, address)
+            refusal, named = await self._judge(offer, address)
+            by_name = by_name or named
             if refusal:
                 refusals.append(f"{address}: {refusal}")
             else:
                 remote_ts.append(_narrow(offer.tsi, address))
         if not remote_ts:
             return Admission(refusal="; ".join(refusals) or f"{_text(offer.tsi)} names no host address")
-        return Admission(local_ts, tuple(remote_ts))
+        return Admission(local_ts, tuple(remote_ts), by_name=by_name)
 
-    async def _refuses(self, offer: Offer, address: IpAddress) -> str:
+    async def _judge(self, offer: Offer, address: IpAddress) -> tuple[str, bool]:
+        """Why the address is refused (empty: it is not), and whether a name alone speaks for it."""
         policy = self._engine.refuses_responder(address, offer.authenticated)
         if policy:
-            return policy
+            return policy, False
         if offer.authenticated is Authenticated.NULL:
-            return await self._refuses_null(offer, address)
-        answer = await self._source.peer_keys(address)
+            return await self._refuses_null(offer, address), False
+        answer = await self._source.peer_keys(address, _names_of(offer, address))
         for record in usable_keys(answer, self._engine.settings.use_insecure_keys):
             if record.key == offer.key and (offer.peer in record.gateways or _names(record, offer.identity)):
-                return ""
-        return f"{answer.owner} does not name {offer.peer} with the proven key"
+                return "", False
+        if any(record.key == offer.key for record in answer.claims):
+            return self._engine.refuses_responder(address, Authenticated.NAME), True
+        return f"{answer.owner} does not name {offer.peer} with the proven key", False
 
     async def _refuses_null(self, offer: Offer, address: IpAddress) -> str:
         if address != offer.peer:
@@ -138,6 +144,14 @@ class Admissions:
             if any(self.is_own(gateway) for record in keys for gateway in record.gateways):
                 found.append(_narrow(offer.tsr, address))
         return tuple(found)
+
+
+def _names_of(offer: Offer, address: IpAddress) -> tuple[str, ...]:
+    """The name that the peer proved a key of: it may lead to the peer's own outer address."""
+    identity = offer.identity
+    if address != offer.peer or identity is None or identity.type is not IdType.FQDN:
+        return ()
+    return (str(identity),)
 
 
 def _names(record: PeerKey, identity: PeerIdentity | None) -> bool:

@@ -57,6 +57,7 @@ class ControlApi:
             "default_group": self._daemon.config.default_group.value,
             "groups": groups,
             "resolvers": [str(address) for address in self._daemon.config.resolvers],
+            "relay": self._daemon.relay_view(),
             "key": {
                 "type": describe(self._daemon.host_key.public),
                 "fingerprint": fingerprint(self._daemon.host_key.public),

@@ -18,9 +18,10 @@ from oepy.daemon.manual import ManualKeying, NoBackend
 from oepy.daemon.negotiator import Negotiator, Ports
 from oepy.daemon.own import OwnRecord, OwnRecords
 from oepy.daemon.steps import Steps
+from oepy.dns.names import LearnedNames
 from oepy.engine import Engine, EngineSettings
 from oepy.engine import messages as engine_messages
-from oepy.engine.messages import Action, Input, LookupDone, NoSa, Tick, Trapped, TunnelDown, UnknownSpi
+from oepy.engine.messages import Action, Input, LookupDone, Named, NoSa, Tick, Trapped, TunnelDown, UnknownSpi
 from oepy.errors import OepyError
 from oepy.ike.endpoint import IkeEndpoint
 from oepy.ike.events import Datagram, IkeKeys
@@ -35,6 +36,7 @@ from oepy.policy import PolicyTable
 TRAFFIC_SECONDS = 10.0  # between two looks at what came in
 RESTART_FIRST, RESTART_LONGEST = 2.0, 30.0  # seconds before the datapath process is started again
 MAX_WAITING_STEPS = 10_000  # behind a step that waits; beyond it datagrams are lost, and IKE sends them again
+MAX_AHEAD = 50  # destinations a second that are asked for before a packet goes there
 LOOKUP_SECONDS = 12.0  # the DNS room bounds itself; this is the belt to its braces
 
 
@@ -65,6 +67,8 @@ class Core:
         self.manual = ManualKeying(NoBackend())
         self.engine = Engine(engine_settings(policy, insecure_keys, block, self._manual_policy))
         self.steps = Steps(self._internal_error)
+        self.names = LearnedNames()
+        self._ahead_since, self._ahead = float("-inf"), 0
         self._timer: asyncio.TimerHandle | None = None
         self._datapath_since = float("-inf")  # when it was restarted last
         self._tasks: set[asyncio.Task[None]] = set()
@@ -190,7 +194,8 @@ class Core:
     async def _look_up(self, destination: IpAddress) -> None:
         try:
             async with asyncio.timeout(LOOKUP_SECONDS):
-                answer = await self.keys.peer_keys(destination)
+                names = self.names.of(destination, self.given.monotonic())
+                answer = await self.keys.peer_keys(destination, names)
         except TimeoutError:
             answer = Unreachable(str(destination), "", 0, "the lookup took too long", LOOKUP_SECONDS)
         self.feed(LookupDone(destination, answer))
@@ -220,6 +225,24 @@ class Core:
         self.feed(engine_messages.Counters(counters))
 
     # ------------------------------------------------------------ from the rooms
+
+    def on_name(self, name: str, addresses: tuple[IpAddress, ...], ttl: int) -> None:
+        """This host was told that a name leads there."""
+        now = self.given.monotonic()
+        if now - self._ahead_since >= 1.0:
+            self._ahead_since, self._ahead = now, 0
+        for address in addresses:
+            if (
+                address.is_loopback
+                or address.is_multicast
+                or address.is_unspecified
+                or self.given.is_own(address)
+            ):
+                continue
+            self.names.learn(address, name, ttl, now)
+            self._ahead += 1
+            if self._ahead <= MAX_AHEAD:
+                self.feed(Named(address, name))
 
     def on_trapped(self, group: PolicyGroup, flow: Flow) -> None:
         self.feed(Trapped(group, flow, self.policy.match(flow).prefix))

@@ -7,16 +7,18 @@ import errno
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from oepy.config import Config
+from oepy.configfile import RESOLV_CONF, system_resolvers
 from oepy.daemon.addresses import own_addresses
 from oepy.daemon.datapaths import choose
 from oepy.daemon.forecast import key_source
 from oepy.daemon.own import OwnRecords
 from oepy.daemon.traps import choose_trap
+from oepy.dns.transport import DNS_PORT
 from oepy.errors import OepyError
 from oepy.interfaces import KeySource
 from oepy.keys import HostKey, describe, fingerprint
@@ -50,6 +52,7 @@ def examine(config: Config) -> list[Finding]:
         *_ports(),
         *_key(config),
         *asyncio.run(_names(config)),
+        *judge_relay(config.relay, system_resolvers()),
         *_guard(),
     ]
 
@@ -176,6 +179,21 @@ def judge_resolver(resolvers: str, answer: KeyAnswer) -> Finding:
             "name a resolver that passes DNSSEC records on in dns.resolvers: with this one no key is believed"
         )
     return Finding("DNSSEC", "bad", f"{text} ({answer.reason})", mend)
+
+
+def judge_relay(relay: tuple[IpAddress, int] | None, asked: Sequence[IpAddress]) -> Iterator[Finding]:
+    """`asked`: the resolvers of this host's programs."""
+    if relay is None:
+        return
+    address, port = relay
+    if port == DNS_PORT and asked[:1] == (address,):
+        yield Finding("relay", "good", f"programs ask {address} first")
+    elif port == DNS_PORT:
+        text = f"nothing is learned from names: programs ask {', '.join(map(str, asked)) or 'nobody'}"
+        yield Finding("relay", "warning", text, f"put `nameserver {address}` first in {RESOLV_CONF}")
+    else:
+        text = f"it listens at port {port}, where resolv.conf cannot lead"
+        yield Finding("relay", "warning", text, f"let your local resolver forward to {address}, port {port}")
 
 
 async def _own_records(config: Config, source: KeySource, subjects: list[IpAddress | str]) -> list[Finding]:

@@ -58,4 +58,4 @@ def key_source(config: Config) -> KeySource:
         negative_trust_anchors=config.negative_trust_anchors,
         mark=MARK_OWN,
     )
-    return make_key_source(validator)
+    return make_key_source(validator, config.trusted_names)

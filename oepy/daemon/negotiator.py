@@ -23,14 +23,16 @@ from oepy.errors import KeyFormatError
 from oepy.ike import events as ike
 from oepy.ike.authentication import sign_auth
 from oepy.ike.endpoint import IkeEndpoint, SessionInfo
-from oepy.ike.settings import Initiate
+from oepy.ike.settings import Initiate, Retransmission
 from oepy.keys import HostKey
-from oepy.model import IKE_PORT, Endpoint, IpAddress, TrafficSelector
+from oepy.model import IKE_PORT, Authenticated, Endpoint, IpAddress, TrafficSelector
 
 _FAILURES = {
     ike.FailureKind.SILENT: Failure.SILENT,
     ike.FailureKind.PROOF_FAILED: Failure.PROOF_FAILED,
 }
+# Whoever owns a zone can let a name lead anywhere: packets to there must not be held for long
+BY_NAME = Retransmission(total=3.0)
 MAX_CONTACTED = 100_000
 MAX_QUESTIONS = 4096  # running DNS questions of responders
 ADMISSION_SECONDS = 20.0  # for all lookups of one offer; IKE waits for 30
@@ -130,6 +132,8 @@ class Negotiator:
                 remote_keys=action.keys,
                 own_auth="null" if own.state == "absent" else "pubkey",
                 initial_contact=gateway not in self._contacted,
+                retransmission=BY_NAME if action.by_name else None,
+                authenticated_by="name" if action.by_name else "dns",
             ),
             now,
         )
@@ -345,7 +349,11 @@ class Negotiator:
             self._ports.report("offer-refused", peer=str(event.remote.address), reason=admission.refusal)
             self._answer(event.token, ike.Refused(admission.refusal))
         else:
-            self._answer(event.token, ike.Narrowed(admission.local_ts, admission.remote_ts))
+            authenticated = Authenticated.NAME if admission.by_name else None
+            self._answer(
+                event.token,
+                ike.Narrowed(admission.local_ts, admission.remote_ts, authenticated=authenticated),
+            )
         self.pump()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:

@@ -28,6 +28,7 @@ from oepy.daemon.journal import Event, Journal
 from oepy.daemon.manual import ManualKeying, open_backend
 from oepy.daemon.traps import choose_trap, open_trap
 from oepy.datapath.routes import TUNNEL_MTU
+from oepy.dns.relay import Relay
 from oepy.engine import messages as engine_messages
 from oepy.errors import ConfigError, OepyError, UsageError
 from oepy.ike.events import Datagram
@@ -36,10 +37,7 @@ from oepy.interfaces import TrapPolicy
 from oepy.keylog import KeyLog
 from oepy.keys import HostKey, fingerprint
 from oepy.manual.model import ManualSet
-from oepy.model import (
-    IpAddress,
-    PeerIdentity,
-)
+from oepy.model import MARK_OWN, IpAddress, PeerIdentity
 from oepy.policy import PolicyTable
 from oepy.udp import UdpSocket, open_ike_sockets
 
@@ -51,7 +49,7 @@ KEEP_BLOCKED_HINT = "lift it with `oepy guard remove`"
 
 _FIXED = (
     *("identity", "key", "resolvers", "trust_anchors", "negative_trust_anchors"),
-    *("datapath", "trap", "device", "socket", "key_log"),
+    *("datapath", "trap", "device", "socket", "key_log", "relay", "trusted_names"),
 )
 
 
@@ -74,6 +72,7 @@ class Daemon(Core):
         self.ready = False
         self._lock: IO[str] | None = None
         self._control: ControlServer | None = None
+        self._relay: Relay | None = None
 
     # ------------------------------------------------------------ life
 
@@ -118,6 +117,9 @@ class Daemon(Core):
             asyncio.get_running_loop().add_reader(sock.fileno(), self._ike_readable, sock)
         self._control = ControlServer(ControlApi(self), self.config.socket)
         await self._control.start()
+        if self.config.relay is not None:
+            self._relay = Relay(*self.config.relay, self.config.resolvers, MARK_OWN, self.on_name)
+            await self._relay.start()
         self.trap.start(self._trap_policy(self.config), self.on_trapped)
         self.journal.add(
             "started",
@@ -128,6 +130,17 @@ class Daemon(Core):
         )
         self._spawn(self._learn_own_records())
         self._spawn(self.watch_traffic())
+
+    def relay_view(self) -> dict[str, object] | None:
+        """The DNS relay at a glance, None where there is none."""
+        if self._relay is None or self.config.relay is None:
+            return None
+        address, port = self.config.relay
+        return {
+            "listens": f"{address}@{port}",
+            "addresses_known": len(self.names),
+            "counts": dict(self._relay.counters),
+        }
 
     def _take_lock(self) -> None:
         path = self.config.socket.with_suffix(".lock")
@@ -238,6 +251,8 @@ class Daemon(Core):
             for sock in self._all_sockets():
                 asyncio.get_running_loop().remove_reader(sock.fileno())
             self.sockets.close()
+        if self._relay is not None:
+            await self._relay.stop()
         if self._control is not None:
             await self._control.stop()
         if self._lock is not None:

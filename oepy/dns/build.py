@@ -15,6 +15,7 @@ import dns.name
 
 from oepy.configfile import RESOLV_CONF, system_resolvers
 from oepy.dns.anchors import TrustAnchors
+from oepy.dns.claims import NamedKeySource
 from oepy.dns.peers import DnsKeySource
 from oepy.dns.transport import DNS_PORT, UdpTransport
 from oepy.dns.validator import Validator
@@ -53,9 +54,11 @@ def default_resolvers(path: Path = RESOLV_CONF) -> tuple[IpAddress, ...]:
     return system_resolvers(path) or (ip_address("127.0.0.1"),)
 
 
-def make_key_source(validator: Validator) -> DnsKeySource:
-    """The daemon's `KeySource`; records of equal precedence come in random order."""
-    return DnsKeySource(validator, random.SystemRandom().shuffle)
+def make_key_source(validator: Validator, trusted_names: Sequence[str] = ()) -> NamedKeySource:
+    """The daemon's `KeySource`; records of equal precedence come in random order. `trusted_names` are zones whose
+    names speak for the addresses they lead to."""
+    source = DnsKeySource(validator, random.SystemRandom().shuffle)
+    return NamedKeySource(source, validator, [dns.name.from_text(zone) for zone in trusted_names])
 
 
 def parse_time(text: str) -> int:

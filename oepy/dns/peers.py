@@ -281,7 +281,7 @@ class _Search:
                 self._found.failed.append(outcome)
                 self._found.note(f"{label}: gateway {name}: {outcome.reason}")
         holding = [outcome for outcome in usable if outcome.rdatas]
-        addresses = tuple(_addresses_in(holding))[:MAX_GATEWAYS]
+        addresses = tuple(addresses_in(holding))[:MAX_GATEWAYS]
         if not addresses:
             if len(usable) == len(outcomes):
                 self._found.note(f"{label}: gateway {name} has no usable address")
@@ -417,7 +417,7 @@ def _is_reachable(address: IpAddress) -> bool:
     return address != IPv4Address("255.255.255.255")
 
 
-def _addresses_in(outcomes: Iterable[Outcome]) -> Iterable[IpAddress]:
+def addresses_in(outcomes: Iterable[Outcome]) -> Iterable[IpAddress]:
     for outcome in outcomes:
         for rdata in outcome.rdatas:
             if isinstance(rdata, dns.rdtypes.IN.A.A | dns.rdtypes.IN.AAAA.AAAA):

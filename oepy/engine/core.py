@@ -24,6 +24,7 @@ from oepy.engine.messages import (
     Install,
     InstallFailed,
     LookupDone,
+    Named,
     NegotiationFailed,
     NoSa,
     OutboundReady,
@@ -55,6 +56,9 @@ from oepy.model import (
     Secure,
     Verdict,
 )
+
+_RANKS = {Authenticated.NULL: 0, Authenticated.NAME: 1}
+MAX_NAMES = 8  # of one destination that are remembered
 
 _FAILURE_CAUSE = {
     Failure.SILENT: Cause.IKE_SILENT,
@@ -96,6 +100,7 @@ class Engine:
         self._unknown_spi_at: dict[IpAddress, float] = {}
         self._handlers: dict[type, Callable[..., Iterator[Action]]] = {
             Trapped: self._trapped,
+            Named: self._named,
             LookupDone: self._lookup_done,
             NegotiationFailed: self._negotiation_failed,
             TunnelUp: self._tunnel_up,
@@ -132,20 +137,21 @@ class Engine:
         group, prefix = self.settings.group_of(peer)
         if group not in table.RESPONDS:
             return f"policy group {group.value} ({prefix}) does not answer"
-        if authenticated is not Authenticated.NULL:
+        if authenticated.proves_address:
             return ""
+        what = "AUTH NULL" if authenticated is Authenticated.NULL else "a key by name alone"
         if group not in table.RESPONDS_TO_NULL:
-            return f"policy group {group.value} ({prefix}) wants an authenticated peer, not AUTH NULL"
+            return f"policy group {group.value} ({prefix}) wants an authenticated peer, not {what}"
         if PolicyGroup.PRIVATE in self.settings.possible(peer):
             # All groups share the address's tunnel
-            return "a port of this peer is in the group private, which wants proof; AUTH NULL does not count"
+            return f"a port of this peer is in the group private, which wants proof; {what} does not count"
         entry = self.entries.get((group, peer))
         if entry is None:
             return ""
         if isinstance(entry.answer, (Secure, Bogus)):
-            return "the peer publishes a key and must prove it; AUTH NULL does not count"
-        if entry.tunnels and entry.authenticated is not Authenticated.NULL:
-            return "a NULL peer never replaces an authenticated SA"
+            return f"the peer publishes a key and must prove it; {what} does not count"
+        if entry.tunnels and entry.authenticated and _rank(entry.authenticated) > _rank(authenticated):
+            return f"{what} never replaces an authenticated SA"
         return ""
 
     # ------------------------------------------------------------ packets and lookups
@@ -232,13 +238,41 @@ class Engine:
                     "questions": answer.questions,
                 },
             )
-            usable = self._usable_keys(answer)
-            if usable:
-                entry.candidates = candidates_of(usable, entry.source)
+            self._choose(entry, answer, now)
             if entry.candidates:
                 yield from self._next_gateway(entry, now)
             else:
                 yield from self._settle(entry, cause_of(answer), answer.reason, now)
+
+    def _choose(self, entry: Entry, answer: KeyAnswer, now: float) -> None:
+        """The gateways to try: of the records that speak for the address, else (where the alternative is the
+        clear) of names that claim it."""
+        usable = self._usable_keys(answer)
+        entry.by_name = not usable
+        if not usable and not self._wants_proof(entry):
+            if now >= entry.refused_until:
+                entry.refused = frozenset()
+            usable = tuple(record for record in answer.claims if record.key not in entry.refused)
+        entry.candidates = candidates_of(usable, entry.source)
+
+    def _named(self, message: Named, now: float) -> Iterator[Action]:
+        """Ask before the first packet comes. What was decided without this name is looked at again."""
+        group, prefix = self.settings.group_of(message.destination)
+        if group not in table.INITIATES:
+            return
+        entry = self.entries.get((group, message.destination))
+        if entry is None:
+            if len(self.entries) >= table.MAX_ENTRIES // 2:  # the other half is for packets
+                return
+            entry = self._new_entry((group, message.destination), prefix, now)
+            entry.wanted = False
+        if message.name in entry.names:
+            return
+        entry.names = (*entry.names[-MAX_NAMES + 1 :], message.name)
+        without_key = entry.state is State.CLEAR and not isinstance(entry.answer, (Secure, Bogus))
+        if entry.state is State.NEW or (without_key and not self._wants_proof(entry)):
+            yield Report("named", {"peer": str(entry.destination), "subject": message.name})
+            yield from self._look_up(entry, now)
 
     def _usable_keys(self, answer: KeyAnswer) -> tuple[PeerKey, ...]:
         if isinstance(answer, Secure):
@@ -267,7 +301,9 @@ class Engine:
                 "keys": len(candidate.keys),
             },
         )
-        yield StartIke(entry.attempt, entry.destination, candidate.gateway, candidate.keys, entry.source)
+        yield StartIke(
+            entry.attempt, entry.destination, candidate.gateway, candidate.keys, entry.source, entry.by_name
+        )
 
     def _new_attempt(self, entry: Entry) -> int:
         attempt = self._next_attempt
@@ -290,13 +326,26 @@ class Engine:
         yield Report(
             "ike-failed",
             {"peer": str(entry.destination), "failure": message.failure.name.lower(), "reason": message.text},
-            alert=message.failure is Failure.PROOF_FAILED,
+            alert=message.failure is Failure.PROOF_FAILED and not entry.by_name,
         )
         if entry.tried < len(entry.candidates):
             yield from self._next_gateway(entry, now)
             return
-        assert isinstance(entry.worst, Failure)
-        yield from self._settle(entry, _FAILURE_CAUSE[entry.worst], message.text, now)
+        yield from self._settle_failed(entry, message.text, now)
+
+    def _settle_failed(self, entry: Entry, detail: str, now: float) -> Iterator[Action]:
+        """No gateway gave a tunnel. Where only names claimed the address it is as if they had not: else whoever
+        owns any zone could close an address to us."""
+        worst = entry.worst if isinstance(entry.worst, Failure) else Failure.SILENT
+        cause = _FAILURE_CAUSE[worst]
+        if entry.by_name and entry.answer is not None:
+            keys = {key for candidate in entry.candidates for key in candidate.keys}
+            entry.refused, entry.refused_until = entry.refused | keys, now + table.CLAIM_REFUSED
+            cause = cause_of(entry.answer)
+            detail = (
+                f"{entry.answer.owner} confirms no key, and no name that leads here could be proven: {detail}"
+            )
+        yield from self._settle(entry, cause, detail, now)
 
     def _settle(self, entry: Entry, cause: Cause, detail: str, now: float) -> Iterator[Action]:
         """The end of a lookup or negotiation that gave no tunnel: the table decides."""
@@ -339,9 +388,9 @@ class Engine:
             yield CloseTunnel(pair.spi_in, "no policy group wants this tunnel")
             return
         if any(_is_stronger(entry, pair) for entry in entries):
-            yield CloseTunnel(pair.spi_in, "a NULL peer never replaces an authenticated SA")
+            yield CloseTunnel(pair.spi_in, "a less certain peer never replaces an authenticated SA")
             return
-        if pair.authenticated is Authenticated.NULL and any(self._wants_proof(e) for e in entries):
+        if not pair.authenticated.proves_address and any(self._wants_proof(e) for e in entries):
             # A reload came between the offer and the tunnel
             yield CloseTunnel(pair.spi_in, "the group private wants an authenticated peer")
             return
@@ -517,14 +566,17 @@ class Engine:
     def _cover(self, entry: Entry, answer: KeyAnswer, _now: float) -> Iterator[Action]:
         """Negotiate for the further source, with the first gateway only: the destination is reachable."""
         source, entry.uncovered = entry.uncovered, None
-        candidates = candidates_of(self._usable_keys(answer), source)
+        keys = self._usable_keys(answer)
+        by_name = not keys and entry.authenticated is Authenticated.NAME
+        candidates = candidates_of(answer.claims if by_name else keys, source)
         if entry.state is not State.PRIVATE or not candidates:
             return
         attempt = self._new_attempt(entry)
         yield Report(
             "negotiate", {"peer": str(entry.destination), "reason": f"no tunnel for source {source}"}
         )
-        yield StartIke(attempt, entry.destination, candidates[0].gateway, candidates[0].keys, source)
+        first = candidates[0]
+        yield StartIke(attempt, entry.destination, first.gateway, first.keys, source, by_name)
 
     # ------------------------------------------------------------ aging
 
@@ -578,8 +630,7 @@ class Engine:
                 self._by_attempt.pop(entry.attempt, None)
                 yield CancelIke(entry.attempt)
                 entry.attempt = 0
-            worst = entry.worst if isinstance(entry.worst, Failure) else Failure.SILENT
-            yield from self._settle(entry, _FAILURE_CAUSE[worst], "negotiation took too long", now)
+            yield from self._settle_failed(entry, "negotiation took too long", now)
         elif entry.state is State.NEW:
             del self.entries[entry.key]
         else:
@@ -631,7 +682,8 @@ class Engine:
             group, prefix = self.settings.group_of(entry.destination)
             if group is entry.group:
                 entry.prefix = prefix
-            unproven = entry.authenticated is Authenticated.NULL and self._wants_proof(entry)
+            held = entry.authenticated
+            unproven = held is not None and not held.proves_address and self._wants_proof(entry)
             if entry.group in self.settings.possible(entry.destination) and not unproven:
                 continue
             spis = [tunnel.spi_in for tunnel in entry.tunnels]
@@ -648,6 +700,10 @@ class Engine:
 
 
 def _is_stronger(entry: Entry, pair: SaPair) -> bool:
-    """Whether the entry's tunnel is authenticated and the new pair isn't."""
+    """Whether the peer of the entry's tunnel is more certain than that of the new pair."""
     held = entry.authenticated
-    return pair.authenticated is Authenticated.NULL and held is not None and held is not Authenticated.NULL
+    return held is not None and _rank(held) > _rank(pair.authenticated)
+
+
+def _rank(authenticated: Authenticated) -> int:
+    return _RANKS.get(authenticated, 2)

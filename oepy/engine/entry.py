@@ -61,6 +61,10 @@ class Entry:
     answer: KeyAnswer | None = None
     answered_at: float = 0.0
     candidates: list[Candidate] = field(default_factory=list)
+    by_name: bool = False  # the candidates' keys are claims
+    names: tuple[str, ...] = ()  # that have caused a lookup already
+    refused: frozenset[PublicKey] = frozenset()  # claimed keys that the address could not prove ...
+    refused_until: float = 0.0  # ... and are not tried before then
     tried: int = 0
     attempt: int = 0  # of the running negotiation, 0 for none
     failures: int = 0  # in a row

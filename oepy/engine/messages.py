@@ -29,6 +29,14 @@ class Trapped:
 
 
 @dataclass(frozen=True, slots=True)
+class Named:
+    """This host has asked for a name and been told this address: a packet may be about to follow."""
+
+    destination: IpAddress
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class LookupDone:
     destination: IpAddress
     answer: KeyAnswer
@@ -143,6 +151,7 @@ class Tick:
 
 Input = (
     Trapped
+    | Named
     | LookupDone
     | NegotiationFailed
     | TunnelUp
@@ -177,6 +186,7 @@ class StartIke:
     gateway: IpAddress
     keys: tuple[PublicKey, ...]
     source: IpAddress | None  # the trapped packet's source where it is ours to protect
+    by_name: bool = False  # the keys are claims (`KeyAnswer.claims`)
 
 
 @dataclass(frozen=True, slots=True)

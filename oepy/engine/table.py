@@ -25,6 +25,7 @@ IDLE_NEXT_CHECK = 1200.0
 IDLE_RECENT = 30.0  # used within this many seconds: kept
 PRIVATE_REFRESH = 60.0  # the kernel's element for a private destination is renewed this often ...
 PRIVATE_ELEMENT_LIFE = 150.0  # ... and lives this long, so that a dead daemon's elements go away
+CLAIM_REFUSED = 3600.0  # seconds for which a claimed key that could not be proven is not tried again
 UNKNOWN_SPI_INTERVAL = 10.0  # seconds between two negotiations caused by unknown SPIs of one peer
 LONGEST_LIFE = 86_400.0
 SHORTEST_LIFE = 5.0

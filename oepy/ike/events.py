@@ -101,6 +101,7 @@ class Narrowed:
     remote_ts: tuple[TrafficSelector, ...]
     offers: tuple[Offer, ...] | None = None
     connection: str = ""
+    authenticated: Authenticated | None = None  # how certain the peer is, where it is less than its proof
 
 
 @dataclass(frozen=True, slots=True)

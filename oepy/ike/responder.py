@@ -310,6 +310,7 @@ def ask_narrowing(session: Session, message: Message, rekey_of: int | None) -> Q
     if not usable or not within(answer.local_ts, tsr) or not within(answer.remote_ts, tsi):
         raise ChildRefused(NotifyType.TS_UNACCEPTABLE, "nothing of the proposed selectors is allowed")
     session.connection = answer.connection
+    session.authenticated = answer.authenticated or session.authenticated
     return answer
 
 

@@ -93,6 +93,6 @@ class Initiate:
     esp_offers: tuple[Offer, ...] | None = None
     initial_contact: bool = True
     retransmission: Retransmission | None = None
-    authenticated_by: str = "dns"  # how remote_keys were learnt: dns | manual
+    authenticated_by: str = "dns"  # how remote_keys were learnt: dns | name | manual
     connection: str = ""
     label: str = ""

@@ -73,6 +73,8 @@ class LabHost:
     key_log: Path | None = None
     datapath: str = "auto"
     trap: str = "auto"
+    identity: str | None = None
+    dns: dict[str, Any] = field(default_factory=dict)  # besides resolvers and anchors
     process: subprocess.Popen[Any] | None = None
 
     @property
@@ -90,8 +92,8 @@ class LabHost:
         import yaml
 
         config: dict[str, Any] = {
-            "identity": {"key": str(self.directory / "host.key")},
-            "dns": {"resolvers": [NS_V4], "trust_anchors": [str(self.anchors)]},
+            "identity": {"key": str(self.directory / "host.key"), "id": self.identity},
+            "dns": {"resolvers": [NS_V4], "trust_anchors": [str(self.anchors)], **self.dns},
             "policy": self.policy,
             "control": {"socket": str(self.directory / "oepy.sock")},
             "datapath": self.datapath,

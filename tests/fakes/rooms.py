@@ -84,9 +84,11 @@ class FakeKeys:
     def __init__(self, answers: dict[str, KeyAnswer]) -> None:
         self.answers = answers
         self.asked: list[str] = []
+        self.names: list[tuple[str, ...]] = []
 
-    async def peer_keys(self, subject: IpAddress | str) -> KeyAnswer:
+    async def peer_keys(self, subject: IpAddress | str, names: Sequence[str] = ()) -> KeyAnswer:
         self.asked.append(str(subject))
+        self.names.append(tuple(names))
         return self.answers.get(str(subject), Absent(str(subject), "owner.", 60))
 
     def forget(self, subject: IpAddress | str | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 
@@ -13,7 +14,17 @@ from oepy.ike.events import Datagram
 from oepy.ike.settings import IkeSettings
 from oepy.interfaces import PolicyRule
 from oepy.keys import HostKey
-from oepy.model import Flow, GatewayType, IpAddress, KeyAnswer, PeerKey, PolicyGroup, PublicKey, Secure
+from oepy.model import (
+    Flow,
+    GatewayType,
+    IpAddress,
+    KeyAnswer,
+    PeerIdentity,
+    PeerKey,
+    PolicyGroup,
+    PublicKey,
+    Secure,
+)
 from oepy.policy import PolicyTable
 from tests.fakes.rooms import FakeDatapath, FakeKeys, FakeTrap
 
@@ -64,6 +75,8 @@ class Host:
         self.answers = answers
         self.group = group
         self.rules = rules
+        self.identity: str | None = None
+        self.make_keys: Callable[[], FakeKeys] = lambda: FakeKeys(self.answers)
         self.start()
 
     def start(self) -> None:
@@ -80,14 +93,16 @@ class Host:
         )
         self.core.wire(
             Surroundings(
-                keys=FakeKeys(self.answers),
+                keys=self.make_keys(),
                 trap=self.trap,
                 datapath=self.datapath,
                 send=self.router.send,
                 monotonic=asyncio.get_running_loop().time,
                 host_key=self.key,
-                identity=None,
-                ike_settings=IkeSettings(force_encap=True),
+                identity=self.identity,
+                ike_settings=IkeSettings(
+                    identity=PeerIdentity.parse(self.identity) if self.identity else None, force_encap=True
+                ),
                 random=dice.randbytes,
                 is_own=lambda address: address == self.address,
                 source_towards=lambda _: self.address,

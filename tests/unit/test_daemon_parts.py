@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from collections.abc import Sequence
 from ipaddress import ip_address
 
 import pytest
@@ -49,7 +50,7 @@ class FakeKeys:
         self.answers = answers
         self.asked: list[str] = []
 
-    async def peer_keys(self, subject: IpAddress | str) -> KeyAnswer:
+    async def peer_keys(self, subject: IpAddress | str, names: Sequence[str] = ()) -> KeyAnswer:
         self.asked.append(str(subject))
         return self.answers.get(str(subject), Absent(str(subject), "owner.", 60))
 
