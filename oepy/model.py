@@ -401,6 +401,9 @@ class SaPair:
     peer: PeerIdentity
     encap: bool = True
     mode: str = "tunnel"
+    natted: bool = (
+        False  # transport mode through a NAT: checksums inside are of other addresses (RFC 3948 §3.1.2)
+    )
     protocol: str = "esp"
     replay_window: int = 1024
     lifetime: Lifetime = Lifetime()

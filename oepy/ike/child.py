@@ -35,6 +35,7 @@ class ChildSa:
         "installed_at",
         "label",
         "local_ts",
+        "mode",
         "offers",
         "peer_rekey",
         "rekey_at",
@@ -55,8 +56,6 @@ class ChildSa:
         *,
         local_ts: tuple[TrafficSelector, ...],
         remote_ts: tuple[TrafficSelector, ...],
-        offers: tuple[Offer, ...] | None,
-        connection: str,
         initiator: bool,
     ) -> None:
         self.spi_in = spi_in
@@ -64,9 +63,11 @@ class ChildSa:
         self.suite = suite
         self.local_ts = local_ts
         self.remote_ts = remote_ts
-        self.offers = offers
-        self.connection = connection
         self.initiator = initiator
+        self.offers: tuple[Offer, ...] | None = None  # for rekeys; None: the settings'
+        self.connection = ""
+        self.label = ""
+        self.mode = "tunnel"
         self.aggregation: Aggregation | None = None
         self.installed_at = 0.0
         self.rekey_at = float("inf")
@@ -77,6 +78,11 @@ class ChildSa:
         self.usable = True  # we may send on it
         self.peer_rekey = b""
         """Of the peer's rekey, from the moment that it is being served: the lower of its two nonces."""
+
+    def inherit(self, old: ChildSa) -> None:
+        """What a rekey does not negotiate anew. RFC 9347 §5.1: it says nothing of aggregation."""
+        self.offers, self.connection, self.label = old.offers, old.connection, old.label
+        self.aggregation = old.aggregation
 
     def same_selectors(self, other: ChildSa) -> bool:
         return set(self.local_ts) == set(other.local_ts) and set(self.remote_ts) == set(other.remote_ts)
@@ -118,11 +124,11 @@ def install(
     assert session.identity is not None
     assert session.authenticated is not None
     context = session.context
-    lifetimes = context.settings.lifetimes
+    lifetimes = session.settings.lifetimes
     first, second = derive_child_keys(session.suite.prf, session.sk_d, child.suite, shared, nonces)
     keys_out, keys_in = (first, second) if child.initiator else (second, first)
     child.installed_at = context.now
-    child.rekey_at = context.now + context.jitter(lifetimes.child_rekey)
+    child.rekey_at = context.now + context.jitter(lifetimes.child_rekey, lifetimes.jitter)
     child.expires_at = context.now + lifetimes.child_hard
     child.usable = outbound
     session.children[child.spi_in] = child
@@ -141,6 +147,8 @@ def install(
         authenticated=session.authenticated,
         peer=session.identity,
         encap=session.encap,
+        mode=child.mode,
+        natted=child.mode == "transport" and (session.nat_local or session.nat_remote),
         lifetime=Lifetime(
             soft_seconds=child.rekey_at - context.now,
             hard_seconds=lifetimes.child_hard,
@@ -155,7 +163,7 @@ def install(
         super_packets=child.aggregation is not None and child.aggregation.super_packets,
     )
     context.counters["children"] += 1
-    context.emit(ChildUp(session.number, pair, child.initiator, replaces, outbound, session.label))
+    context.emit(ChildUp(session.number, pair, child.initiator, replaces, outbound, child.label))
 
 
 __all__ = ["PROTOCOL_ESP", "ChildSa", "install", "read_selectors", "spi_of", "within"]

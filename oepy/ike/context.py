@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from oepy.ike.session import Session
 
 HalfOpenKey = tuple[Endpoint, bytes]
+SettingsFor = Callable[[Endpoint, Endpoint], IkeSettings]
 
 
 def prefix_of(address: IpAddress) -> IpNetwork:
@@ -31,8 +32,11 @@ def prefix_of(address: IpAddress) -> IpNetwork:
 class Context:
     """`now` is set at every entry into the endpoint and is the same for all that one call causes."""
 
-    def __init__(self, settings: IkeSettings, random: Callable[[int], bytes]) -> None:
+    def __init__(
+        self, settings: IkeSettings, random: Callable[[int], bytes], settings_for: SettingsFor | None = None
+    ) -> None:
         self.settings = settings
+        self.settings_for: SettingsFor = settings_for or (lambda _, __: settings)
         self.random = random
         self.now = 0.0
         self.counters: Counter[str] = Counter()
@@ -78,10 +82,9 @@ class Context:
         self.events.append(replace(question, token=self._next_token))
         return self._next_token
 
-    def jitter(self, seconds: float) -> float:
-        """`seconds`, shortened by a random part of the settings' jitter."""
-        fraction = int.from_bytes(self.random(2), "big") / 65536.0
-        return seconds * (1.0 - self.settings.lifetimes.jitter * fraction)
+    def jitter(self, seconds: float, part: float) -> float:
+        """`seconds`, shortened by a random part of the fraction `part`."""
+        return seconds * (1.0 - part * int.from_bytes(self.random(2), "big") / 65536.0)
 
     # ---- tables ----
 

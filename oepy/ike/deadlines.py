@@ -13,7 +13,7 @@ NEVER = float("inf")
 
 
 def next_deadline(session: Session) -> float:
-    settings, lifetimes = session.context.settings, session.context.settings.lifetimes
+    settings, lifetimes = session.settings, session.settings.lifetimes
     deadline = NEVER
     if session.window.outstanding is not None:
         deadline = min(session.window.outstanding.next_at, session.window.outstanding.give_up_at)

@@ -29,8 +29,10 @@ def _others(session: Session) -> Iterator[Session]:
 
 
 def _children_alike(one: Session, two: Session) -> bool:
-    return one.connection == two.connection and any(
-        mine.same_selectors(theirs) for mine in one.children.values() for theirs in two.children.values()
+    return any(
+        mine.connection == theirs.connection and mine.same_selectors(theirs)
+        for mine in one.children.values()
+        for theirs in two.children.values()
     )
 
 
@@ -68,11 +70,7 @@ def remaining_child(session: Session, gone: ChildSa) -> int | None:
     candidates = [session, *sorted(_others(session), key=rank)]
     for candidate in candidates:
         for child in candidate.children.values():
-            if (
-                child.same_selectors(gone)
-                and not child.deleting
-                and candidate.connection == session.connection
-            ):
+            if child.same_selectors(gone) and not child.deleting and child.connection == gone.connection:
                 return child.spi_in
     return None
 

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from oepy.errors import MisuseError, ParseError
-from oepy.ike.context import Context
-from oepy.ike.events import ChildUsable, Datagram, DownReason, IkeEvent
+from oepy.ike.child_request import create_child, report_failure
+from oepy.ike.context import Context, SettingsFor
+from oepy.ike.events import ChildUsable, Datagram, DownReason, FailureKind, IkeEvent
 from oepy.ike.header import (
     FLAG_RESPONSE,
     FLAG_VERSION,
@@ -36,7 +37,7 @@ from oepy.ike.payloads import notify as notify_payload
 from oepy.ike.payloads import parse_chain
 from oepy.ike.responder import receive_init
 from oepy.ike.session import Session
-from oepy.ike.settings import IkeSettings, Initiate
+from oepy.ike.settings import ChildRequest, IkeSettings, Initiate
 from oepy.ike.states import State
 from oepy.model import Authenticated, Endpoint, EspSuite, PeerIdentity, TrafficSelector
 
@@ -86,10 +87,20 @@ class SessionInfo:
 
 
 class IkeEndpoint:
-    """`random(n)` gives n unpredictable bytes. One endpoint serves all local addresses and both ports."""
+    """`random(n)` gives n unpredictable bytes. One endpoint serves all local addresses and both ports.
 
-    def __init__(self, settings: IkeSettings, random: Callable[[int], bytes]) -> None:
-        self._context = Context(settings, random)
+    `settings_for(local, remote)` says with which settings a peer that begins is answered (a connection's);
+    without it, and for all bounds of the endpoint as such, `settings` count. It must not fail, and be quick:
+    anybody can have it called.
+    """
+
+    def __init__(
+        self,
+        settings: IkeSettings,
+        random: Callable[[int], bytes],
+        settings_for: SettingsFor | None = None,
+    ) -> None:
+        self._context = Context(settings, random, settings_for)
         self._informed_at = 0.0
         self._informed = 0
 
@@ -194,13 +205,29 @@ class IkeEndpoint:
             raise MisuseError("a child SA needs traffic selectors on both sides")
         context = self._context
         context.now = now
-        session = Session(context, context.new_number(), request.local, request.remote, initiator=True)
+        session = Session(
+            *(context, context.new_number(), request.local, request.remote),
+            initiator=True,
+            settings=request.settings,
+        )
         session.label = request.label
         session.connection = request.connection
         session.retransmission = request.retransmission
         session.start("initiate", lambda it: initiate(it, request))
         session.reschedule()
         return session.number
+
+    def create_child(self, session: int, request: ChildRequest, now: float) -> None:
+        """A further child SA of an established IKE SA: ChildUp or ChildFailed follows (see there)."""
+        if not request.local_ts or not request.remote_ts:
+            raise MisuseError("a child SA needs traffic selectors on both sides")
+        self._context.now = now
+        problem = "there is no such IKE SA"
+        for found in self._with_number(session, now):
+            begun = found.start("create-child", lambda it: create_child(it, request))
+            problem = "" if begun else "too many exchanges of this IKE SA are waiting"
+        if problem:
+            report_failure(self._context, session, request, FailureKind.LOCAL, problem)
 
     def _with_child(self, spi_in: int, now: float) -> Iterator[Session]:
         self._context.now = now

@@ -10,6 +10,7 @@ import enum
 from dataclasses import dataclass
 
 from oepy.ike.algorithms import Offer
+from oepy.ike.settings import IkeSettings
 from oepy.model import (
     Authenticated,
     Endpoint,
@@ -91,17 +92,24 @@ class NeedNarrowing(Question):
     local_ts: tuple[TrafficSelector, ...]  # as the peer proposes them for our side
     remote_ts: tuple[TrafficSelector, ...]
     rekey_of: int | None
+    mode: str = "tunnel"  # transport: with the addresses that packets have here (RFC 7296 §2.23.1)
 
 
 @dataclass(frozen=True, slots=True)
 class Narrowed:
-    """Selectors must be within the proposed ones. `offers` None: the settings'."""
+    """Selectors must be within the proposed ones. `offers` None: the settings'. `mode` "transport" counts only
+    where the peer asked for it; "tunnel" refuses it (and, through a NAT, is asked about once more, with the
+    selectors as proposed). `label` goes into ChildUp, `settings` replace the session's: its lifetimes and so on
+    from now on. A rekey keeps offers, connection and label of the child that it replaces."""
 
     local_ts: tuple[TrafficSelector, ...]
     remote_ts: tuple[TrafficSelector, ...]
     offers: tuple[Offer, ...] | None = None
     connection: str = ""
     authenticated: Authenticated | None = None  # how certain the peer is, where it is less than its proof
+    mode: str = "tunnel"
+    label: str = ""
+    settings: IkeSettings | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +202,19 @@ class FailureKind(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class ChildFailed(IkeEvent):
+    """A child of `IkeEndpoint.create_child` comes to nothing; the session stays. `notify` is the peer's word:
+    after TEMPORARY_FAILURE try again in a while. Where the session ends first, its SessionDown stands for all
+    children that were asked for."""
+
+    kind: FailureKind  # REJECTED by the peer, LOCAL: not even asked for
+    notify: str
+    text: str
+    connection: str
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
 class SessionFailed(IkeEvent):
     """A session that never came to a child SA ends. As a responder one hears of it from IKE_AUTH on only."""
 
@@ -231,6 +252,7 @@ class IkeKeys(IkeEvent):
 
 __all__ = [
     "ChildDown",
+    "ChildFailed",
     "ChildUp",
     "ChildUsable",
     "Datagram",

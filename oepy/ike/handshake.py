@@ -82,7 +82,7 @@ def nat_hash(spi_i: bytes, spi_r: bytes, endpoint: Endpoint) -> bytes:
 def common_notifies(session: Session, spi_r: bytes) -> list[Payload]:
     """NAT detection, hash algorithms and fragmentation, which both IKE_SA_INIT messages carry."""
     source = nat_hash(session.spi_i, spi_r, session.local)
-    if session.context.settings.force_encap:
+    if session.settings.force_encap:
         # a source that cannot be: the peer then sees a NAT, and both encapsulate ESP in UDP
         source = bytes(byte ^ 0xFF for byte in source)
     return [
@@ -99,7 +99,7 @@ def read_common_notifies(session: Session, handshake: Handshake, message: Messag
     if sources and ours is not None:
         session.nat_remote = nat_hash(session.spi_i, spi_r, session.remote) not in sources
         session.nat_local = nat_hash(session.spi_i, spi_r, session.local) != ours.data
-        session.encap = session.nat_local or session.nat_remote or session.context.settings.force_encap
+        session.encap = session.nat_local or session.nat_remote or session.settings.force_encap
     hashes = message.notify(NotifyType.SIGNATURE_HASH_ALGORITHMS)
     if hashes is not None:
         data = hashes.data[: 2 * MAX_PEER_HASHES]
@@ -128,9 +128,11 @@ def establish(session: Session) -> None:
         session.half_open_key = None
     session.established_at = context.now
     session.childless_since = context.now
-    session.rekey_at = context.now + context.jitter(context.settings.lifetimes.ike_rekey)
+    session.rekey_at = context.now + context.jitter(
+        session.settings.lifetimes.ike_rekey, session.settings.lifetimes.jitter
+    )
     if session.nat_local:
-        session.keepalive_at = context.now + context.settings.keepalive_interval
+        session.keepalive_at = context.now + session.settings.keepalive_interval
     context.established(session)
     context.counters["established"] += 1
     assert session.identity is not None

@@ -35,7 +35,7 @@ def serve_rekey_ike(session: Session, message: Message) -> PeerSteps:
         return [notify(NotifyType.TEMPORARY_FAILURE)]
     ke = message.must(PayloadType.KE, KeyShareData)
     proposals = message.must(PayloadType.SA, SaPayload).proposals
-    chosen = choose(context.settings.ike_offers, proposals, PROTOCOL_IKE, prefer_group=ke.group)
+    chosen = choose(session.settings.ike_offers, proposals, PROTOCOL_IKE, prefer_group=ke.group)
     if chosen is None or len(chosen.spi) != 8 or chosen.spi == NO_SPI:
         return [notify(NotifyType.NO_PROPOSAL_CHOSEN)]
     wanted = chosen.transforms[TransformType.KE].id
@@ -88,6 +88,7 @@ INHERITED = (
     "nat_remote",
     "own_proof",
     "peer_fragments",
+    "settings",
 )
 
 
@@ -100,7 +101,9 @@ def take_over(old: Session, new: Session) -> None:
     new.created = old.created
     new.established_at = context.now
     new.childless_since = old.childless_since
-    new.rekey_at = context.now + context.jitter(context.settings.lifetimes.ike_rekey)
+    new.rekey_at = context.now + context.jitter(
+        new.settings.lifetimes.ike_rekey, new.settings.lifetimes.jitter
+    )
     new.keepalive_at = old.keepalive_at
     new.candidate_for = None
     old.candidate = None
@@ -131,7 +134,7 @@ def rekey_ike(session: Session) -> OwnSteps:
     context = session.context
     if session.state is not State.ESTABLISHED:
         return
-    offers = context.settings.ike_offers
+    offers = session.settings.ike_offers
     ids = {GROUP_NAMES[t.id]: t.id for offer in offers for t in offer[TransformType.KE]}
     assert session.suite is not None
     group = session.suite.group if session.suite.group in ids else next(iter(ids))
@@ -170,7 +173,7 @@ def rekey_ike(session: Session) -> OwnSteps:
 def _not_rekeyed(session: Session, text: str) -> None:
     session.last_error = text
     session.context.counters["rekeys_refused"] += 1
-    session.rekey_at = session.context.now + session.context.settings.lifetimes.rekey_retry
+    session.rekey_at = session.context.now + session.settings.lifetimes.rekey_retry
     resolve_candidate(session)
 
 

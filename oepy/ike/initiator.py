@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from oepy.errors import ParseError
-from oepy.ike import aggregation
+from oepy.ike import aggregation, transport
 from oepy.ike.algorithms import accepted, esp_suite, ike_suite, to_proposals, without_groups
 from oepy.ike.authentication import AuthMethod, matches, null_auth, psk_auth, verify_auth
 from oepy.ike.child import ChildSa, install, read_selectors, spi_of, within
@@ -65,7 +65,7 @@ def initiate(session: Session, request: Initiate) -> OwnSteps:
 def _init_rounds(session: Session, request: Initiate, handshake: Handshake) -> Steps[Message]:
     """IKE_SA_INIT, again with a cookie or in another group as the peer asks (RFC 7296 §2.6)."""
     context = session.context
-    offers = request.ike_offers or context.settings.ike_offers
+    offers = request.ike_offers or session.settings.ike_offers
     handshake.nonce_i = context.random(NONCE_SIZE)
     group = GROUP_NAMES[offers[0][TransformType.KE][0].id]
     handshake.offers, handshake.share = offers, generate(group, context.random)
@@ -116,7 +116,7 @@ def weigh_init_answer(session: Session, message: Message) -> bool:
         name = notify_name(error.type)
         handshake.refusal = (f"the peer answers IKE_SA_INIT with {name}", name)
         outstanding.give_up_at = min(
-            outstanding.give_up_at, session.context.now + session.context.settings.refusal_patience
+            outstanding.give_up_at, session.context.now + session.settings.refusal_patience
         )
     return False
 
@@ -148,7 +148,6 @@ def _group_id(offers: tuple[Offer, ...], name: str) -> int:
 
 
 def _init_answered(session: Session, handshake: Handshake, answer: Message) -> None:
-    context = session.context
     assert handshake.agreed is not None
     suite, shared = handshake.agreed
     handshake.agreed = handshake.share = None
@@ -160,7 +159,7 @@ def _init_answered(session: Session, handshake: Handshake, answer: Message) -> N
     derive(session, handshake, suite, shared)
     session.move(Happening.INIT_ANSWERED)
     session.window.next_own = 1
-    settings = context.settings
+    settings = session.settings
     if session.encap and session.remote.port == settings.ike_port:
         session.local = Endpoint(session.local.address, settings.nat_t_port)
         session.remote = Endpoint(session.remote.address, settings.nat_t_port)
@@ -169,7 +168,7 @@ def _init_answered(session: Session, handshake: Handshake, answer: Message) -> N
 def own_identity(session: Session, configured: PeerIdentity | None, own_auth: str) -> PeerIdentity:
     if own_auth == "null":
         return PeerIdentity.null()
-    return configured or session.context.settings.identity or PeerIdentity.address(session.local.address)
+    return configured or session.settings.identity or PeerIdentity.address(session.local.address)
 
 
 def own_proof(session: Session, handshake: Handshake, request: Initiate, id_body: bytes) -> Steps[AuthData]:
@@ -195,7 +194,7 @@ def _auth(session: Session, request: Initiate, handshake: Handshake) -> OwnSteps
     spi_in = yield NeedSpi(session.number, 0)
     if not isinstance(spi_in, int):
         raise HandshakeFailed(FailureKind.REFUSED, "the datapath has no SPI to give")
-    offers = tuple(without_groups(offer) for offer in request.esp_offers or context.settings.esp_offers)
+    offers = tuple(without_groups(offer) for offer in request.esp_offers or session.settings.esp_offers)
     id_body = build_id(own_identity(session, request.identity, request.own_auth))
     auth = yield from own_proof(session, handshake, request, id_body)
     payloads: list[Payload] = [(PayloadType.IDI, id_body)]
@@ -209,7 +208,9 @@ def _auth(session: Session, request: Initiate, handshake: Handshake) -> OwnSteps
         (PayloadType.TSI, build_ts(request.local_ts)),
         (PayloadType.TSR, build_ts(request.remote_ts)),
     ]
-    if context.settings.aggregation:
+    payloads += transport.payloads(request.mode)
+    aggregates = session.settings.aggregation and request.mode == transport.TUNNEL
+    if aggregates:
         payloads += aggregation.payloads()
     answer = yield Send(Exchange.IKE_AUTH, payloads)
     error = first_error(answer.chain)
@@ -223,7 +224,7 @@ def _auth(session: Session, request: Initiate, handshake: Handshake) -> OwnSteps
     session.connection = request.connection
     try:
         child = _agreed_child(request, offers, spi_in, answer)
-        child.aggregation = aggregation.agreed_on(answer, asked=context.settings.aggregation)
+        child.aggregation = aggregation.agreed_on(answer, asked=aggregates)
     except ChildRefused as refused:
         # An IKE SA without a child is of no use to us: the peer hears of its end
         kind = FailureKind.REJECTED if error is not None else FailureKind.PROTOCOL
@@ -270,7 +271,7 @@ def _verify_peer(session: Session, request: Initiate, handshake: Handshake, answ
             auth.method,
             auth.data,
             octets,
-            allow_sha1=session.context.settings.allow_sha1,
+            allow_sha1=session.settings.allow_sha1,
         )
         if session.key is not None:
             proven = Authenticated(request.authenticated_by)
@@ -304,13 +305,7 @@ def _agreed_child(request: Initiate, offers: tuple[Offer, ...], spi_in: int, ans
     tsi, tsr = read_selectors(answer)
     if not within(tsi, request.local_ts) or not within(tsr, request.remote_ts):
         raise ChildRefused(NotifyType.TS_UNACCEPTABLE, "the peer widened the traffic selectors")
-    return ChildSa(
-        spi_in,
-        spi_of(chosen),
-        esp_suite(chosen),
-        local_ts=tsi,
-        remote_ts=tsr,
-        offers=request.esp_offers,
-        connection=request.connection,
-        initiator=True,
-    )
+    child = ChildSa(spi_in, spi_of(chosen), esp_suite(chosen), local_ts=tsi, remote_ts=tsr, initiator=True)
+    child.mode = transport.agreed_on(answer, request.mode, required=request.transport_required)
+    child.offers, child.connection, child.label = request.esp_offers, request.connection, request.label
+    return child

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from oepy.ike.child_exchange import rekey_child
+from oepy.ike.child_request import rekey_child
 from oepy.ike.events import Datagram, DownReason, FailureKind
 from oepy.ike.header import Exchange
 from oepy.ike.ike_rekey import rekey_ike
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def handle_timer(session: Session) -> None:
-    now, settings = session.context.now, session.context.settings
+    now, settings = session.context.now, session.settings
     outstanding = session.window.outstanding
     if outstanding is not None and outstanding.due(now):
         if outstanding.exhausted(now):
@@ -69,7 +69,7 @@ def _silent(session: Session) -> None:
 
 
 def live_timers(session: Session) -> None:
-    now, settings = session.context.now, session.context.settings
+    now, settings = session.context.now, session.settings
     if session.state is State.REPLACED and now >= session.childless_since + settings.replaced_lifetime:
         session.end(DownReason.REKEYED)  # the peer forgot to delete it
         return

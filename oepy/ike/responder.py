@@ -3,9 +3,10 @@ is checked."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from oepy.ike import aggregation, rules
+from oepy.ike import aggregation, rules, transport
 from oepy.ike.algorithms import choose, esp_suite, ike_suite, without_groups
 from oepy.ike.authentication import AuthMethod, matches, null_auth, psk_auth, verify_auth
 from oepy.ike.child import ChildSa, install, read_selectors, spi_of, within
@@ -48,17 +49,17 @@ from oepy.ike.payloads import (
 from oepy.ike.session import Session
 from oepy.ike.states import Happening
 from oepy.ike.window import digest
-from oepy.model import Authenticated, Endpoint, PeerIdentity, PublicKey, Secret
+from oepy.model import Authenticated, Endpoint, PeerIdentity, PublicKey, Secret, TrafficSelector
 
 if TYPE_CHECKING:
-    from oepy.ike.algorithms import Chosen, Offer
+    from oepy.ike.algorithms import Chosen
     from oepy.ike.context import Context
 
 
 def receive_init(context: Context, message: Message, local: Endpoint, remote: Endpoint) -> None:
     """An IKE_SA_INIT request that belongs to no session. Raises ParseError for a malformed one."""
     rules.check(Exchange.IKE_SA_INIT, False, message.chain)
-    settings, header = context.settings, message.header
+    header = message.header
     if header.spi_i in context.by_spi:
         context.counters["reflected"] += 1  # our own request, thrown back: nobody else would draw this SPI
         return
@@ -67,6 +68,7 @@ def receive_init(context: Context, message: Message, local: Endpoint, remote: En
         return
     ke = message.must(PayloadType.KE, KeyShareData)
     proposals = message.must(PayloadType.SA, SaPayload).proposals
+    settings = context.settings_for(local, remote)
     chosen = choose(settings.ike_offers, proposals, PROTOCOL_IKE, prefer_group=ke.group)
     if chosen is None:
         context.counters["no_proposal_chosen"] += 1
@@ -81,7 +83,7 @@ def receive_init(context: Context, message: Message, local: Endpoint, remote: En
         return
     share = generate(GROUP_NAMES[wanted], context.random)
     shared = share.shared_secret(ke.data)  # before there is a session: an invalid point costs nothing more
-    session = Session(context, context.new_number(), local, remote, initiator=False)
+    session = Session(context, context.new_number(), local, remote, initiator=False, settings=settings)
     session.spi_peer = header.spi_i
     session.half_open_key = (remote, header.spi_i)
     context.add_half_open(session, session.half_open_key)
@@ -151,13 +153,13 @@ def serve_auth(session: Session, message: Message) -> PeerSteps:
     wanted = asked.identity if asked else None
     psk = yield from _verify_peer(session, handshake, message, idi, wanted)
     refused: ChildRefused | None = None
-    child: tuple[ChildSa, Chosen] | None = None
+    child: tuple[ChildSa, list[Payload]] | None = None
     try:
         child = yield from _child(session, message)
     except ChildRefused as refusal:
         refused = refusal
-    own_auth = "psk" if psk is not None else session.context.settings.own_auth
-    identity = session.context.settings.identity or PeerIdentity.address(session.local.address)
+    own_auth = "psk" if psk is not None else session.settings.own_auth
+    identity = session.settings.identity or PeerIdentity.address(session.local.address)
     if own_auth == "psk" and wanted is not None:
         identity = wanted  # the daemon knew a secret for this very pair of identities
     if session.authenticated is Authenticated.NULL and not handshake.peer_hashes:
@@ -175,7 +177,7 @@ def serve_auth(session: Session, message: Message) -> PeerSteps:
 
         initial_contact(session)
     if child is not None:
-        payloads += child_payloads(child[0], child[1])
+        payloads += child[1]
         if child[0].aggregation is not None:
             payloads += aggregation.payloads()
         install(session, child[0], b"", nonces)
@@ -212,7 +214,7 @@ def _verify_peer(
     assert idi.identity is not None
     if auth.method == AuthMethod.NULL:
         assert handshake.sk_pi is not None
-        if not session.context.settings.allow_null_initiator:
+        if not session.settings.allow_null_initiator:
             raise _refused("peers without authentication are not accepted here")
         if not matches(null_auth(session.suite.prf, handshake.sk_pi, octets), auth.data):
             raise _unproven("AUTH NULL with a wrong value")
@@ -233,7 +235,7 @@ def _verify_peer(
     if not candidates:
         raise _refused(f"no usable key is known of {idi.identity}")
     session.key = verify_auth(
-        candidates, auth.method, auth.data, octets, allow_sha1=session.context.settings.allow_sha1
+        candidates, auth.method, auth.data, octets, allow_sha1=session.settings.allow_sha1
     )
     if session.key is None:
         raise _unproven(f"the proof of {idi.identity} is not by a key that it publishes")
@@ -262,32 +264,66 @@ def _own_proof(
 # ---- the child, in IKE_AUTH and in CREATE_CHILD_SA ------------------------------------------------------
 
 
-def _child(session: Session, message: Message) -> Questions[tuple[ChildSa, Chosen]]:
+def _child(session: Session, message: Message) -> Questions[tuple[ChildSa, list[Payload]]]:
     sa = message.get(PayloadType.SA, SaPayload)
     if sa is None:
         raise ChildRefused(NotifyType.NO_PROPOSAL_CHOSEN, "IKE_AUTH without a child SA")
-    narrowed = yield from ask_narrowing(session, message, None)
-    offers = tuple(without_groups(o) for o in narrowed.offers or session.context.settings.esp_offers)
+    narrowed, selectors = yield from ask_narrowing(session, message, None)
+    offers = tuple(without_groups(o) for o in narrowed.offers or session.settings.esp_offers)
     chosen = choose(offers, sa.proposals, PROTOCOL_ESP)
     if chosen is None:
         raise ChildRefused(NotifyType.NO_PROPOSAL_CHOSEN, "no ESP suite in common")
     child = yield from make_child(session, narrowed, chosen)
-    if session.context.settings.aggregation:
+    if session.settings.aggregation and child.mode == transport.TUNNEL:
         child.aggregation = aggregation.asked_for(message)
-    return child, chosen
+    return child, child_payloads(child, chosen, selectors)
 
 
-def ask_narrowing(session: Session, message: Message, rekey_of: int | None) -> Questions[Narrowed]:
-    """The daemon's word on the peer's selectors. Raises ChildRefused or HandshakeFailed as it decides."""
+Selectors = tuple[TrafficSelector, ...]
+
+
+def ask_narrowing(
+    session: Session, message: Message, old: ChildSa | None
+) -> Questions[tuple[Narrowed, tuple[Selectors, Selectors]]]:
+    """The daemon's word on the peer's selectors, and TSi and TSr for the answer. Raises ChildRefused or
+    HandshakeFailed as it decides."""
     from oepy.ike.duplicates import forbids
 
-    tsi, tsr = read_selectors(message)
-    assert session.identity is not None
-    assert session.authenticated is not None
-    if rekey_of is None and forbids(session, tsi):
+    proposed = read_selectors(message)
+    mode = transport.asked_for(message)
+    if old is not None and mode != old.mode:
+        raise ChildRefused(NotifyType.NO_PROPOSAL_CHOSEN, "a rekey does not change the mode")
+    if old is None and forbids(session, proposed[0]):
         raise ChildRefused(
             NotifyType.TS_UNACCEPTABLE, "an authenticated tunnel with this peer is there already"
         )
+    seen = proposed if mode == transport.TUNNEL else transport.as_seen(session, *proposed)
+    narrowed = yield from _ask_narrowing(session, seen, mode, old)
+    if narrowed.mode != mode and mode == transport.TRANSPORT:
+        if old is not None:
+            narrowed = replace(narrowed, mode=mode)
+        elif seen != proposed:
+            seen = proposed
+            narrowed = yield from _ask_narrowing(session, seen, transport.TUNNEL, old)
+    elif narrowed.mode != mode:
+        narrowed = replace(narrowed, mode=mode)
+    tsi, tsr = (
+        transport.as_proposed(ours, one, two)
+        for ours, one, two in zip((narrowed.remote_ts, narrowed.local_ts), proposed, seen, strict=True)
+    )
+    session.connection = narrowed.connection
+    session.authenticated = narrowed.authenticated or session.authenticated
+    if narrowed.settings is not None:
+        session.settings = narrowed.settings
+    return narrowed, (tsi, tsr)
+
+
+def _ask_narrowing(
+    session: Session, seen: tuple[Selectors, Selectors], mode: str, old: ChildSa | None
+) -> Questions[Narrowed]:
+    assert session.identity is not None
+    assert session.authenticated is not None
+    tsi, tsr = seen
     answer = yield NeedNarrowing(
         session.number,
         0,
@@ -298,7 +334,8 @@ def ask_narrowing(session: Session, message: Message, rekey_of: int | None) -> Q
         session.local,
         tsr,
         tsi,
-        rekey_of,
+        old.spi_in if old else None,
+        mode,
     )
     if isinstance(answer, Refused):
         if answer.peer:
@@ -309,8 +346,6 @@ def ask_narrowing(session: Session, message: Message, rekey_of: int | None) -> Q
     usable = answer.local_ts and answer.remote_ts
     if not usable or not within(answer.local_ts, tsr) or not within(answer.remote_ts, tsi):
         raise ChildRefused(NotifyType.TS_UNACCEPTABLE, "nothing of the proposed selectors is allowed")
-    session.connection = answer.connection
-    session.authenticated = answer.authenticated or session.authenticated
     return answer
 
 
@@ -319,27 +354,26 @@ def make_child(session: Session, narrowed: Narrowed, chosen: Chosen) -> Question
     spi_in = yield NeedSpi(session.number, 0)
     if not isinstance(spi_in, int):
         raise ChildRefused(NotifyType.NO_ADDITIONAL_SAS, "the datapath has no SPI to give")
-    return ChildSa(
+    child = ChildSa(
         spi_in,
         spi_out,
         esp_suite(chosen),
         local_ts=narrowed.local_ts,
         remote_ts=narrowed.remote_ts,
-        offers=narrowed.offers,
-        connection=narrowed.connection,
         initiator=False,
     )
+    child.offers, child.mode = narrowed.offers, narrowed.mode
+    child.connection, child.label = narrowed.connection, narrowed.label or session.label
+    return child
 
 
-def child_payloads(child: ChildSa, chosen: Chosen) -> list[Payload]:
-    """SA, TSi and TSr of the answer: TSi is the exchange initiator's side, the remote one."""
+def child_payloads(child: ChildSa, chosen: Chosen, selectors: tuple[Selectors, Selectors]) -> list[Payload]:
+    """SA, TSi, TSr and USE_TRANSPORT_MODE of the answer: TSi is the exchange initiator's side, the remote one."""
+    tsi, tsr = selectors
     spi = child.spi_in.to_bytes(4, "big")
     return [
         (PayloadType.SA, build_sa(SaPayload((chosen.proposal(PROTOCOL_ESP, spi),)))),
-        (PayloadType.TSI, build_ts(child.remote_ts)),
-        (PayloadType.TSR, build_ts(child.local_ts)),
+        (PayloadType.TSI, build_ts(tsi)),
+        (PayloadType.TSR, build_ts(tsr)),
+        *transport.payloads(child.mode),
     ]
-
-
-def esp_offers(session: Session, child_offers: tuple[Offer, ...] | None) -> tuple[Offer, ...]:
-    return child_offers or session.context.settings.esp_offers

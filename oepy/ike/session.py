@@ -36,7 +36,7 @@ from oepy.ike.message import (
 )
 from oepy.ike.notify import NotifyType, ProtocolError
 from oepy.ike.payloads import Delete, Payload, build_delete, notify
-from oepy.ike.settings import Retransmission
+from oepy.ike.settings import IkeSettings, Retransmission
 from oepy.ike.states import HANDSHAKE, LIVE, NEEDS_EVIDENCE, TRANSITIONS, Happening, State
 from oepy.ike.window import MAX_MESSAGE_ID, Window
 from oepy.model import Authenticated, Endpoint, PeerIdentity, PublicKey
@@ -92,6 +92,7 @@ class Session:
         "remote",
         "retransmission",
         "serving",
+        "settings",
         "sk_d",
         "spi_own",
         "spi_peer",
@@ -112,8 +113,10 @@ class Session:
         *,
         initiator: bool,
         spi: bytes = b"",
+        settings: IkeSettings | None = None,
     ) -> None:
         self.context = context
+        self.settings = settings or context.settings
         self.number = number
         self.initiator = initiator  # the original initiator of this IKE SA
         self.local = local
@@ -189,7 +192,7 @@ class Session:
         self.transmit, self.unprotect = (
             (from_initiator, from_responder) if self.initiator else (from_responder, from_initiator)
         )
-        if self.context.settings.key_log:
+        if self.settings.key_log:
             self.context.emit(
                 IkeKeys(
                     self.number,
@@ -217,7 +220,7 @@ class Session:
         if exchange == Exchange.IKE_SA_INIT:
             return [build_plain(header, payloads)]
         assert self.transmit is not None
-        size = self.context.settings.fragment_size if self.peer_fragments else 0
+        size = self.settings.fragment_size if self.peer_fragments else 0
         return build_sealed(header, payloads, self.transmit, size)
 
     def send(
@@ -231,7 +234,7 @@ class Session:
             self.fail(FailureKind.PROTOCOL, "message IDs are used up")
             return
         datagrams = self.build(want.exchange, self.window.next_own, want.payloads, response=False)
-        settings = self.context.settings
+        settings = self.settings
         if self.state in HANDSHAKE:
             schedule = self.retransmission or settings.handshake
         else:
@@ -363,7 +366,7 @@ class Session:
         self.own = None
         outstanding = self.window.outstanding
         outstanding.next_at = NEVER
-        outstanding.give_up_at = self.context.now + self.context.settings.question_timeout
+        outstanding.give_up_at = self.context.now + self.settings.question_timeout
         self.reschedule()
 
     def _emit_failed(self, kind: FailureKind, text: str, notify_text: str) -> None:

@@ -96,3 +96,20 @@ class Initiate:
     authenticated_by: str = "dns"  # how remote_keys were learnt: dns | name | manual
     connection: str = ""
     label: str = ""
+    settings: IkeSettings | None = None  # None: the endpoint's
+    mode: str = "tunnel"  # of the child: tunnel | transport
+    transport_required: bool = False  # where the peer refuses transport mode: fail, instead of tunnel mode
+
+
+@dataclass(frozen=True, slots=True)
+class ChildRequest:
+    """A further child SA of an established IKE SA. With groups in the offers it has a key exchange of its own,
+    unless the peer wants none. Rekeys ask for the same again."""
+
+    local_ts: tuple[TrafficSelector, ...]
+    remote_ts: tuple[TrafficSelector, ...]
+    offers: tuple[Offer, ...] | None = None  # None: the session's settings'
+    mode: str = "tunnel"  # tunnel | transport
+    transport_required: bool = False  # where the peer refuses transport mode: fail, instead of tunnel mode
+    connection: str = ""
+    label: str = ""

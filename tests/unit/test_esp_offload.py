@@ -22,6 +22,7 @@ from oepy.datapath.esp.offload import (
     parse,
 )
 from oepy.datapath.esp.segment import segments
+from oepy.datapath.esp.transport import TransportHeader
 from oepy.errors import ParseError
 from tests.fakes.network_card import cut, ones_complement_sum, transport_sum, with_checksums
 
@@ -350,3 +351,22 @@ def test_other_packets_pass_at_once() -> None:
     for packet in packets:
         host.coalescer.add(packet, True)
     assert [packet for packet, _ in host.crossings] == packets
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("protocol", [6, 17])
+def test_transport_mode_behind_a_nat_makes_the_checksum_anew(version: int, protocol: int) -> None:
+    """RFC 3948 §3.1.2: the sender's checksum is over other addresses. UDP without one stays without."""
+    network = "192.0.2" if version == 4 else "2001:db8:"
+    addresses = b"".join(ip_address(f"{network}{':' if version == 6 else '.'}{n}").packed for n in (1, 2))
+    header = TransportHeader(version, addresses, natted=True)
+    at = 16 if protocol == 6 else 6
+    for length in (at + 2, 33, 1400):
+        payload = bytes((index * 7 + 1) & 0xFF for index in range(length))
+        assert transport_sum(header.rebuild(payload + b"trailer", protocol, length)) == 0xFFFF
+        none = payload[:at] + bytes(2) + payload[at + 2 :]
+        made = header.rebuild(none, protocol, length)
+        assert (made[-length:] == none) == (protocol == 17)
+    assert header.rebuild(b"short", protocol, 5).endswith(b"short")
+    plain = TransportHeader(version, addresses)
+    assert plain.rebuild(bytes(range(40)), protocol, 40).endswith(bytes(range(40)))

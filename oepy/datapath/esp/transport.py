@@ -1,8 +1,9 @@
 """Transport mode (RFC 4303 §3.1.1) in UDP: the payload travels alone, the receiver makes its IP header anew.
 
 The datapath sees no outer IP header, so the inner one is made of the SA's selectors, which therefore must name
-one address on each side. They are the addresses that the peers know themselves by, so checksums stay right behind
-a NAT too (RFC 3948 §3.1.2). TTL, TOS and flow label do not travel; nor do IP options and extension headers.
+one address on each side. Behind a NAT the sender's checksum is over other addresses: it is made anew, as ESP has
+shown that nothing was changed (RFC 3948 §3.1.2). TTL, TOS and flow label do not travel; nor do IP options and
+extension headers.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-from oepy.datapath.esp.checksum import checksum_of, word_sum
+from oepy.datapath.esp.checksum import checksum_of, pseudo_header, word_sum
 from oepy.datapath.esp.inner import Bytes
 from oepy.errors import OepyError, ParseError
 from oepy.model import SaPair
@@ -21,6 +22,7 @@ _V4 = struct.Struct("!BBHHHBBH8s")
 _V6 = struct.Struct("!IHBB32s")
 # What may not stand directly in ESP: IP in IP would look like tunnel mode, extension headers have been left out
 _REFUSED = frozenset((0, 4, 41, 43, 44, 50, 51, 60, 135))
+_CHECKSUM_AT = {6: 16, 17: 6, 58: 2}  # TCP, UDP, ICMPv6: those whose checksum covers the addresses
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,7 @@ class TransportHeader:
 
     version: int
     addresses: bytes  # remote, local
+    natted: bool = False
 
     @classmethod
     def of(cls, pair: SaPair) -> TransportHeader:
@@ -39,7 +42,8 @@ class TransportHeader:
                 "transport mode needs selectors of one address on each side",
                 "name the two hosts' own addresses, or use tunnel mode",
             )
-        return cls(selectors[0].start.version, selectors[0].start.packed + selectors[1].start.packed)
+        addresses = selectors[0].start.packed + selectors[1].start.packed
+        return cls(selectors[0].start.version, addresses, pair.natted)
 
     @staticmethod
     def split(packet: Bytes) -> tuple[int, int] | None:
@@ -55,6 +59,8 @@ class TransportHeader:
         """The IP packet around the first `end` bytes of `payload`. Raises ParseError."""
         if protocol in _REFUSED or end > 65_515:
             raise ParseError(f"next header {protocol} is not for transport mode")
+        if self.natted:
+            payload, end = self._summed(payload[:end], protocol), min(end, len(payload))
         if self.version == 4:
             header = _V4.pack(
                 *(0x45, 0, 20 + end, 0, _DONT_FRAGMENT, _HOP_LIMIT, protocol, 0, self.addresses)
@@ -62,3 +68,14 @@ class TransportHeader:
             check = checksum_of(word_sum(header)).to_bytes(2, "big")
             return b"".join((header[:10], check, header[12:], payload[:end]))
         return _V6.pack(0x60000000, end, protocol, _HOP_LIMIT, self.addresses) + payload[:end]
+
+    def _summed(self, payload: bytes, protocol: int) -> bytes:
+        """With the checksum that fits our addresses; UDP without one stays without."""
+        at = _CHECKSUM_AT.get(protocol, len(payload))
+        if at + 2 > len(payload) or (protocol == 17 and payload[at : at + 2] == b"\0\0"):
+            return payload
+        bare = payload[:at] + b"\0\0" + payload[at + 2 :]
+        total = checksum_of(word_sum(bare) + pseudo_header(self.addresses, protocol, len(bare)))
+        if protocol == 17:
+            total = total or 0xFFFF  # RFC 768: 0 would mean none
+        return bare[:at] + total.to_bytes(2, "big") + bare[at + 2 :]
