@@ -5,6 +5,7 @@ All mistakes are listed at once, each with its line, its path and the mend. pyda
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from oepy.manual.reading import KeyFiles, Problem, inline_keys
 from oepy.model import IpAddress, PolicyGroup
 from oepy.policy import PROTOCOL_NUMBERS
 from oepy.privatefile import read_private_file
+from oepy.resolvers import Resolver, check_all, parse_resolver
 
 DEFAULT_KEY = Path("/var/lib/oepy/host.key")
 MAX_CONFIG_BYTES = 16 * 1024 * 1024
@@ -37,7 +39,8 @@ class Config:
     source: str
     identity: str | None
     key: Path
-    resolvers: tuple[IpAddress, ...]
+    resolvers: tuple[Resolver, ...]
+    tls_cert_bundle: Path | None
     trust_anchors: tuple[Path, ...]
     negative_trust_anchors: tuple[str, ...]
     insecure_keys: bool
@@ -52,13 +55,6 @@ class Config:
     socket: Path
     key_log: Path | None
     manual: ManualSet = NOTHING
-
-
-def _address(value: object) -> IpAddress:
-    try:
-        return ip_address(str(value))
-    except ValueError:
-        raise ValueError(f"{value!r} is no IP address; write it like 192.0.2.53 or 2001:db8::53") from None
 
 
 def _rule_network(text: str) -> Iterator[tuple[int, int, str]]:
@@ -120,8 +116,9 @@ def _zone(value: object) -> str:
 
 def _relay(value: object) -> str:
     """Raises ValueError."""
-    address, _, port = str(value).partition("@")
-    if not _address(address).is_loopback:
+    host, _, port = str(value).partition("@")
+    address = parse_resolver(host).address
+    if not address.is_loopback:
         raise ValueError(f"{address} is not on loopback, and would serve strangers; write 127.0.0.54")
     if port and not (port.isdigit() and 0 < int(port) < 65536):
         raise ValueError(f"{port!r} is no port; write it like 127.0.0.54@53")
@@ -130,7 +127,7 @@ def _relay(value: object) -> str:
 
 _Relay = Annotated[str, BeforeValidator(_relay)]
 _Zone = Annotated[str, BeforeValidator(_zone)]
-_Address = Annotated[str, BeforeValidator(lambda value: str(_address(value)))]
+_Resolver = Annotated[str, BeforeValidator(lambda value: str(parse_resolver(value)))]
 _Rule = Annotated[str, BeforeValidator(_rule_text)]
 _GroupName = Literal["clear", "clear-or-private", "private-or-clear", "private", "block"]
 
@@ -145,7 +142,8 @@ class _Identity(_Section):
 
 
 class _Dns(_Section):
-    resolvers: list[_Address] | None = None
+    resolvers: list[_Resolver] | None = None
+    tls_cert_bundle: Path | None = None
     trust_anchors: list[Path] = []
     negative_trust_anchors: list[_Zone] = []
     insecure_keys: Literal["ignore", "use"] = "ignore"
@@ -241,15 +239,15 @@ def parse(text: str, source: str = "oepy.yaml") -> Config:
     if model is None or problems:
         raise ConfigError(source, sorted(problems, key=_line_of))
     resolvers = model.dns.resolvers
-    found = system_resolvers() if resolvers is None else tuple(ip_address(text) for text in resolvers)
+    found = tuple(map(Resolver, system_resolvers()) if resolvers is None else map(parse_resolver, resolvers))
     if not found:
         line = lines.get(("dns", "resolvers"), lines.get(("dns",), 1))
         mend = f"none is named here nor in {RESOLV_CONF}; name at least one address"
         raise ConfigError(source, [f"line {line}: dns.resolvers: {mend}"])
     place = _relay_place(model.dns.relay)
-    if place is not None and place[0] in found:
+    if place is not None and place in [(resolver.address, resolver.port) for resolver in found]:
         line = lines.get(("dns", "relay"), 1)
-        mend = f"{place[0]} is one of the resolvers; name those to ask in dns.resolvers, else it asks itself"
+        mend = f"{model.dns.relay} is one of the resolvers; name those to ask in dns.resolvers, else it asks itself"
         raise ConfigError(source, [f"line {line}: dns.relay: {mend}"])
     return _build(model, source, found, manual)
 
@@ -379,13 +377,33 @@ def _cross_checks(data: dict[str, Any], lines: dict[tuple[str | int, ...], int])
                     f"line {lines.get(('policy', 'groups', name, index), 1)}: policy.groups.{name}[{index}]: "
                     f"{text} stands in {owners[rule]} too; keep it in one group"
                 )
-    anchors = data["dns"].get("trust_anchors") if isinstance(data.get("dns"), dict) else None
+    section = data["dns"] if isinstance(data.get("dns"), dict) else {}
+    yield from _check_resolvers(section, lines)
+    anchors = section.get("trust_anchors")
     for index, anchor in enumerate(anchors if isinstance(anchors, list) else []):
         if isinstance(anchor, str) and not Path(anchor).is_file():
             yield (
                 f"line {lines.get(('dns', 'trust_anchors', index), 1)}: dns.trust_anchors[{index}]: "
                 f"no file {anchor}; give a file of DS or DNSKEY records"
             )
+
+
+def _check_resolvers(section: dict[str, Any], lines: dict[tuple[str | int, ...], int]) -> Iterator[str]:
+    texts = section.get("resolvers")
+    parsed = []
+    for text in texts if isinstance(texts, list) else []:
+        with contextlib.suppress(ValueError):  # said elsewhere
+            parsed.append(parse_resolver(text))
+    try:
+        check_all(parsed)
+    except ValueError as error:
+        yield f"line {lines.get(('dns', 'resolvers'), 1)}: dns.resolvers: {error}"
+    bundle = section.get("tls_cert_bundle")
+    if isinstance(bundle, str) and not Path(bundle).is_file():
+        yield (
+            f"line {lines.get(('dns', 'tls_cert_bundle'), 1)}: dns.tls_cert_bundle: no file {bundle}; "
+            "give a PEM file of certificates, or leave it out for the system's"
+        )
 
 
 def _group_lines(data: dict[str, Any]) -> Iterator[tuple[str, int, object]]:
@@ -403,12 +421,13 @@ def _relay_place(text: str | None) -> tuple[IpAddress, int] | None:
     return ip_address(address), int(port or 53)
 
 
-def _build(model: _File, source: str, resolvers: tuple[IpAddress, ...], manual: ManualSet) -> Config:
+def _build(model: _File, source: str, resolvers: tuple[Resolver, ...], manual: ManualSet) -> Config:
     return Config(
         source=source,
         identity=model.identity.id,
         key=model.identity.key,
         resolvers=resolvers,
+        tls_cert_bundle=model.dns.tls_cert_bundle,
         trust_anchors=tuple(model.dns.trust_anchors),
         negative_trust_anchors=tuple(model.dns.negative_trust_anchors),
         insecure_keys=model.dns.insecure_keys == "use",

@@ -17,6 +17,7 @@ from oepy.model import (
     SaPair,
     Verdict,
 )
+from oepy.resolvers import ResolverState
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +111,9 @@ class KeySource(Protocol):
 
     def forget(self, subject: IpAddress | str | None) -> None:
         """Drop what is cached of this peer's records, or (None) everything, validated zone keys included."""
+
+    def resolver_states(self) -> Sequence[ResolverState]:
+        """How the resolvers do, in the order of the configuration. Inside the event loop only."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,10 +31,11 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 
 from oepy.bench.unbound import SECURE, Unbound
 from oepy.dns.anchors import TrustAnchors, parse_anchors
-from oepy.dns.transport import UdpTransport
+from oepy.dns.transport import StubTransport
 from oepy.dns.validator import Validator
 from oepy.errors import OepyError
 from oepy.model import Security
+from oepy.resolvers import Resolver
 
 ALGORITHMS = {"rsa-2048": 8, "p256": 13, "ed25519": 15}
 HOST = "127.0.0.1"
@@ -183,7 +184,7 @@ class _Oepy:
     def __init__(self, port: int, anchor: str) -> None:
         anchors = TrustAnchors.of(parse_anchors(anchor, "bench"))
         self._loop = asyncio.new_event_loop()
-        transport = UdpTransport([ip_address(HOST)], port)
+        transport = StubTransport([Resolver(ip_address(HOST), port)])
         self._validator = Validator(transport, anchors, time.time, time.monotonic)
 
     def one_by_one(self, owners: Iterable[str]) -> None:

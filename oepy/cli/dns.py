@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from oepy.dns.validator import Outcome, Validator
     from oepy.model import IpAddress, KeyAnswer
+    from oepy.resolvers import Resolver
 
 
 def _resolver_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -31,13 +32,20 @@ def _resolver_options(command: Callable[..., None]) -> Callable[..., None]:
             metavar="FILE",
             help="DS or DNSKEY records to trust (default: the configuration's, else the IANA root).",
         ),
+        click.option(
+            "--tls-cert-bundle",
+            "tls_bundle",
+            metavar="FILE",
+            help="Certificates that sign those of resolvers (default: the configuration's, else the system's).",
+        ),
         click.option("--port", type=click.IntRange(1, 65535), default=53, show_default=True),
         click.option(
             "--resolver",
             "resolvers",
             multiple=True,
-            metavar="ADDR",
-            help="Recursive resolver to ask (default: the configuration's, else /etc/resolv.conf).",
+            metavar="ADDR[@PORT][#NAME]",
+            help="Recursive resolver to ask (default: the configuration's, else /etc/resolv.conf). With a name, or "
+            "#pin-sha256=BASE64, over TLS.",
         ),
     ):
         command = option(command)
@@ -61,6 +69,7 @@ def lookup(
     type: str,
     resolvers: tuple[str, ...],
     port: int,
+    tls_bundle: str | None,
     trust_anchors: tuple[str, ...],
     at: str | None,
     as_json: bool,
@@ -72,12 +81,13 @@ def lookup(
     \b
     oepy dns lookup www.example.org AAAA
     oepy dns lookup 192.0.2.10 IPSECKEY --resolver 127.0.0.1 --trust-anchor anchors.key
+    oepy dns lookup www.example.org A --resolver 192.0.2.53@853#dns.example
     oepy dns lookup example.org DNSKEY --at 20260101000000 --json
     """
     owner, rdtype = _owner(name), _type(type)
 
     async def run() -> Outcome:
-        validator = _validator(ctx.obj, resolvers, port, trust_anchors, at)
+        validator = _validator(ctx.obj, resolvers, port, trust_anchors, at, tls_bundle)
         return await validator.lookup(owner, rdtype)
 
     outcome = asyncio.run(run())
@@ -100,6 +110,7 @@ def peer(
     subject: str,
     resolvers: tuple[str, ...],
     port: int,
+    tls_bundle: str | None,
     trust_anchors: tuple[str, ...],
     at: str | None,
     as_json: bool,
@@ -115,7 +126,7 @@ def peer(
     from oepy.dns.build import make_key_source
 
     async def run() -> KeyAnswer:
-        validator = _validator(ctx.obj, resolvers, port, trust_anchors, at)
+        validator = _validator(ctx.obj, resolvers, port, trust_anchors, at, tls_bundle)
         return await make_key_source(validator).peer_keys(subject)
 
     _owner(subject)  # a name that is none is wrong usage, not an absent peer
@@ -137,6 +148,7 @@ def anchors(
     *,
     resolvers: tuple[str, ...],
     port: int,
+    tls_bundle: str | None,
     trust_anchors: tuple[str, ...],
     at: str | None,
     as_json: bool,
@@ -154,7 +166,7 @@ def anchors(
     from oepy.dns.anchorcheck import AnchorState, check_anchors
 
     async def run() -> list[AnchorState]:
-        return await check_anchors(_validator(ctx.obj, resolvers, port, trust_anchors, at))
+        return await check_anchors(_validator(ctx.obj, resolvers, port, trust_anchors, at, tls_bundle))
 
     states = asyncio.run(run())
     if as_json:
@@ -177,13 +189,14 @@ def _validator(
     port: int,
     trust_anchors: tuple[str, ...],
     at: str | None,
+    tls_bundle: str | None = None,
 ) -> Validator:
     from oepy.dns.build import make_validator, parse_time
     from oepy.model import MARK_OWN
 
     return make_validator(
-        [_address(text) for text in resolvers or _configured(config_path, "resolvers")],
-        port=port,
+        _resolvers(config_path, resolvers, port),
+        tls_bundle=_tls_bundle(config_path, tls_bundle),
         trust_anchors=trust_anchors or _configured(config_path, "trust_anchors"),
         negative_trust_anchors=_configured(config_path, "negative_trust_anchors"),
         mark=MARK_OWN,  # a running daemon must not trap the questions of its own administrator
@@ -199,11 +212,28 @@ def _configured(path: str | None, key: str) -> list[str]:
     return [str(item) for item in value] if isinstance(value, list) else []
 
 
+def _resolvers(config_path: str | None, texts: tuple[str, ...], port: int) -> list[Resolver]:
+    """Those named, else the configuration's, else none. Raises UsageError."""
+    from oepy.resolvers import parse_resolver
+
+    try:
+        return [parse_resolver(text, port) for text in texts or _configured(config_path, "resolvers")]
+    except ValueError as error:
+        raise UsageError(f"resolver {error}") from None
+
+
+def _tls_bundle(config_path: str | None, path: str | None) -> str | None:
+    from oepy.configfile import peek
+
+    value = path or peek(config_path, "dns", "tls_cert_bundle")
+    return str(value) if value else None
+
+
 def _address(text: str) -> IpAddress:
     try:
         return ip_address(text)
     except ValueError:
-        raise UsageError(f"resolver {text!r} is no IP address") from None
+        raise UsageError(f"{text!r} is no IP address") from None
 
 
 def _owner(text: str) -> Any:

@@ -158,15 +158,15 @@ def verify(
 
 
 def _finder(config_path: str | None, subject: dict[str, Any]) -> Finder:
-    from oepy.cli.dns import _address, _configured
+    from oepy.cli.dns import _resolvers, _tls_bundle
     from oepy.dns.build import default_resolvers
     from oepy.dns.publishing import Finder
-    from oepy.dns.transport import UdpTransport
+    from oepy.dns.transport import StubTransport
     from oepy.model import MARK_OWN
 
-    resolvers = [_address(text) for text in subject["resolvers"] or _configured(config_path, "resolvers")]
-    transport = UdpTransport(resolvers or default_resolvers(), subject["resolver_port"], MARK_OWN)
-    return Finder(transport, MARK_OWN)
+    resolvers = _resolvers(config_path, subject["resolvers"], subject["resolver_port"])
+    bundle = _tls_bundle(config_path, None)
+    return Finder(StubTransport(resolvers or default_resolvers(), MARK_OWN, tls_bundle=bundle), MARK_OWN)
 
 
 async def _task(

@@ -43,7 +43,8 @@ def status(ctx: click.Context, as_json: bool) -> None:
     for record in data["own_records"]:
         reason = f" ({record['reason']})" if record["reason"] else ""
         click.echo(f"own record {record['subject']}: {record['state']}{reason}")
-    click.echo(f"resolvers  {', '.join(data['resolvers'])}")
+    for state in data["resolver_states"]:
+        click.echo(f"resolver   {_resolver_line(state)}")
     states = ", ".join(f"{count} {coloured(name)}" for name, count in data["destinations"].items())
     click.echo(
         f"now        {states or 'no destinations yet'}; {data['sas']} SAs; {data['held']} packets held"
@@ -52,6 +53,16 @@ def status(ctx: click.Context, as_json: bool) -> None:
         click.echo(f"by hand    {data['manual']['sas']} SAs, {data['manual']['policies']} policies")
     for alert in data["alerts"]:
         click.secho(_event_line(alert), fg="red")
+
+
+def _resolver_line(state: dict[str, Any]) -> str:
+    """One line of `status`."""
+    text = f"{state['resolver']}: {state['state']}, {state['replies']} of {state['questions']} questions answered"
+    if state["round_trip"] is not None:
+        text += f", {state['round_trip']:.1f} ms"
+    if state["reason"]:
+        text += f" ({state['reason']}, for {seconds(state['since'])})"
+    return text
 
 
 @click.command()

@@ -6,6 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from oepy import __version__
@@ -56,7 +57,8 @@ class ControlApi:
             "device": self._daemon.config.device,
             "default_group": self._daemon.config.default_group.value,
             "groups": groups,
-            "resolvers": [str(address) for address in self._daemon.config.resolvers],
+            "resolvers": [str(resolver) for resolver in self._daemon.config.resolvers],
+            "resolver_states": [asdict(state) for state in self._daemon.keys.resolver_states()],
             "relay": self._daemon.relay_view(),
             "key": {
                 "type": describe(self._daemon.host_key.public),

@@ -8,7 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from oepy.config import Config
@@ -18,11 +18,11 @@ from oepy.daemon.datapaths import choose
 from oepy.daemon.forecast import key_source
 from oepy.daemon.own import OwnRecords
 from oepy.daemon.traps import choose_trap
-from oepy.dns.transport import DNS_PORT
 from oepy.errors import OepyError
 from oepy.interfaces import KeySource
 from oepy.keys import HostKey, describe, fingerprint
 from oepy.model import IKE_PORT, NAT_T_PORT, Bogus, IpAddress, KeyAnswer, Unreachable
+from oepy.resolvers import DNS_PORT
 
 _EARLIEST_PLAUSIBLE = 1_767_225_600  # 2026-01-01: a clock before it fails every DNSSEC signature
 
@@ -158,19 +158,23 @@ async def _names(config: Config) -> list[Finding]:
     subjects: list[IpAddress | str] = [config.identity] if config.identity else list(addresses)
     if not subjects:
         return [Finding("addresses", "bad", "this host has no address", "bring the network up")]
-    answer = await source.peer_keys(subjects[0])
-    resolvers = ", ".join(str(address) for address in config.resolvers)
-    findings = [judge_resolver(resolvers, answer)]
+    # Each for itself: a good one beside it would hide one that is dead or strips
+    alone = [key_source(replace(config, resolvers=(resolver,))) for resolver in config.resolvers]
+    answers = await asyncio.gather(*(each.peer_keys(subjects[0]) for each in alone))
+    findings = [
+        judge_resolver(str(who), answer) for who, answer in zip(config.resolvers, answers, strict=True)
+    ]
     return findings + await _own_records(config, source, subjects)
 
 
-def judge_resolver(resolvers: str, answer: KeyAnswer) -> Finding:
+def judge_resolver(resolver: str, answer: KeyAnswer) -> Finding:
     """What the lookup of this host's own name says of the resolver."""
     if isinstance(answer, Unreachable):
-        return Finding(
-            "resolver", "bad", f"{resolvers}: {answer.reason}", "name another resolver in dns.resolvers"
-        )
-    text = f"{resolvers} answers; {answer.owner} is {type(answer).__name__.lower()}"
+        mend = "name another resolver in dns.resolvers"
+        if "TLS: " in answer.reason or "pinned" in answer.reason:
+            mend = "compare the name or pin behind # in dns.resolvers, and dns.tls_cert_bundle, with the server's"
+        return Finding("resolver", "bad", f"{resolver}: {answer.reason}", mend)
+    text = f"{resolver} answers; {answer.owner} is {type(answer).__name__.lower()}"
     if not isinstance(answer, Bogus):
         return Finding("DNSSEC", "good", text)
     mend = "the zone is broken, or somebody forges its answers: try `oepy dns lookup NAME TYPE`"

@@ -54,6 +54,7 @@ def key_source(config: Config) -> KeySource:
 
     validator = make_validator(
         config.resolvers,
+        tls_bundle=str(config.tls_cert_bundle) if config.tls_cert_bundle else None,
         trust_anchors=config.trust_anchors,
         negative_trust_anchors=config.negative_trust_anchors,
         mark=MARK_OWN,

@@ -48,7 +48,7 @@ KEEP_BLOCKED_HINT = "lift it with `oepy guard remove`"
 
 
 _FIXED = (
-    *("identity", "key", "resolvers", "trust_anchors", "negative_trust_anchors"),
+    *("identity", "key", "resolvers", "tls_cert_bundle", "trust_anchors", "negative_trust_anchors"),
     *("datapath", "trap", "device", "socket", "key_log", "relay", "trusted_names"),
 )
 
@@ -118,7 +118,10 @@ class Daemon(Core):
         self._control = ControlServer(ControlApi(self), self.config.socket)
         await self._control.start()
         if self.config.relay is not None:
-            self._relay = Relay(*self.config.relay, self.config.resolvers, MARK_OWN, self.on_name)
+            bundle = str(self.config.tls_cert_bundle) if self.config.tls_cert_bundle else None
+            self._relay = Relay(
+                *self.config.relay, self.config.resolvers, MARK_OWN, self.on_name, tls_bundle=bundle
+            )
             await self._relay.start()
         self.trap.start(self._trap_policy(self.config), self.on_trapped)
         self.journal.add(
@@ -168,7 +171,7 @@ class Daemon(Core):
         return TrapPolicy(
             rules=config.rules,
             default=config.default_group,
-            resolvers=config.resolvers,
+            resolvers=tuple(resolver.address for resolver in config.resolvers),
             tunnel_device=self.chosen.device,
             kernel_ipsec=self.chosen.kernel_ipsec,
             clamp_mtu=TUNNEL_MTU if self.chosen.kernel_ipsec else 0,  # the userland datapath does it itself

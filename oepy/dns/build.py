@@ -17,16 +17,16 @@ from oepy.configfile import RESOLV_CONF, system_resolvers
 from oepy.dns.anchors import TrustAnchors
 from oepy.dns.claims import NamedKeySource
 from oepy.dns.peers import DnsKeySource
-from oepy.dns.transport import DNS_PORT, UdpTransport
+from oepy.dns.transport import StubTransport
 from oepy.dns.validator import Validator
 from oepy.errors import ConfigError, UsageError
-from oepy.model import IpAddress
+from oepy.resolvers import Resolver
 
 
 def make_validator(
-    resolvers: Sequence[IpAddress] = (),
+    resolvers: Sequence[Resolver] = (),
     *,
-    port: int = DNS_PORT,
+    tls_bundle: str | None = None,
     trust_anchors: Sequence[str | os.PathLike[str]] = (),
     negative_trust_anchors: Sequence[str] = (),
     mark: int = 0,
@@ -34,11 +34,12 @@ def make_validator(
 ) -> Validator:
     """A validator on real sockets. Call it inside the event loop that will use it.
 
-    `resolvers` empty means those of /etc/resolv.conf, `trust_anchors` empty the IANA root;
+    `resolvers` empty means those of /etc/resolv.conf, `tls_bundle` None the system's certificates, `trust_anchors`
+    empty the IANA root;
     `negative_trust_anchors` are zones that are not to be checked (RFC 7646); `mark` is the SO_MARK of its
     sockets; `at` fixes the time for signatures (seconds since 1970). Raises ConfigError.
     """
-    transport = UdpTransport(resolvers or default_resolvers(), port, mark)
+    transport = StubTransport(resolvers or default_resolvers(), mark, tls_bundle=tls_bundle)
     clock = time.time if at is None else lambda: float(at)
     try:
         negative = [dns.name.from_text(zone) for zone in negative_trust_anchors]
@@ -49,9 +50,9 @@ def make_validator(
     return Validator(transport, TrustAnchors.load(trust_anchors, negative), clock, time.monotonic)
 
 
-def default_resolvers(path: Path = RESOLV_CONF) -> tuple[IpAddress, ...]:
+def default_resolvers(path: Path = RESOLV_CONF) -> tuple[Resolver, ...]:
     """Those of resolv.conf; 127.0.0.1 where it names none, as the C library does."""
-    return system_resolvers(path) or (ip_address("127.0.0.1"),)
+    return tuple(map(Resolver, system_resolvers(path) or (ip_address("127.0.0.1"),)))
 
 
 def make_key_source(validator: Validator, trusted_names: Sequence[str] = ()) -> NamedKeySource:

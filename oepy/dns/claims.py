@@ -20,6 +20,7 @@ from oepy.dns.names import MAX_NAMES
 from oepy.dns.peers import PEER_SECONDS, DnsKeySource, addresses_in
 from oepy.dns.validator import Validator
 from oepy.model import Bogus, IpAddress, KeyAnswer, PeerKey, Secure, Security
+from oepy.resolvers import ResolverState
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,9 @@ class NamedKeySource:
 
     def forget(self, subject: IpAddress | str | None) -> None:
         self._source.forget(subject)
+
+    def resolver_states(self) -> tuple[ResolverState, ...]:
+        return self._source.resolver_states()
 
     async def peer_keys(self, subject: IpAddress | str, names: Sequence[str] = ()) -> KeyAnswer:
         if isinstance(subject, str) or not names:

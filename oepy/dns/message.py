@@ -7,6 +7,7 @@ the library cannot read, and every IPSECKEY, stays as generic rdata (RFC 3597), 
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -32,6 +33,8 @@ _FLAG_TC = 0x0200
 _FLAG_RD = 0x0100
 _FLAG_CD = 0x0010
 _EDNS_DO = 0x8000
+_EDNS_PADDING = 12
+PADDED_TO = 128
 _IN = dns.rdataclass.IN
 
 NameKey = tuple[bytes, ...]
@@ -48,13 +51,18 @@ def name_key(name: dns.name.Name) -> NameKey:
 class Question:
     name: dns.name.Name
     type: int
+    key: NameKey = field(default=(), init=False, repr=False, compare=False)
     _hash: int = field(default=0, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_hash", hash((name_key(self.name), self.type)))
+        object.__setattr__(self, "key", name_key(self.name))
+        object.__setattr__(self, "_hash", hash((self.key, self.type)))
 
     def __hash__(self) -> int:
         return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Question) and self.type == other.type and self.key == other.key
 
     def __str__(self) -> str:
         return f"{self.name} {dns.rdatatype.to_text(dns.rdatatype.RdataType.make(self.type))}"
@@ -111,8 +119,9 @@ def rcode_text(rcode: int) -> str:
     return dns.rcode.to_text(dns.rcode.Rcode.make(rcode))
 
 
-def build_query(question: Question, identifier: int) -> bytes:
-    """RD, CD and DO set; AD clear, since nobody's word but ours counts."""
+def build_query(question: Question, identifier: int, *, padded: bool = False) -> bytes:
+    """RD, CD and DO set; AD clear, since nobody's word but ours counts. `padded` fills it up to a multiple of 128
+    bytes (RFC 7830, RFC 8467 §4.1), so that its length in a TLS record tells nothing of the name."""
     writer = Writer()
     for word in (identifier, _FLAG_RD | _FLAG_CD, 1, 0, 0, 1):
         writer.push_u16(word)
@@ -123,8 +132,12 @@ def build_query(question: Question, identifier: int) -> bytes:
     writer.push_u16(dns.rdatatype.OPT)
     writer.push_u16(EDNS_PAYLOAD)
     writer.push_u32(_EDNS_DO)  # extended rcode 0, version 0, flags
-    writer.push_u16(0)
-    return writer.finish()
+    if not padded:
+        writer.push_u16(0)
+        return writer.finish()
+    query = writer.finish()
+    padding = -(len(query) + 6) % PADDED_TO
+    return query + struct.pack("!HHH", padding + 4, _EDNS_PADDING, padding) + bytes(padding)
 
 
 def parse_reply(wire: bytes, question: Question, identifier: int) -> Reply:

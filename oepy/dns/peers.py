@@ -47,6 +47,7 @@ from oepy.model import (
     Security,
     Unreachable,
 )
+from oepy.resolvers import ResolverState
 
 MAX_RECORDS = 16  # key records of one peer that are looked at
 MAX_GATEWAY_NAMES = 4
@@ -109,6 +110,9 @@ class DnsKeySource:
         address = _as_address(subject)
         owner = reverse_name(address) if address else dns.name.from_text(str(subject), dns.name.root)
         self._validator.forget(owner, (_IPSECKEY, _TXT))
+
+    def resolver_states(self) -> tuple[ResolverState, ...]:
+        return self._validator.resolver_states()
 
     async def peer_keys(self, subject: IpAddress | str) -> KeyAnswer:
         """By address (its reverse name) or FQDN. Never raises for what DNS does; ends within PEER_SECONDS."""

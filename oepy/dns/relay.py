@@ -16,6 +16,7 @@ from ipaddress import IPv6Address, ip_address
 from typing import Any
 
 import dns.exception
+import dns.message
 import dns.name
 import dns.rcode
 import dns.rdatatype
@@ -23,9 +24,10 @@ import dns.rdtypes.IN.A
 import dns.rdtypes.IN.AAAA
 
 from oepy.dns.message import Question, parse_reply
-from oepy.dns.transport import DNS_PORT
+from oepy.dns.streams import StreamPool, tls_context
 from oepy.errors import OepyError, ParseError
 from oepy.model import IpAddress
+from oepy.resolvers import Resolver
 
 MAX_QUERY = 4096
 MAX_RUNNING = 512  # questions under way; more get no answer, and programs ask again
@@ -46,7 +48,14 @@ class Relay:
     """`on_answer(name, addresses, ttl)` is called for each good answer with addresses; TTL in seconds."""
 
     def __init__(
-        self, listen: IpAddress, port: int, resolvers: Sequence[IpAddress], mark: int, on_answer: OnAnswer
+        self,
+        listen: IpAddress,
+        port: int,
+        resolvers: Sequence[Resolver],
+        mark: int,
+        on_answer: OnAnswer,
+        *,
+        tls_bundle: str | None = None,
     ) -> None:
         self._listen, self._port = listen, port
         self._resolvers = tuple(resolvers)
@@ -56,7 +65,16 @@ class Relay:
         self._preferred = 0
         self._connections = 0
         self.counters: Counter[str] = Counter()
-        self.upstream_port = DNS_PORT
+        self._streams = {
+            resolver: StreamPool(
+                resolver,
+                tls_context(resolver, tls_bundle),
+                lambda resolver=resolver: self._socket(resolver.address, socket.SOCK_STREAM),  # type: ignore[misc]
+                lambda: secrets.randbits(16),
+            )
+            for resolver in self._resolvers
+            if resolver.is_tls
+        }
 
     async def start(self) -> None:
         """Raises OepyError where the address cannot be taken."""
@@ -79,6 +97,8 @@ class Relay:
         asyncio.get_running_loop().remove_reader(self._udp.fileno())
         self._udp.close()
         self._tcp.close()
+        for stream in self._streams.values():
+            stream.close()
         for task in list(self._tasks):
             task.cancel()
         if self._tasks:
@@ -141,31 +161,44 @@ class Relay:
             index = (self._preferred + turn) % len(self._resolvers)
             identifier = secrets.token_bytes(2)  # and a port of the kernel's choice: RFC 5452
             asked = identifier + query[2:]
+            resolver = self._resolvers[index]
             try:
-                async with asyncio.timeout(TCP_SECONDS if over_tcp else seconds):
+                async with asyncio.timeout(TCP_SECONDS if over_tcp or resolver.is_tls else seconds):
                     ask = self._ask_tcp if over_tcp else self._ask_udp
-                    reply = await ask(self._resolvers[index], asked)
-            except (TimeoutError, OSError, asyncio.IncompleteReadError):
+                    reply = await (self._ask_tls if resolver.is_tls else ask)(resolver, asked)
+            except (TimeoutError, OSError, ParseError, asyncio.IncompleteReadError):
                 continue
             self._preferred = index
             self._learn(asked, reply)
+            if resolver.is_tls and not over_tcp and len(reply) > _room_for(query):
+                return _truncated(query, reply)
             return query[:2] + reply[2:]
         self.counters["failed"] += 1
         return _servfail(query)
 
-    async def _ask_udp(self, resolver: IpAddress, asked: bytes) -> bytes:
+    async def _ask_tls(self, resolver: Resolver, asked: bytes) -> bytes:
+        def read(wire: bytes, identifier: int) -> bytes:
+            if not _answers(wire, identifier.to_bytes(2, "big") + asked[2:]):
+                raise ParseError("another question was answered")
+            return asked[:2] + wire[2:]
+
+        pool = self._streams[resolver]
+        reply: bytes = await pool.exchange(lambda number: number.to_bytes(2, "big") + asked[2:], read)
+        return reply
+
+    async def _ask_udp(self, resolver: Resolver, asked: bytes) -> bytes:
         loop = asyncio.get_running_loop()
-        with self._socket(resolver, socket.SOCK_DGRAM) as channel:
-            channel.connect((str(resolver), self.upstream_port))
+        with self._socket(resolver.address, socket.SOCK_DGRAM) as channel:
+            channel.connect((str(resolver.address), resolver.port))
             await loop.sock_sendall(channel, asked)
             while True:
                 reply = await loop.sock_recv(channel, 65_535)
                 if _answers(reply, asked):
                     return reply
 
-    async def _ask_tcp(self, resolver: IpAddress, asked: bytes) -> bytes:
-        with self._socket(resolver, socket.SOCK_STREAM) as channel:
-            await asyncio.get_running_loop().sock_connect(channel, (str(resolver), self.upstream_port))
+    async def _ask_tcp(self, resolver: Resolver, asked: bytes) -> bytes:
+        with self._socket(resolver.address, socket.SOCK_STREAM) as channel:
+            await asyncio.get_running_loop().sock_connect(channel, (str(resolver.address), resolver.port))
             reader, writer = await asyncio.open_connection(sock=channel)
             try:
                 writer.write(len(asked).to_bytes(2, "big") + asked)
@@ -231,6 +264,20 @@ def _question_end(query: bytes) -> int:
     except dns.exception.DNSException:
         return len(query)
     return _HEADER + length + 4
+
+
+def _room_for(query: bytes) -> int:
+    """Octets that the asking program takes over UDP (RFC 6891 §6.2.3)."""
+    try:
+        return max(512, dns.message.from_wire(query).payload)
+    except (dns.exception.DNSException, ValueError):
+        return 512
+
+
+def _truncated(query: bytes, reply: bytes) -> bytes:
+    """Header and question alone, with TC: the program asks again over TCP."""
+    end = _question_end(query)
+    return query[:2] + bytes((reply[2] | 0x02, reply[3])) + b"\0\1" + bytes(6) + query[_HEADER:end]
 
 
 def _servfail(query: bytes) -> bytes:

@@ -1,7 +1,7 @@
-"""Asking the resolver: UDP with a random identifier and port for each question, TCP where it is truncated.
+"""Asking resolvers: UDP with a random identifier and port for each question, TCP where it is truncated, or TLS.
 
-The room has sockets here and in `primary` only. A question ends within `TOTAL_SECONDS`, whatever the
-resolvers do.
+The room has sockets here, in `streams` and in `primary` only. A question ends within `TOTAL_SECONDS`, whatever the
+resolvers do. One that does not answer soon is not given up: the next is asked beside it, the first reply counts.
 """
 
 from __future__ import annotations
@@ -10,25 +10,34 @@ import asyncio
 import errno
 import secrets
 import socket
+import ssl
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import IPv6Address
 from typing import Protocol
 
+import dns.name
 import dns.rcode
+import dns.rdatatype
 
+from oepy.dns.health import Health
 from oepy.dns.message import Question, Reply, build_query, parse_reply
+from oepy.dns.slots import Slots, Ticket, neighbourhood
+from oepy.dns.streams import StreamPool, tls_context
 from oepy.errors import ConfigError, ParseError
-from oepy.model import IpAddress
+from oepy.resolvers import Resolver, ResolverState, check_all
 
-DNS_PORT = 53
-# One try with each resolver in turn; the last try may take what is left of the total.
+# How long a try is waited for before the next begins beside it. It is another resolver's turn then.
 TRY_SECONDS = (0.4, 0.8, 1.6, 3.2)
 TOTAL_SECONDS = 6.0
-TCP_SECONDS = 4.0
+TCP_SECONDS = 4.0  # for one question over TCP or TLS, connecting included
+PROBE_SECONDS = 1.0
 MAX_RESOLVERS = 8
-MAX_CONCURRENT = 256  # sockets open at once; further questions wait within their own time
+MAX_OPEN = 256  # questions on their way at once; further ones wait within their own time
+MAX_NEAR_MISSES = 20  # datagrams with wrong identifiers: somebody guesses, so the question goes over TCP
 _TRY_ANOTHER = frozenset({dns.rcode.SERVFAIL, dns.rcode.REFUSED, dns.rcode.NOTIMP, dns.rcode.FORMERR})
+PROBE = Question(dns.name.root, int(dns.rdatatype.NS))  # every resolver has the answer to it
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,94 +53,113 @@ class Transport(Protocol):
 
     async def ask(self, question: Question) -> Reply | NoReply: ...
 
+    def states(self) -> tuple[ResolverState, ...]:
+        """How the resolvers do; inside the event loop."""
 
-class UdpTransport:
-    """Recursive resolvers over UDP and TCP. `mark` is the SO_MARK of all sockets, 0 for none."""
+
+class StubTransport:
+    """Recursive resolvers over UDP, TCP and TLS. `mark` is the SO_MARK of all sockets, 0 for none; `tls_bundle`
+    a file of certificates that sign those of resolvers with names, None for the system's. Raises ConfigError."""
 
     def __init__(
         self,
-        resolvers: Sequence[IpAddress],
-        port: int = DNS_PORT,
+        resolvers: Sequence[Resolver],
         mark: int = 0,
+        *,
+        tls_bundle: str | None = None,
         random16: Callable[[], int] = lambda: secrets.randbits(16),
     ) -> None:
         if not resolvers:
             raise ConfigError("dns.resolvers", ["no resolver is known: name one"])
-        self._resolvers = tuple(resolvers)[:MAX_RESOLVERS]
-        self._port = port
-        self._mark = mark
-        self._random16 = random16
-        self._slots = asyncio.Semaphore(MAX_CONCURRENT)
-        self._preferred = 0
+        try:
+            check_all(resolvers)
+        except ValueError as error:
+            raise ConfigError("dns.resolvers", [str(error)]) from None
+        self.mark = mark
+        self.random16 = random16
+        self.servers = tuple(_Server(self, each, tls_bundle) for each in resolvers[:MAX_RESOLVERS])
+        self._slots = Slots(MAX_OPEN)
+        self._probes: set[asyncio.Task[None]] = set()
 
     async def ask(self, question: Question) -> Reply | NoReply:
-        """The first useful reply of any resolver; a failing one is asked again only after the others."""
-        reasons: dict[str, None] = {}
-        last: Reply | None = None
+        """The first useful reply of any resolver."""
+        exchange = _Exchange(question, self._in_order())
         try:
-            async with asyncio.timeout(TOTAL_SECONDS), self._slots:
-                for turn, seconds in enumerate(TRY_SECONDS):
-                    index = (self._preferred + turn) % len(self._resolvers)
-                    resolver = self._resolvers[index]
-                    try:
-                        reply = await self._ask_one(resolver, question, seconds)
-                    except (TimeoutError, OSError, ParseError) as error:
-                        reasons[f"{resolver}: {_describe(error)}"] = None
-                        continue
-                    if reply.rcode not in _TRY_ANOTHER:
-                        self._preferred = index
-                        return reply
-                    last = reply
-                    reasons[f"{resolver}: {reply.rcode_text}"] = None
-                    if turn + 1 >= len(self._resolvers):
-                        break  # each said no: silence may pass, a refusal will not within seconds
+            return await exchange.run(self._slots)
+        finally:
+            exchange.close()
+
+    def states(self) -> tuple[ResolverState, ...]:
+        """In the order of the configuration. Called inside the event loop."""
+        now = asyncio.get_running_loop().time()
+        return tuple(server.health.state(now) for server in self.servers)
+
+    def close(self) -> None:
+        """End connections and probes; inside the event loop."""
+        for probe in self._probes:
+            probe.cancel()
+        for server in self.servers:
+            server.streams.close()
+
+    def _in_order(self) -> list[_Server]:
+        """As configured, those with trouble last. Those are probed now and then, at nobody's cost."""
+        if len(self.servers) == 1:
+            return [self.servers[0]]
+        now = asyncio.get_running_loop().time()
+        for server in self.servers:
+            if server.health.wants_probe(now) and not server.is_probed:
+                probe = asyncio.ensure_future(self._probe(server))
+                self._probes.add(probe)
+                probe.add_done_callback(self._probes.discard)
+        return sorted(self.servers, key=lambda server: not server.health.is_good)
+
+    async def _probe(self, server: _Server) -> None:
+        server.is_probed = True
+        exchange = _Exchange(PROBE, [server])
+        reason = f"no answer within {PROBE_SECONDS:g} s"
+        try:
+            async with asyncio.timeout(PROBE_SECONDS):
+                reply = await exchange.run(Slots(1))
+            if isinstance(reply, Reply) and reply.rcode not in _TRY_ANOTHER:
+                return
+            reason = reply.rcode_text if isinstance(reply, Reply) else reply.reason
         except TimeoutError:
-            reasons[f"no answer within {TOTAL_SECONDS:g} s"] = None
-        return last or NoReply(question, "; ".join(reasons))
+            pass
+        finally:
+            exchange.close()
+            server.is_probed = False
+        server.health.probe_failed(asyncio.get_running_loop().time(), reason.removeprefix(f"{server}: "))
 
-    async def _ask_one(self, resolver: IpAddress, question: Question, seconds: float) -> Reply:
-        async with asyncio.timeout(seconds):
-            reply = await self._over_udp(resolver, question)
-        if not reply.truncated:
-            return reply
-        async with asyncio.timeout(TCP_SECONDS):
-            return await self._over_tcp(resolver, question)
 
-    async def _over_udp(self, resolver: IpAddress, question: Question) -> Reply:
-        loop = asyncio.get_running_loop()
-        identifier = self._random16()
-        with self._socket(resolver, socket.SOCK_DGRAM) as channel:
-            # A connected socket takes datagrams of this resolver only, and the kernel picks a random port.
-            channel.connect((str(resolver), self._port))
-            await loop.sock_sendall(channel, build_query(question, identifier))
-            while True:
-                wire = await loop.sock_recv(channel, 65535)
-                try:
-                    return parse_reply(wire, question, identifier)
-                except ParseError:
-                    if wire[:2] == identifier.to_bytes(2, "big"):
-                        raise
-                    # a forged or late datagram: the true one may still come
+class _Server:
+    """One resolver, with its health and its connections."""
 
-    async def _over_tcp(self, resolver: IpAddress, question: Question) -> Reply:
-        loop = asyncio.get_running_loop()
-        identifier = self._random16()
-        with self._socket(resolver, socket.SOCK_STREAM) as channel:
-            await loop.sock_connect(channel, (str(resolver), self._port))
-            query = build_query(question, identifier)
-            await loop.sock_sendall(channel, len(query).to_bytes(2, "big") + query)
-            length = int.from_bytes(await _receive_exactly(channel, 2), "big")
-            reply = parse_reply(await _receive_exactly(channel, length), question, identifier)
-        if reply.truncated:
-            raise ParseError(f"the reply to {question} is truncated over TCP too")
-        return reply
-
-    def _socket(self, resolver: IpAddress, kind: socket.SocketKind) -> socket.socket:
-        family = socket.AF_INET6 if isinstance(resolver, IPv6Address) else socket.AF_INET
-        channel = socket.socket(family, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-        if self._mark:
+    def __init__(self, owner: StubTransport, resolver: Resolver, tls_bundle: str | None) -> None:
+        self._owner = owner
+        self.resolver = resolver
+        self.health = Health(str(resolver))
+        self.is_probed = False
+        context = None
+        if resolver.is_tls:
             try:
-                channel.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, self._mark)
+                context = tls_context(resolver, tls_bundle)
+            except OSError as error:
+                problem = f"{tls_bundle}: {error.strerror or error}; give a PEM file of certificates"
+                raise ConfigError("dns.tls_cert_bundle", [problem]) from None
+        self.streams = StreamPool(resolver, context, lambda: self.socket(socket.SOCK_STREAM), owner.random16)
+
+    def __str__(self) -> str:
+        return str(self.resolver)
+
+    def identifier(self) -> int:
+        return self._owner.random16()
+
+    def socket(self, kind: socket.SocketKind) -> socket.socket:
+        family = socket.AF_INET6 if isinstance(self.resolver.address, IPv6Address) else socket.AF_INET
+        channel = socket.socket(family, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        if self._owner.mark:
+            try:
+                channel.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, self._owner.mark)
             except PermissionError:
                 pass  # commands of ordinary users ask unmarked: only the daemon's own trap needs the mark
             except OSError as error:
@@ -140,21 +168,227 @@ class UdpTransport:
                     raise
         return channel
 
+    async def over_stream(self, question: Question) -> Reply:
+        async with asyncio.timeout(TCP_SECONDS):
+            return await self.streams.ask(question)
+
+
+@dataclass(eq=False, slots=True)
+class _Try:
+    """A question with one resolver: over a datagram socket, a stream, or first the one and then the other."""
+
+    server: _Server
+    sent: float
+    channel: socket.socket | None = None
+    query: bytes = b""
+    near_misses: int = 0
+    stream: asyncio.Task[Reply] | None = None
+    refusal: str = ""  # why this resolver has no answer, once it said so
+
+
+_Result = Reply | Exception
+
+
+@dataclass(eq=False, slots=True)
+class _Exchange:
+    """One question from its first datagram to its end. `servers` in the order of the tries."""
+
+    question: Question
+    servers: list[_Server]
+    _tries: dict[_Server, _Try] = field(default_factory=dict)
+    _results: deque[tuple[_Try, _Result]] = field(default_factory=deque)
+    _wake: asyncio.Future[None] | None = None
+    _evicted: bool = False
+    _last: Reply | None = None
+    _reasons: dict[str, None] = field(default_factory=dict)
+    _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
+
+    async def run(self, slots: Slots) -> Reply | NoReply:
+        end = self._loop.time() + TOTAL_SECONDS
+        ticket = Ticket(neighbourhood(self.question), self._woken, self._evict)
+        try:
+            while patience := slots.enter(ticket, now := self._loop.time()):
+                if now >= end:
+                    return NoReply(self.question, "too many questions at once")
+                await self._wait(min(patience, end - now))
+            return await self._tries_in_turn(end)
+        finally:
+            slots.leave(ticket, self._loop.time())
+
+    async def _tries_in_turn(self, end: float) -> Reply | NoReply:
+        for turn, patience in enumerate(TRY_SECONDS):
+            server = self._next_server(turn)
+            if server is None:
+                break  # each said no: silence may pass, a refusal will not within seconds
+            current = self._send(server)
+            until = min(self._loop.time() + patience, end)
+            while not current.refusal:
+                reply = await self._first_useful(until)
+                if reply is not None:
+                    return reply
+                if self._evicted:
+                    return NoReply(self.question, "gave way to other zones' questions, as it took long")
+                if self._loop.time() >= until:
+                    self._reasons.setdefault(f"{server}: no answer")
+                    server.health.was_silent(until, current.sent)
+                    break
+        return self._last or NoReply(self.question, "; ".join(self._reasons))
+
+    def _next_server(self, turn: int) -> _Server | None:
+        """The next in turn that has not refused."""
+        for step in range(len(self.servers)):
+            server = self.servers[(turn + step) % len(self.servers)]
+            if server not in self._tries or not self._tries[server].refusal:
+                return server
+        return None
+
+    async def _first_useful(self, until: float) -> Reply | None:
+        """A reply that ends the exchange; None at `until`, or where somebody said no."""
+        if not self._results:
+            await self._wait(until - self._loop.time())
+        while self._results:
+            attempt, result = self._results.popleft()
+            health = attempt.server.health
+            now = self._loop.time()
+            if isinstance(result, Reply) and result.rcode not in _TRY_ANOTHER:
+                health.replied(now, now - attempt.sent)
+                for other in self._tries.values():
+                    if other.refusal:  # somebody else knew: is it the zone, or the resolver?
+                        other.server.health.failed(now, other.refusal)
+                return result
+            if isinstance(result, Reply):
+                self._last, attempt.refusal = result, result.rcode_text
+            else:
+                attempt.refusal = _describe(result)
+                health.failed(now, attempt.refusal)
+            self._reasons[f"{attempt.server}: {attempt.refusal}"] = None
+        return None
+
+    async def _wait(self, seconds: float) -> None:
+        """Until something happens, or the time is over."""
+        self._wake = self._loop.create_future()
+        timer = self._loop.call_later(max(seconds, 0.0), self._woken)
+        try:
+            await self._wake
+        finally:
+            timer.cancel()
+            self._wake = None
+
+    def _woken(self) -> None:
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)
+
+    def _evict(self) -> None:
+        self._evicted = True
+        self._woken()
+
+    def _happened(self, attempt: _Try, result: _Result) -> None:
+        self._results.append((attempt, result))
+        self._woken()
+
+    # ---- sending -----------------------------------------------------------------------------------------
+
+    def _send(self, server: _Server) -> _Try:
+        attempt = self._tries.get(server)
+        if attempt is None:
+            server.health.questions += 1
+            attempt = self._tries[server] = _Try(server, self._loop.time())
+            try:
+                if server.resolver.is_tls:
+                    self._start_stream(attempt)
+                else:
+                    self._open(attempt)
+            except OSError as error:
+                self._happened(attempt, error)
+        elif (
+            attempt.channel is not None
+        ):  # the same datagram: a second socket would ease guessing (RFC 5452 §4.5)
+            self._send_datagram(attempt)
+        return attempt
+
+    def _open(self, attempt: _Try) -> None:
+        """A connected socket takes datagrams of this resolver only, and the kernel picks a random port."""
+        resolver = attempt.server.resolver
+        identifier = attempt.server.identifier()
+        attempt.channel = attempt.server.socket(socket.SOCK_DGRAM)
+        attempt.channel.connect((str(resolver.address), resolver.port))
+        attempt.query = build_query(self.question, identifier)
+        self._send_datagram(attempt)
+        self._loop.add_reader(attempt.channel.fileno(), self._readable, attempt, identifier)
+
+    def _send_datagram(self, attempt: _Try) -> None:
+        assert attempt.channel is not None
+        try:
+            attempt.channel.send(attempt.query)
+        except BlockingIOError:
+            pass  # as if lost on the way
+        except OSError as error:
+            self._happened(attempt, error)
+
+    def _readable(self, attempt: _Try, identifier: int) -> None:
+        assert attempt.channel is not None
+        try:
+            wire = attempt.channel.recv(65535)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._end_datagrams(attempt)
+            self._happened(attempt, error)
+            return
+        if wire[:2] != attempt.query[:2]:  # a forged or late datagram: the true one may still come
+            attempt.near_misses += 1
+            if attempt.near_misses >= MAX_NEAR_MISSES:
+                self._end_datagrams(attempt)
+                self._start_stream(attempt)
+            return
+        self._end_datagrams(attempt)
+        try:
+            reply = parse_reply(wire, self.question, identifier)
+        except ParseError as error:
+            self._happened(attempt, error)
+            return
+        if reply.truncated:
+            self._start_stream(attempt)
+        else:
+            self._happened(attempt, reply)
+
+    def _start_stream(self, attempt: _Try) -> None:
+        def done(task: asyncio.Task[Reply]) -> None:
+            if task.cancelled():
+                return
+            error = task.exception()
+            if isinstance(error, OSError | ParseError):  # TimeoutError is an OSError
+                self._happened(attempt, error)
+            elif error is not None:
+                raise error
+            else:
+                self._happened(attempt, task.result())
+
+        attempt.stream = asyncio.ensure_future(attempt.server.over_stream(self.question))
+        attempt.stream.add_done_callback(done)
+
+    # ---- the end -----------------------------------------------------------------------------------------
+
+    def _end_datagrams(self, attempt: _Try) -> None:
+        if attempt.channel is not None:
+            self._loop.remove_reader(attempt.channel.fileno())
+            attempt.channel.close()
+            attempt.channel = None
+
+    def close(self) -> None:
+        for attempt in self._tries.values():
+            self._end_datagrams(attempt)
+            if attempt.stream is not None:
+                attempt.stream.cancel()
+
 
 def _describe(error: BaseException) -> str:
     if isinstance(error, TimeoutError):
         return "no answer"
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"TLS: the certificate does not prove the server ({error.verify_message})"
+    if isinstance(error, ssl.SSLError):
+        return f"TLS: {error.reason or error}"
     if isinstance(error, OSError):
         return error.strerror or str(error)
     return str(error)
-
-
-async def _receive_exactly(channel: socket.socket, count: int) -> bytes:
-    loop = asyncio.get_running_loop()
-    received = bytearray()
-    while len(received) < count:
-        piece = await loop.sock_recv(channel, count - len(received))
-        if not piece:
-            raise ParseError("the resolver closed the connection early")
-        received += piece
-    return bytes(received)

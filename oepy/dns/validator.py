@@ -35,6 +35,7 @@ from oepy.dns.limits import MAX_ALIASES, Budget, LimitExceeded
 from oepy.dns.message import Question, Reply, RRset, rcode_text
 from oepy.dns.transport import NoReply, Transport
 from oepy.model import Security
+from oepy.resolvers import ResolverState
 
 MAX_ANSWERS = 20000
 MAX_PENDING = 5000  # lookups at once; more are refused as unreachable
@@ -95,6 +96,9 @@ class Validator:
     @property
     def anchors(self) -> TrustAnchors:
         return self._shared.anchors
+
+    def resolver_states(self) -> tuple[ResolverState, ...]:
+        return self._shared.transport.states()
 
     def flush(self) -> None:
         """Forget everything that was learned."""

@@ -12,8 +12,9 @@ import dns.name
 import dns.rdatatype
 
 from oepy.dns.anchors import TrustAnchors, parse_anchors
-from oepy.dns.transport import UdpTransport
+from oepy.dns.transport import StubTransport
 from oepy.dns.validator import Outcome, Validator
+from oepy.resolvers import Resolver
 from tests.differential.cases import Case
 from tests.differential.oracles import BOGUS, FAILED, INSECURE, SECURE, Said, Unbound, read_delv, start_delv
 from tests.differential.responder import HOST, Responder
@@ -70,7 +71,7 @@ def _ask_unbound(case: Case, port: int, rdtype: int) -> Said:
 
 async def _ask(case: Case, port: int, rdtype: int) -> Outcome:
     validator = Validator(
-        UdpTransport([ip_address(HOST)], port),
+        StubTransport([Resolver(ip_address(HOST), port)]),
         TrustAnchors.of(parse_anchors("\n".join(case.anchors), case.title)),
         time.time,
         time.monotonic,

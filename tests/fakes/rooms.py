@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from oepy.interfaces import DatapathEvent, TrapPolicy
 from oepy.model import Absent, Flow, IpAddress, KeyAnswer, PolicyGroup, SaCounters, SaPair, Verdict
+from oepy.resolvers import ResolverState
 
 
 class FakeTrap:
@@ -90,6 +91,9 @@ class FakeKeys:
         self.asked.append(str(subject))
         self.names.append(tuple(names))
         return self.answers.get(str(subject), Absent(str(subject), "owner.", 60))
+
+    def resolver_states(self) -> tuple[ResolverState, ...]:
+        return ()
 
     def forget(self, subject: IpAddress | str | None) -> None:
         """Nothing is cached here."""

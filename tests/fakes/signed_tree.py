@@ -26,6 +26,7 @@ from oepy.dns.anchors import TrustAnchors
 from oepy.dns.message import Question, Reply, build_query, parse_reply
 from oepy.dns.transport import NoReply
 from oepy.dns.validator import Validator
+from oepy.resolvers import ResolverState
 
 NOW = 1_800_000_000
 IN = dns.rdataclass.IN
@@ -230,6 +231,9 @@ class SignedTree:
     def validator(self, now: float = NOW, monotonic: Callable[[], float] = lambda: 1000.0) -> Validator:
         self.delegate()
         return Validator(self, self.anchors(), lambda: now, monotonic)
+
+    def states(self) -> tuple[ResolverState, ...]:
+        return ()
 
     async def ask(self, question: Question) -> Reply | NoReply:
         self.asked.append(question)

@@ -42,6 +42,7 @@ from oepy.manual.pairing import pair_up
 from oepy.manual.presenting import policy_mapping, sa_mapping
 from oepy.model import Direction, SaPair, Security
 from oepy.netlink import Frame, parse_frames
+from oepy.resolvers import ResolverState
 from oepy.trap import netlink, queue
 from oepy.trap.packet import parse_flow
 from oepy.xfrm import answers, pieces, requests, values
@@ -220,6 +221,9 @@ class LyingTree:
         self.orders, self.number = orders, 0
         validator = Validator(self, self.tree.anchors(), lambda: NOW, lambda: 1000.0)
         return await validator.lookup(question.name, question.type)
+
+    def states(self) -> tuple[ResolverState, ...]:
+        return ()
 
     async def ask(self, question: Question) -> Reply | NoReply:
         if question not in self.kept:

@@ -27,6 +27,7 @@ from oepy.errors import OepyError
 from oepy.keys import HostKey
 from oepy.lab.nameserver import RESOLVER_IPV4, RESOLVER_IPV6, ExtraHost, LabDns, in_namespace
 from oepy.model import MARK_OWN, Absent, Bogus, GatewayType, Insecure, Secure, Security
+from oepy.resolvers import Resolver
 
 pytestmark = pytest.mark.root
 
@@ -75,7 +76,8 @@ class Lab:
         """Run a coroutine with a fresh validator inside of the namespace."""
 
         async def main() -> Any:
-            return await use(make_validator([resolver], trust_anchors=[self.dns.trust_anchor], mark=MARK_OWN))
+            anchors = [self.dns.trust_anchor]
+            return await use(make_validator([Resolver(resolver)], trust_anchors=anchors, mark=MARK_OWN))
 
         return in_namespace(self.namespace, lambda: asyncio.run(main()))
 

@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from oepy.dns import transport
 from oepy.dns.build import default_resolvers
 from oepy.dns.message import MAX_RECORDS, Question, Reply, build_query, parse_reply
-from oepy.dns.transport import NoReply, UdpTransport
+from oepy.dns.transport import NoReply, StubTransport
 from oepy.errors import ConfigError, ParseError
+from oepy.resolvers import Resolver
 
 QUESTION = Question(dns.name.from_text("www.example."), int(dns.rdatatype.A))
 LOCALHOST = ip_address("127.0.0.1")
@@ -161,7 +162,7 @@ class Server:
 
 
 async def ask(port: int, **options) -> Reply | NoReply:
-    return await UdpTransport([LOCALHOST], port, **options).ask(QUESTION)
+    return await StubTransport([Resolver(LOCALHOST, port)], **options).ask(QUESTION)
 
 
 async def test_a_truncated_reply_is_asked_again_over_tcp():
@@ -218,7 +219,7 @@ async def test_silence_ends_in_time_and_is_told(monkeypatch):
         begun = time.monotonic()
         reply = await ask(port)
     assert isinstance(reply, NoReply)
-    assert "127.0.0.1: no answer" in reply.reason
+    assert f"127.0.0.1@{port}: no answer" in reply.reason
     assert time.monotonic() - begun < 1
     assert len(server.queries) == 2
 
@@ -243,7 +244,7 @@ async def test_the_second_resolver_is_asked_when_the_first_fails(monkeypatch):
                 await loop.sock_sendto(second, reply_to(data).to_wire(), address)
 
             task = asyncio.ensure_future(serve())
-            reply = await UdpTransport([LOCALHOST, other], port).ask(QUESTION)
+            reply = await StubTransport([Resolver(LOCALHOST, port), Resolver(other, port)]).ask(QUESTION)
             await task
         assert isinstance(reply, Reply)
         assert reply.rcode == 0
@@ -269,4 +270,4 @@ def test_resolv_conf(tmp_path):
     assert [str(a) for a in default_resolvers(path)] == ["192.0.2.1", "2001:db8::1"]
     assert [str(a) for a in default_resolvers(tmp_path / "none")] == ["127.0.0.1"]
     with pytest.raises(ConfigError):
-        UdpTransport([])
+        StubTransport([])

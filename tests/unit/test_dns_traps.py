@@ -24,12 +24,13 @@ from oepy.dns.message import Question, Reply, RRset, parse_reply
 from oepy.dns.peers import DnsKeySource
 from oepy.dns.records import IpsecKey, build_ipseckey
 from oepy.dns.signatures import SignatureFailure, usable_keys, verify
-from oepy.dns.transport import NoReply, UdpTransport
+from oepy.dns.transport import NoReply, StubTransport
 from oepy.dns.validator import Outcome
 from oepy.dns.zonemap import reverse_name
 from oepy.errors import ParseError
 from oepy.keys import HostKey
 from oepy.model import Bogus, Secure, Security
+from oepy.resolvers import Resolver
 from tests.fakes.signed_tree import NOW, SignedTree, Zone, name, standard_tree
 from tests.unit.test_dns_transport import LOCALHOST, QUESTION, Server, reply_to
 
@@ -356,7 +357,7 @@ async def _over_tcp(answer) -> Reply | NoReply:
 
         link, _ = await loop.create_datagram_endpoint(Datagrams, ("127.0.0.2", port))
         try:
-            return await UdpTransport([udp_host], port).ask(QUESTION)
+            return await StubTransport([Resolver(udp_host, port)]).ask(QUESTION)
         finally:
             link.close()
             tcp.close()

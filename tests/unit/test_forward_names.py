@@ -7,6 +7,7 @@ import contextlib
 import socket
 from collections.abc import AsyncIterator
 from ipaddress import IPv4Address, ip_address
+from pathlib import Path
 
 import dns.message
 import dns.rcode
@@ -21,6 +22,8 @@ from oepy.dns.peers import DnsKeySource
 from oepy.dns.relay import Relay
 from oepy.errors import ConfigError, OepyError
 from oepy.model import Absent, Bogus, Insecure, KeyAnswer, Secure
+from oepy.resolvers import Resolver
+from tests.fakes.resolver import Authority, FakeResolver, plain
 from tests.fakes.signed_tree import NOW, SignedTree, name
 from tests.unit.test_peers import EC, ED, PEER, by_algorithm, ipseckey
 
@@ -155,7 +158,7 @@ def test_names_are_bounded_and_forgotten() -> None:
 # ---- the relay --------------------------------------------------------------------------------------------
 
 
-class Resolver(asyncio.DatagramProtocol):
+class FakeUpstream(asyncio.DatagramProtocol):
     """Answers every A question with PEER, from a port of its own on loopback, over UDP and TCP."""
 
     def __init__(self) -> None:
@@ -200,15 +203,14 @@ def free_port() -> int:
 
 
 @contextlib.asynccontextmanager
-async def relaying(resolver: Resolver) -> AsyncIterator[tuple[Relay, int, list[tuple[object, ...]]]]:
+async def relaying(resolver: FakeUpstream) -> AsyncIterator[tuple[Relay, int, list[tuple[object, ...]]]]:
     loop = asyncio.get_running_loop()
     upstream, port = free_port(), free_port()
     transport, _ = await loop.create_datagram_endpoint(lambda: resolver, ("127.0.0.1", upstream))
     server = await asyncio.start_server(resolver.serve, "127.0.0.1", upstream)
     learned: list[tuple[object, ...]] = []
     here = ip_address("127.0.0.1")
-    relay = Relay(here, port, [here], 0, lambda *what: learned.append(what))
-    relay.upstream_port = upstream
+    relay = Relay(here, port, [Resolver(here, upstream)], 0, lambda *what: learned.append(what))
     await relay.start()
     try:
         yield relay, port, learned
@@ -228,7 +230,7 @@ async def dig(port: int, query: dns.message.Message, *, over_tcp: bool = False) 
 @pytest.mark.parametrize("over_tcp", [False, True])
 async def test_the_relay_passes_on_and_learns(over_tcp: bool) -> None:
     """The program gets its answer with its own identifier; the resolver sees another; the address is learned."""
-    resolver = Resolver()
+    resolver = FakeUpstream()
     async with relaying(resolver) as (_, port, learned):
         query = dns.message.make_query("www.example.", "A", id=4711)
         reply = await dig(port, query, over_tcp=over_tcp)
@@ -239,7 +241,7 @@ async def test_the_relay_passes_on_and_learns(over_tcp: bool) -> None:
 
 
 async def test_other_types_pass_and_teach_nothing() -> None:
-    async with relaying(Resolver()) as (_, port, learned):
+    async with relaying(FakeUpstream()) as (_, port, learned):
         reply = await dig(port, dns.message.make_query("www.example.", "MX"))
         assert reply.rcode() == dns.rcode.NOERROR
         assert learned == []
@@ -247,7 +249,7 @@ async def test_other_types_pass_and_teach_nothing() -> None:
 
 async def test_truncated_answers_are_asked_again_by_the_program() -> None:
     """The relay passes the TC bit on, and serves the TCP question that follows."""
-    resolver = Resolver()
+    resolver = FakeUpstream()
     resolver.truncate = True
     async with relaying(resolver) as (_, port, learned):
         query = dns.message.make_query("www.example.", "A")
@@ -258,7 +260,7 @@ async def test_truncated_answers_are_asked_again_by_the_program() -> None:
 
 async def test_forged_answers_are_passed_over() -> None:
     """A wrong identifier is not the resolver's."""
-    resolver = Resolver()
+    resolver = FakeUpstream()
     resolver.forge = True
     async with relaying(resolver) as (_, port, learned):
         assert (await dig(port, dns.message.make_query("www.example.", "A"))).answer
@@ -267,7 +269,7 @@ async def test_forged_answers_are_passed_over() -> None:
 
 async def test_a_silent_resolver_ends_in_servfail(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("oepy.dns.relay.TRY_SECONDS", (0.05, 0.05))
-    resolver = Resolver()
+    resolver = FakeUpstream()
     resolver.silent = True
     async with relaying(resolver) as (relay, port, _):
         reply = await dig(port, dns.message.make_query("www.example.", "A"))
@@ -277,7 +279,7 @@ async def test_a_silent_resolver_ends_in_servfail(monkeypatch: pytest.MonkeyPatc
 
 async def test_garbage_costs_a_counter() -> None:
     """Short datagrams, answers instead of questions, a TCP length without a query behind it."""
-    async with relaying(Resolver()) as (relay, port, _):
+    async with relaying(FakeUpstream()) as (relay, port, _):
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
             for garbage in (b"", b"x", bytes(12), bytes(2) + b"\x80" + bytes(40)):
                 sock.sendto(garbage, ("127.0.0.1", port))
@@ -290,11 +292,42 @@ async def test_garbage_costs_a_counter() -> None:
         assert relay.counters["malformed"] == 5
 
 
+async def test_the_relay_asks_resolvers_with_names_over_tls(tmp_path: Path) -> None:
+    """Nothing leaves in the clear; what does not fit into the program's datagram comes over TCP."""
+    authority = Authority(tmp_path)
+    context, _ = authority.server("dns.example")
+    learned: list[tuple[object, ...]] = []
+
+    def large(query: dns.message.Message) -> tuple[float, dns.message.Message]:
+        _, reply = plain(query)
+        text = " ".join(f'"{"x" * 200}"' for _ in range(5))
+        reply.additional.append(dns.rrset.from_text("large.example.", 300, "IN", "TXT", text))
+        return 0.0, reply
+
+    async with FakeResolver(stream=large, tls=context) as server:
+        here, port = ip_address("127.0.0.1"), free_port()
+        relay = Relay(
+            *(here, port, [server.at("dns.example")], 0, lambda *what: learned.append(what)),
+            tls_bundle=str(authority.bundle),
+        )
+        await relay.start()
+        try:
+            query = dns.message.make_query("www.example.", "A", id=4711)
+            assert (await dig(port, query)).flags & 0x0200
+            assert (await dig(port, query, over_tcp=True)).answer
+            roomy = dns.message.make_query("www.example.", "A", use_edns=0, payload=1400)
+            assert (await dig(port, roomy)).answer
+        finally:
+            await relay.stop()
+    assert learned == [("www.example.", (ip_address("192.0.2.1"),), 300)] * 3
+    assert (server.names("udp"), server.connections) == ([], 1)
+
+
 async def test_an_address_in_use_is_told() -> None:
     here = ip_address("127.0.0.1")
-    async with relaying(Resolver()) as (_, port, _):
+    async with relaying(FakeUpstream()) as (_, port, _):
         with pytest.raises(OepyError, match=rf"127\.0\.0\.1@{port}"):
-            await Relay(here, port, [here], 0, lambda *_: None).start()
+            await Relay(here, port, [Resolver(here)], 0, lambda *_: None).start()
 
 
 # ---- configuration and doctor -----------------------------------------------------------------------------
