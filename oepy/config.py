@@ -43,6 +43,8 @@ class Config:
     tls_cert_bundle: Path | None
     trust_anchors: tuple[Path, ...]
     negative_trust_anchors: tuple[str, ...]
+    auto_trust_anchors: Path | None
+    sha1: bool
     insecure_keys: bool
     relay: tuple[IpAddress, int] | None  # loopback address and port
     trusted_names: tuple[str, ...]
@@ -146,6 +148,8 @@ class _Dns(_Section):
     tls_cert_bundle: Path | None = None
     trust_anchors: list[Path] = []
     negative_trust_anchors: list[_Zone] = []
+    auto_trust_anchors: Path | None = None
+    sha1: bool = False
     insecure_keys: Literal["ignore", "use"] = "ignore"
     relay: _Relay | None = None
     trusted_names: list[_Zone] = []
@@ -430,6 +434,8 @@ def _build(model: _File, source: str, resolvers: tuple[Resolver, ...], manual: M
         tls_cert_bundle=model.dns.tls_cert_bundle,
         trust_anchors=tuple(model.dns.trust_anchors),
         negative_trust_anchors=tuple(model.dns.negative_trust_anchors),
+        auto_trust_anchors=model.dns.auto_trust_anchors,
+        sha1=model.dns.sha1,
         insecure_keys=model.dns.insecure_keys == "use",
         relay=_relay_place(model.dns.relay),
         trusted_names=tuple(model.dns.trusted_names),

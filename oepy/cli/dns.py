@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from ipaddress import ip_address
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -163,12 +164,13 @@ def anchors(
     """
     from dataclasses import asdict
 
-    from oepy.dns.anchorcheck import AnchorState, check_anchors
+    from oepy.dns.anchorcheck import AnchorState, check_anchors, untrusted
 
     async def run() -> list[AnchorState]:
         return await check_anchors(_validator(ctx.obj, resolvers, port, trust_anchors, at, tls_bundle))
 
-    states = asyncio.run(run())
+    automatic = None if trust_anchors else _auto_anchors(ctx.obj)
+    states = asyncio.run(run()) + (untrusted(automatic) if automatic else [])
     if as_json:
         click.echo(json.dumps([asdict(state) for state in states], indent=2))
     else:
@@ -191,6 +193,7 @@ def _validator(
     at: str | None,
     tls_bundle: str | None = None,
 ) -> Validator:
+    from oepy.configfile import peek
     from oepy.dns.build import make_validator, parse_time
     from oepy.model import MARK_OWN
 
@@ -199,6 +202,8 @@ def _validator(
         tls_bundle=_tls_bundle(config_path, tls_bundle),
         trust_anchors=trust_anchors or _configured(config_path, "trust_anchors"),
         negative_trust_anchors=_configured(config_path, "negative_trust_anchors"),
+        auto_trust_anchors=None if trust_anchors else _auto_anchors(config_path),
+        sha1=bool(peek(config_path, "dns", "sha1")),
         mark=MARK_OWN,  # a running daemon must not trap the questions of its own administrator
         at=parse_time(at) if at else None,
     )
@@ -220,6 +225,13 @@ def _resolvers(config_path: str | None, texts: tuple[str, ...], port: int) -> li
         return [parse_resolver(text, port) for text in texts or _configured(config_path, "resolvers")]
     except ValueError as error:
         raise UsageError(f"resolver {error}") from None
+
+
+def _auto_anchors(config_path: str | None) -> Path | None:
+    from oepy.configfile import peek
+
+    value = peek(config_path, "dns", "auto_trust_anchors")
+    return Path(str(value)) if value else None
 
 
 def _tls_bundle(config_path: str | None, path: str | None) -> str | None:

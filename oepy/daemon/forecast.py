@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from oepy import config as configuration
 from oepy.config import Config
@@ -13,6 +13,9 @@ from oepy.engine.forecast import STATIC, forecast
 from oepy.interfaces import KeySource
 from oepy.model import MARK_OWN, IpAddress
 from oepy.policy import PolicyTable
+
+if TYPE_CHECKING:
+    from oepy.dns.validator import Validator
 
 
 async def foretell(
@@ -49,14 +52,22 @@ def explain_without_daemon(config_path: str | None, destination: IpAddress) -> d
 
 
 def key_source(config: Config) -> KeySource:
-    """The DNS room as this configuration wants it; its questions carry the daemon's mark."""
-    from oepy.dns.build import make_key_source, make_validator
+    """The DNS room as this configuration wants it."""
+    from oepy.dns.build import make_key_source
 
-    validator = make_validator(
+    return make_key_source(validator(config), config.trusted_names)
+
+
+def validator(config: Config) -> Validator:
+    """Its questions carry the daemon's mark."""
+    from oepy.dns.build import make_validator
+
+    return make_validator(
         config.resolvers,
         tls_bundle=str(config.tls_cert_bundle) if config.tls_cert_bundle else None,
         trust_anchors=config.trust_anchors,
         negative_trust_anchors=config.negative_trust_anchors,
+        auto_trust_anchors=config.auto_trust_anchors,
+        sha1=config.sha1,
         mark=MARK_OWN,
     )
-    return make_key_source(validator, config.trusted_names)

@@ -23,12 +23,14 @@ from oepy.daemon.addresses import own_addresses
 from oepy.daemon.api import ControlApi
 from oepy.daemon.core import Core, Surroundings, engine_settings
 from oepy.daemon.datapaths import open_datapath
-from oepy.daemon.forecast import key_source
+from oepy.daemon.forecast import validator as configured_validator
 from oepy.daemon.journal import Event, Journal
 from oepy.daemon.manual import ManualKeying, open_backend
 from oepy.daemon.traps import choose_trap, open_trap
 from oepy.datapath.routes import TUNNEL_MTU
+from oepy.dns.build import make_anchor_keeper, make_key_source
 from oepy.dns.relay import Relay
+from oepy.dns.validator import Validator
 from oepy.engine import messages as engine_messages
 from oepy.errors import ConfigError, OepyError, UsageError
 from oepy.ike.events import Datagram
@@ -49,6 +51,7 @@ KEEP_BLOCKED_HINT = "lift it with `oepy guard remove`"
 
 _FIXED = (
     *("identity", "key", "resolvers", "tls_cert_bundle", "trust_anchors", "negative_trust_anchors"),
+    *("auto_trust_anchors", "sha1"),
     *("datapath", "trap", "device", "socket", "key_log", "relay", "trusted_names"),
 )
 
@@ -95,9 +98,10 @@ class Daemon(Core):
         self.chosen = chosen = await asyncio.to_thread(
             open_datapath, self.config, self.sockets, self.on_ike, bare=self.trap_name == "acquire"
         )
+        validator = configured_validator(self.config)
         self.wire(
             Surroundings(
-                keys=key_source(self.config),
+                keys=make_key_source(validator, self.config.trusted_names),
                 trap=open_trap(self.trap_name),
                 datapath=chosen.datapath,
                 send=self._send_datagram,
@@ -131,6 +135,7 @@ class Daemon(Core):
             reason=chosen.reason,
             key=fingerprint(self.host_key.public),
         )
+        self._keep_anchors(validator)
         self._spawn(self._learn_own_records())
         self._spawn(self.watch_traffic())
 
@@ -144,6 +149,17 @@ class Daemon(Core):
             "addresses_known": len(self.names),
             "counts": dict(self._relay.counters),
         }
+
+    def _keep_anchors(self, validator: Validator) -> None:
+        """RFC 5011, where it is configured."""
+        path = self.config.auto_trust_anchors
+        if path is None:
+            return
+
+        def report(zone: str, reason: str, alert: bool) -> None:
+            self.journal.add("trust-anchors", subject=zone, reason=reason, alert=alert)
+
+        self._spawn(make_anchor_keeper(validator, path, self.config.trust_anchors, report).run())
 
     def _take_lock(self) -> None:
         path = self.config.socket.with_suffix(".lock")

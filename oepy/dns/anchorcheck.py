@@ -1,16 +1,20 @@
 """Whether the zones still use the keys that are trusted: what an administrator checks before and after a
-roll-over of such a key. Nothing is changed: anchors come from files only."""
+roll-over of such a key. Nothing is changed here."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import dns.name
 import dns.rdata
 import dns.rdatatype
 
+from oepy.dns.anchorfile import read_points
 from oepy.dns.anchors import Anchor
+from oepy.dns.autoanchors import KeyState
 from oepy.dns.signatures import REVOKE, Dnskey, Ds, digest_fits
 from oepy.dns.validator import Validator
 from oepy.model import Security
@@ -18,8 +22,8 @@ from oepy.model import Security
 
 @dataclass(frozen=True, slots=True)
 class AnchorState:
-    """One trusted DS or DNSKEY (`kind`). `state`: in use, revoked (RFC 5011), not published, unknown (the key set
-    could not be had or validated, `reason` says why), negative."""
+    """One DS or DNSKEY (`kind`). `state`: in use, revoked (RFC 5011), not published, unknown (the key set could not
+    be had or validated, `reason` says why), negative, pending (an automatic one that is not trusted yet)."""
 
     zone: str
     kind: str
@@ -39,6 +43,22 @@ async def check_anchors(validator: Validator) -> list[AnchorState]:
         outcome = await validator.lookup(anchor.zone, int(dns.rdatatype.DNSKEY))
         keys = outcome.rdatas if outcome.status is Security.SECURE else None
         found += _states(anchor, keys, outcome.reason)
+    return found
+
+
+def untrusted(path: Path) -> list[AnchorState]:
+    """Keys on record that are not trusted yet, or no more (RFC 5011). Raises ConfigError."""
+    found = []
+    for point in read_points(path):
+        for each in point.keys:
+            if each.state.is_trusted:
+                continue
+            when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(each.until))
+            state, why = "revoked", "never to be trusted again"
+            if each.state is KeyState.ADD_PENDING:
+                state, why = "pending", f"trusted when its zone still uses it at {when}"
+            tag, algorithm = each.key.key_id(), int(each.key.algorithm)
+            found.append(AnchorState(str(point.zone), "DNSKEY", tag, algorithm, state, why))
     return found
 
 

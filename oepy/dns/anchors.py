@@ -16,7 +16,7 @@ import dns.rrset
 import dns.tokenizer
 
 from oepy.dns.message import NameKey, name_key
-from oepy.dns.signatures import DIGESTS, Dnskey, Ds, ZoneKey, matches_ds, strongest
+from oepy.dns.signatures import STRICT, Dnskey, Ds, Policy, ZoneKey, matches_ds, strongest
 from oepy.errors import ConfigError
 
 MAX_ANCHOR_FILE = 1024 * 1024
@@ -42,8 +42,8 @@ class Anchor:
     keys: tuple[Dnskey, ...] = ()
     is_negative: bool = False
 
-    def accepts(self, key: ZoneKey) -> bool:
-        if any(matches_ds(key, self.zone, ds) for ds in strongest(self.digests)):
+    def accepts(self, key: ZoneKey, policy: Policy) -> bool:
+        if any(matches_ds(key, self.zone, ds) for ds in strongest(self.digests, policy)):
             return True
         return any(key.dnskey.key == own.key and key.dnskey.algorithm == own.algorithm for own in self.keys)
 
@@ -100,6 +100,13 @@ class TrustAnchors:
         for zone in zones:
             self._by_zone[name_key(zone)] = Anchor(zone, is_negative=True)
 
+    def put(self, anchor: Anchor) -> None:
+        """Instead of what is there for its zone."""
+        self._by_zone[name_key(anchor.zone)] = anchor
+
+    def copy(self) -> TrustAnchors:
+        return TrustAnchors(dict(self._by_zone))
+
     def __iter__(self) -> Iterator[Anchor]:
         return iter(self._by_zone.values())
 
@@ -127,7 +134,7 @@ def parse_anchors(text: str, source: str) -> dict[dns.name.Name, list[dns.rdata.
         raise ConfigError(source, [f"holds no DS or DNSKEY records: {error}"]) from None
     found: dict[dns.name.Name, list[dns.rdata.Rdata]] = {}
     for zone, rdata in entries:
-        if (isinstance(rdata, Ds) and int(rdata.digest_type) in DIGESTS) or isinstance(rdata, Dnskey):
+        if (isinstance(rdata, Ds) and int(rdata.digest_type) in STRICT.digests) or isinstance(rdata, Dnskey):
             found.setdefault(zone, []).append(rdata)
     if not found:
         raise ConfigError(source, ["holds no DS (SHA-256, SHA-384) or DNSKEY record"])

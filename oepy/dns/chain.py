@@ -25,7 +25,10 @@ from oepy.dns.message import NameKey, Question, Reply, RRset, name_key
 from oepy.dns.ranges import NsecRanges
 from oepy.dns.signatures import (
     ALGORITHM_NAMES,
+    STRICT,
+    WITH_SHA1,
     Ds,
+    Policy,
     SignatureFailure,
     Verified,
     ZoneKey,
@@ -117,6 +120,7 @@ class Shared:
     anchors: TrustAnchors
     clock: Callable[[], float]
     monotonic: Callable[[], float]
+    policy: Policy = STRICT
     zones: TtlCache[NameKey, ZoneState] = field(default_factory=lambda: TtlCache(MAX_ZONES))
     cuts: TtlCache[NameKey, Cut] = field(default_factory=lambda: TtlCache(MAX_CUTS))
     ranges: NsecRanges = field(default_factory=NsecRanges)
@@ -324,9 +328,9 @@ class Chain:
         verified = self.verify(rrset, parent)
         if verified.closest_encloser is not None:
             raise Verdict(Security.BOGUS, f"{rrset} is made from a wildcard", name)
-        digests = strongest(ds for ds in rrset.rdatas if isinstance(ds, Ds))
+        digests = strongest((ds for ds in rrset.rdatas if isinstance(ds, Ds)), self.shared.policy)
         if not digests:
-            reason = f"the DS of {name} has only algorithms or digests that are not supported"
+            reason = _unsupported(name, rrset)
             return ZoneState(name, Security.INSECURE, (), reason, parent, verified.ttl)
         return await self._with_keys(
             name,
@@ -338,15 +342,15 @@ class Chain:
         )
 
     async def _anchored(self, anchor: Anchor) -> ZoneState:
-        usable = any(is_supported(ds) for ds in anchor.digests) or usable_keys(anchor.keys)
+        policy = self.shared.policy
+        usable = any(is_supported(ds, policy) for ds in anchor.digests) or usable_keys(anchor.keys, policy)
         if not usable:
-            raise Verdict(
-                Security.INDETERMINATE, f"the trust anchor of {anchor.zone} has no supported algorithm"
-            )
+            why = "has no supported algorithm" if anchor.text else "is revoked (RFC 5011)"
+            raise Verdict(Security.INDETERMINATE, f"the trust anchor of {anchor.zone} {why}")
         return await self._with_keys(
             anchor.zone,
             None,
-            anchor.accepts,
+            lambda key: anchor.accepts(key, policy),
             f"no DNSKEY of {anchor.zone} fits the trust anchor (key {anchor.text})",
             float("inf"),
         )
@@ -369,7 +373,7 @@ class Chain:
                 what = f"{STRIPPED}: {what}"
             raise Verdict(Security.BOGUS, what, name, unsigned=True, stripped=parent is None)
         self.budget.effort -= KEY_EFFORT * len(rrset.rdatas)
-        keys = usable_keys(rrset.rdatas)
+        keys = usable_keys(rrset.rdatas, self.shared.policy)
         entries = [key for key in keys if is_entry(key)]
         if not entries:
             raise Verdict(Security.BOGUS, mismatch, name)
@@ -538,6 +542,14 @@ _CUT_WORDS = {
     Cut.ABSENT: "that this name does not exist",
     Cut.UNKNOWN: "nothing about it",
 }
+
+
+def _unsupported(name: Name, rrset: RRset) -> str:
+    """In words for those who wonder why a signed zone counts as insecure."""
+    found = [ds for ds in rrset.rdatas if isinstance(ds, Ds)]
+    if any(is_supported(ds, WITH_SHA1) for ds in found):
+        return f"the DS of {name} has only SHA-1, which protects no more (RFC 9905; dns.sha1)"
+    return f"the DS of {name} has only algorithms or digests that are not supported"
 
 
 def _path(above: Name, name: Name) -> list[Name]:

@@ -33,12 +33,11 @@ Ds = dns.rdtypes.ANY.DS.DS
 Rrsig = dns.rdtypes.ANY.RRSIG.RRSIG
 
 MAX_CLOCK_LAG = 300
-# RFC 9905: SHA-1, in signatures as in digests, counts as no protection; a zone that has nothing else is
-# insecure. The same goes for MD5, DSA and GOST.
-RSA_ALGORITHMS = frozenset({8, 10})
-ALGORITHMS = RSA_ALGORITHMS | {13, 14, 15, 16}
-DIGESTS = {2: hashlib.sha256, 4: hashlib.sha384}
+RSA_ALGORITHMS = frozenset({5, 7, 8, 10})
+DIGESTS = {1: hashlib.sha1, 2: hashlib.sha256, 4: hashlib.sha384}
 ALGORITHM_NAMES = {
+    5: "RSASHA1",
+    7: "RSASHA1NSEC3SHA1",
     8: "RSASHA256",
     10: "RSASHA512",
     13: "ECDSAP256SHA256",
@@ -49,6 +48,19 @@ ALGORITHM_NAMES = {
 _FLAG_ZONE = 0x0100
 REVOKE = 0x0080  # RFC 5011 §2.1: good for nothing any more
 _SERIAL_HALF = 1 << 31
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """The algorithms and DS digests that protect. A zone that has nothing else is insecure."""
+
+    algorithms: frozenset[int]
+    digests: frozenset[int]
+
+
+# RFC 9905: SHA-1, in signatures as in digests, counts as no protection. The same goes for MD5, DSA and GOST.
+STRICT = Policy(frozenset({8, 10, 13, 14, 15, 16}), frozenset({2, 4}))
+WITH_SHA1 = Policy(STRICT.algorithms | {5, 7}, STRICT.digests | {1})
 
 
 class SignatureFailure(Exception):
@@ -75,14 +87,14 @@ class Verified:
     closest_encloser: dns.name.Name | None = None
 
 
-def is_supported(ds: Ds) -> bool:
-    return int(ds.algorithm) in ALGORITHMS and int(ds.digest_type) in DIGESTS
+def is_supported(ds: Ds, policy: Policy) -> bool:
+    return int(ds.algorithm) in policy.algorithms and int(ds.digest_type) in policy.digests
 
 
-def strongest(digests: Iterable[Ds]) -> tuple[Ds, ...]:
+def strongest(digests: Iterable[Ds], policy: Policy) -> tuple[Ds, ...]:
     """The supported ones, and of each key's only those with its strongest digest: RFC 4509 §3 for SHA-1, and
     for SHA-256 beside SHA-384 by the same reasoning, or a broken digest would take the better one's place."""
-    supported = [ds for ds in digests if is_supported(ds)]
+    supported = [ds for ds in digests if is_supported(ds, policy)]
     best: dict[tuple[int, int], int] = {}
     for ds in supported:
         key = (ds.key_tag, int(ds.algorithm))
@@ -90,14 +102,17 @@ def strongest(digests: Iterable[Ds]) -> tuple[Ds, ...]:
     return tuple(ds for ds in supported if int(ds.digest_type) == best[ds.key_tag, int(ds.algorithm)])
 
 
-def usable_keys(rdatas: Iterable[dns.rdata.Rdata]) -> tuple[ZoneKey, ...]:
-    """The keys that may sign zone data: ZONE flag, protocol 3, not revoked, an algorithm that we verify."""
+def usable_keys(
+    rdatas: Iterable[dns.rdata.Rdata], policy: Policy, *, revoked: bool = False
+) -> tuple[ZoneKey, ...]:
+    """The keys that may sign zone data: ZONE flag, protocol 3, not revoked, an algorithm that the policy trusts.
+    `revoked`: those that are revoked, and may sign nothing but their revocation."""
     found = []
     for rdata in list(rdatas)[:MAX_KEYS_PER_ZONE]:
-        if not isinstance(rdata, Dnskey) or int(rdata.algorithm) not in ALGORITHMS:
+        if not isinstance(rdata, Dnskey) or int(rdata.algorithm) not in policy.algorithms:
             continue
         flags = int(rdata.flags)
-        if not flags & _FLAG_ZONE or flags & REVOKE or rdata.protocol != 3:
+        if not flags & _FLAG_ZONE or bool(flags & REVOKE) is not revoked or rdata.protocol != 3:
             continue
         public = _public(rdata)
         if public is not None:
@@ -198,7 +213,7 @@ def _holds(key: ZoneKey, signature: Rrsig, data: bytes, budget: Budget) -> bool:
     budget.spend_signature()
     try:
         key.public.verify(signature.signature, data)
-    except (InvalidSignature, ValueError):
+    except (InvalidSignature, ValueError, UnsupportedAlgorithm):
         budget.spend_failure()
         return False
     return True

@@ -33,6 +33,7 @@ from oepy.dns.chain import (
 from oepy.dns.denial import Proof
 from oepy.dns.limits import MAX_ALIASES, Budget, LimitExceeded
 from oepy.dns.message import Question, Reply, RRset, rcode_text
+from oepy.dns.signatures import STRICT, Policy
 from oepy.dns.transport import NoReply, Transport
 from oepy.model import Security
 from oepy.resolvers import ResolverState
@@ -84,8 +85,9 @@ class Validator:
         anchors: TrustAnchors,
         clock: Callable[[], float],
         monotonic: Callable[[], float],
+        policy: Policy = STRICT,
     ) -> None:
-        self._shared = Shared(transport, anchors, clock, monotonic)
+        self._shared = Shared(transport, anchors, clock, monotonic, policy)
         self._answers: TtlCache[Question, Outcome] = TtlCache(MAX_ANSWERS)
         self._pending: dict[Question, asyncio.Task[Outcome]] = {}
 
@@ -96,6 +98,10 @@ class Validator:
     @property
     def anchors(self) -> TrustAnchors:
         return self._shared.anchors
+
+    @property
+    def policy(self) -> Policy:
+        return self._shared.policy
 
     def resolver_states(self) -> tuple[ResolverState, ...]:
         return self._shared.transport.states()

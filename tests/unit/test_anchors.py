@@ -8,7 +8,7 @@ import pytest
 
 from oepy.dns.anchorcheck import check_anchors
 from oepy.dns.anchors import TrustAnchors
-from oepy.dns.signatures import usable_keys
+from oepy.dns.signatures import STRICT, usable_keys
 from oepy.dns.validator import Validator
 from tests.fakes.signed_tree import NOW, SignedTree, make_dnskey, make_ds, make_private
 
@@ -30,11 +30,13 @@ KSK = {
 def test_the_built_in_anchor_fits_the_roots_keys(tag):
     """Both keys by their digest, and a changed one by none."""
     anchor = TrustAnchors.iana().at(dns.name.root)
-    (key,) = usable_keys([dns.rdata.from_text("IN", "DNSKEY", f"257 3 8 {KSK[tag]}")])
+    (key,) = usable_keys([dns.rdata.from_text("IN", "DNSKEY", f"257 3 8 {KSK[tag]}")], STRICT)
     assert key.tag == tag
-    assert anchor.accepts(key)
-    (other,) = usable_keys([dns.rdata.from_text("IN", "DNSKEY", f"257 3 8 {KSK[tag].replace('K', 'L', 1)}")])
-    assert not anchor.accepts(other)
+    assert anchor.accepts(key, STRICT)
+    (other,) = usable_keys(
+        [dns.rdata.from_text("IN", "DNSKEY", f"257 3 8 {KSK[tag].replace('K', 'L', 1)}")], STRICT
+    )
+    assert not anchor.accepts(other, STRICT)
 
 
 async def test_the_state_of_each_anchor_is_told():

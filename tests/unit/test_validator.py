@@ -13,7 +13,7 @@ from oepy.dns.anchors import TrustAnchors
 from oepy.dns.chain import Chain, Verdict, ZoneState
 from oepy.dns.limits import Budget, LimitExceeded
 from oepy.dns.message import RRset
-from oepy.dns.signatures import ZoneKey, usable_keys, verify
+from oepy.dns.signatures import STRICT, ZoneKey, usable_keys, verify
 from oepy.dns.validator import Outcome, Validator
 from oepy.model import Security
 from tests.fakes.signed_tree import NOW, SignedTree, Zone, make_ds, name, standard_tree
@@ -521,7 +521,9 @@ def test_colliding_keys_and_signatures_are_tried_a_bounded_number_of_times():
     good = zone.sign(truth)[0]
     tag = good.key_tag
     keys = [
-        ZoneKey(k.dnskey, tag, k.public) for _ in range(30) for k in usable_keys([Zone(name("x.")).dnskey])
+        ZoneKey(k.dnskey, tag, k.public)
+        for _ in range(30)
+        for k in usable_keys([Zone(name("x.")).dnskey], STRICT)
     ]
     signatures = tuple(good.replace(signature=bytes([n]) * 64) for n in range(16))
     rrset = RRset(truth.name, A, 300, tuple(truth), signatures)
@@ -535,15 +537,15 @@ def test_colliding_keys_and_signatures_are_tried_a_bounded_number_of_times():
 def test_keys_that_may_not_sign_data_are_not_used(flags, protocol):
     """Without the ZONE flag, revoked, or of another protocol: no key of the zone."""
     key = Zone(name("example.")).dnskey
-    assert usable_keys([key])
-    assert usable_keys([key.replace(flags=flags, protocol=protocol)]) == ()
+    assert usable_keys([key], STRICT)
+    assert usable_keys([key.replace(flags=flags, protocol=protocol)], STRICT) == ()
 
 
 def test_a_dnskey_with_a_giant_exponent_is_not_used():
     """Verifying with it would cost as much as signing."""
     exponent = b"\x00\x01\x00" + b"\xff" * 256
     key = Zone(name("example.")).dnskey.replace(algorithm=8, key=exponent + b"\xff" * 256)
-    assert usable_keys([key]) == ()
+    assert usable_keys([key], STRICT) == ()
 
 
 async def test_an_empty_budget_of_another_lookup_is_not_contagious():
