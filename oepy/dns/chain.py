@@ -19,10 +19,10 @@ import dns.rdatatype
 
 from oepy.dns.anchors import Anchor, TrustAnchors
 from oepy.dns.cache import TtlCache
-from oepy.dns.denial import Cut, Denial, Nsec
+from oepy.dns.denial import Cut, Denial, Nsec, Nsec3
 from oepy.dns.limits import KEY_EFFORT, MAX_DENIAL_RECORDS, Budget, LimitExceeded
 from oepy.dns.message import NameKey, Question, Reply, RRset, name_key
-from oepy.dns.ranges import NsecRanges
+from oepy.dns.ranges import Ranges
 from oepy.dns.signatures import (
     ALGORITHM_NAMES,
     STRICT,
@@ -123,7 +123,7 @@ class Shared:
     policy: Policy = STRICT
     zones: TtlCache[NameKey, ZoneState] = field(default_factory=lambda: TtlCache(MAX_ZONES))
     cuts: TtlCache[NameKey, Cut] = field(default_factory=lambda: TtlCache(MAX_CUTS))
-    ranges: NsecRanges = field(default_factory=NsecRanges)
+    ranges: Ranges = field(default_factory=Ranges)
     questions: dict[Question, asyncio.Task[Reply | NoReply]] = field(default_factory=dict)
     zones_pending: dict[NameKey, asyncio.Task[ZoneState | Verdict]] = field(default_factory=dict)
 
@@ -511,7 +511,7 @@ class Chain:
                 ttl = min(ttl, verified.ttl)
         now = self.shared.monotonic()
         for owner, rdata in records:
-            if isinstance(rdata, Nsec):
+            if isinstance(rdata, Nsec | Nsec3):
                 self.shared.ranges.put(state.zone, owner, rdata, ttl, now)
         return Denial(state.zone, records, self.budget), ttl
 

@@ -81,6 +81,31 @@ def _denies_type(rdata: Nsec | Nsec3, name: Name, rdtype: int) -> bool:
     return not _is_above_cut(rdata)
 
 
+def is_usable_nsec3(rdata: Nsec3) -> bool:
+    """RFC 5155 §8.1: other hash algorithms and flags are unknown."""
+    return rdata.algorithm == _SHA1 and not rdata.flags & ~_OPT_OUT and len(rdata.next) == 20
+
+
+def nsec3_digest(owner: Name, zone: Name) -> bytes | None:
+    """The hash that the owner's name spells; None where it is not one of the zone."""
+    if owner == dns.name.root or owner.parent() != zone:
+        return None
+    label = owner.labels[0].upper()
+    try:
+        digest = base64.b32hexdecode(label + b"=" * (-len(label) % 8))
+    except binascii.Error:
+        return None
+    return digest if len(digest) == 20 else None
+
+
+def nsec3_hash(name: Name, iterations: int, salt: bytes) -> bytes:
+    """RFC 5155 §5."""
+    digest = name.canonicalize().to_wire() or b""
+    for _ in range(iterations + 1):
+        digest = hashlib.sha1(digest + salt, usedforsecurity=False).digest()
+    return digest
+
+
 class Denial:
     """The proofs in one reply, all of zone `zone`."""
 
@@ -99,16 +124,10 @@ class Denial:
     def _add_nsec3(self, owner: Name, rdata: Nsec3) -> None:
         """RFC 5155 §8.1 and §8.2: unknown algorithms and flags are ignored, mixed parameters too."""
         parameters = (rdata.iterations, rdata.salt)
-        if rdata.algorithm != _SHA1 or rdata.flags & ~_OPT_OUT or owner == dns.name.root:
+        if not is_usable_nsec3(rdata) or self._parameters not in (None, parameters):
             return
-        if owner.parent() != self.zone or self._parameters not in (None, parameters):
-            return
-        label = owner.labels[0].upper()
-        try:
-            digest = base64.b32hexdecode(label + b"=" * (-len(label) % 8))
-        except binascii.Error:
-            return
-        if len(digest) == 20 and len(rdata.next) == 20:
+        digest = nsec3_digest(owner, self.zone)
+        if digest is not None:
             self._parameters = parameters
             self._nsec3[digest] = rdata
 
@@ -149,7 +168,8 @@ class Denial:
             if cover is None or cover[1].next.is_subdomain(name):
                 return Proof.NONE
             wildcard = _wildcard(self._nsec_encloser(name, cover))
-            return Proof.PROVEN if self._nsec_cover(wildcard) is not None else Proof.NONE
+            covered = self._nsec_cover(wildcard)
+            return Proof.PROVEN if covered and not covered[1].next.is_subdomain(wildcard) else Proof.NONE
         if self._too_many_iterations:
             return Proof.ITERATIONS
         encloser, nsec3 = self._closest_encloser(name)
@@ -205,7 +225,10 @@ class Denial:
         if cover[1].next.is_subdomain(name):
             return True  # an empty non-terminal: names below it exist
         wildcard = _wildcard(self._nsec_encloser(name, cover))
-        return any(owner == wildcard and _denies_type(rdata, wildcard, rdtype) for owner, rdata in self._nsec)
+        if any(owner == wildcard and _denies_type(rdata, wildcard, rdtype) for owner, rdata in self._nsec):
+            return True
+        covered = self._nsec_cover(wildcard)  # it may be an empty non-terminal itself (RFC 4592 §2.2.2)
+        return covered is not None and covered[1].next.is_subdomain(wildcard)
 
     def _nsec_cover(self, name: Name) -> tuple[Name, Nsec] | None:
         for owner, rdata in self._nsec:
@@ -230,16 +253,12 @@ class Denial:
     # ---- NSEC3 -------------------------------------------------------------------------------------------
 
     def _hash(self, name: Name) -> bytes:
-        """RFC 5155 §5. Counted against the lookup's budget."""
+        """Counted against the lookup's budget."""
         assert self._parameters is not None
         digest = self._hashes.get(name)
         if digest is None:
             self._budget.spend_hash()
-            iterations, salt = self._parameters
-            digest = name.canonicalize().to_wire() or b""
-            for _ in range(iterations + 1):
-                digest = hashlib.sha1(digest + salt, usedforsecurity=False).digest()
-            self._hashes[name] = digest
+            digest = self._hashes[name] = nsec3_hash(name, *self._parameters)
         return digest
 
     def _match(self, name: Name) -> Nsec3 | None:

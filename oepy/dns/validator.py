@@ -238,7 +238,7 @@ class _Lookup:
                 reply = await self._chain.reply(target, rdtype)
 
     def _from_ranges(self, name: Name, rdtype: int) -> Outcome | None:
-        """RFC 8198: absence that a validated NSEC of an earlier answer proves, without a question."""
+        """RFC 8198: absence that validated NSEC or NSEC3 of earlier answers prove, without a question."""
         if rdtype == _DS or self._chain.excuse(name) is not None:
             return None
         state = self._chain.nearest_known(name)

@@ -38,7 +38,8 @@ RR = dns.rrset.RRset
 
 @dataclass
 class Case:
-    """One question to one tree. `expected` is what oepy must say."""
+    """One question to one tree. `expected` is what oepy must say, with `sha1` where SHA-1 protects, and after it
+    has asked for `before` (names, of the same type)."""
 
     title: str
     tree: SignedTree
@@ -46,6 +47,8 @@ class Case:
     kind: str
     expected: str
     anchors: list[str] = field(default_factory=list)
+    sha1: bool = False
+    before: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self.tree.delegate()
@@ -686,9 +689,61 @@ def stripping() -> Iterator[Case]:
         yield Case(f"stripped/answer-only/{title}", tree, owner, "A", expected)
 
 
+# ---- by policy, and with what is known already -------------------------------------------------------------
+
+
+def sha1_by_policy() -> Iterator[Case]:
+    """Where SHA-1 is taken for protection, it protects like all else."""
+    for algorithm in (5, 7):
+        for label, owner, kind in QUESTIONS:
+            tree, _ = tree_with(algorithm=algorithm)
+            yield Case(f"sha1/{algorithm}/{label}", tree, owner, kind, "secure", sha1=True)
+        tree, _ = tree_with(algorithm=algorithm)
+        lie(tree, "www.example.", A, each_signature(A, lambda r: r.replace(signature=bytes(128))))
+        yield Case(f"sha1/{algorithm}/changed", tree, "www.example.", "A", "bogus", sha1=True)
+    for kinds in ((1,), (1, 2), (1, 4)):
+        tree, _ = tree_with(digests=kinds)
+        title = f"sha1/digest/{'+'.join(map(str, kinds))}"
+        yield Case(title, tree, "www.example.", "A", "secure", sha1=True)
+    key = make_dnskey(pooled(13), 13)
+    one, two = (make_ds(name("example."), key, kind) for kind in (1, 2))
+    for label, records in (
+        ("1-wrong", [one.replace(digest=bytes(20))]),
+        ("1+2-wrong", [one, two.replace(digest=bytes(32))]),
+    ):
+        tree, _ = tree_with(ds=records)
+        yield Case(f"sha1/digest/{label}", tree, "www.example.", "A", "bogus", sha1=True)
+
+
+def known_ranges() -> Iterator[Case]:
+    """Aggressive use of NSEC and NSEC3 (RFC 8198): after many names that do not exist, the truth is still told."""
+    before = tuple(f"{letter}{number}.example." for letter in "acegikmoqsuwy" for number in range(3))
+    before += ("x.wild.example.", "empty.example.", "www.unsigned.example.", "www.signed.example.")
+    for label, nsec3 in DENIALS.items():
+        opted = "insecure" if label == "opt-out" else "secure"
+        for title, owner, kind, expected in (
+            ("no-name", "nothing.example.", "A", opted),
+            ("deep-no-name", "a.b.c.nothing.example.", "A", opted),
+            ("no-data", "www.example.", "TXT", "secure"),
+            ("exists", "www.example.", "A", "secure"),
+            ("empty", "empty.example.", "A", "secure"),
+            ("below-empty", "deep.empty.example.", "A", "secure"),
+            ("wildcard", "q.wild.example.", "A", opted),
+            ("wildcard-no-data", "q.wild.example.", "TXT", opted),
+            ("alias", "alias.example.", "A", "secure"),
+            ("alias-to-nothing", "gone.example.", "A", opted),
+            ("below-unsigned", "www.unsigned.example.", "A", "insecure"),
+            ("below-signed", "www.signed.example.", "A", "secure"),
+            ("no-name-below-signed", "nothing.signed.example.", "A", "secure"),
+        ):
+            tree, _ = tree_with(nsec3=nsec3)
+            yield Case(f"known/{label}/{title}", tree, owner, kind, expected, before=before)
+
+
 FAMILIES: tuple[Callable[[], Iterator[Case]], ...] = (
     *(algorithms, digests, broken_signatures, changed_data, denials, false_denials, moved_wildcard_denial),
     *(delegations, aliases, keys, anchors, reverse_trees, stripping),
+    *(sha1_by_policy, known_ranges),
 )
 
 

@@ -12,6 +12,7 @@ import dns.name
 import dns.rdatatype
 
 from oepy.dns.anchors import TrustAnchors, parse_anchors
+from oepy.dns.signatures import STRICT, WITH_SHA1
 from oepy.dns.transport import StubTransport
 from oepy.dns.validator import Outcome, Validator
 from oepy.resolvers import Resolver
@@ -75,7 +76,10 @@ async def _ask(case: Case, port: int, rdtype: int) -> Outcome:
         TrustAnchors.of(parse_anchors("\n".join(case.anchors), case.title)),
         time.time,
         time.monotonic,
+        WITH_SHA1 if case.sha1 else STRICT,
     )
+    for owner in case.before:
+        await validator.lookup(dns.name.from_text(owner), rdtype)
     return await validator.lookup(dns.name.from_text(case.owner), rdtype)
 
 

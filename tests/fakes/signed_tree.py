@@ -296,7 +296,7 @@ class SignedTree:
                     self._expand(reply, zone, zone.rrset(wildcard, served), owner)
                     self._deny(reply, zone, next_closer)
                     return reply.answer[-2].items and self._alias(reply, served)
-        reply.set_rcode(dns.rcode.NOERROR if exists or zone.types(wildcard) else dns.rcode.NXDOMAIN)
+        reply.set_rcode(dns.rcode.NOERROR if exists or zone.exists(wildcard) else dns.rcode.NXDOMAIN)
         self._put(reply.authority, zone, zone.rrset(zone.origin, int(T.SOA)))
         if exists and zone.nsec3 and owner not in zone.nsec3_names():
             self._deny(reply, zone, owner, owner.parent())  # RFC 5155 §7.2.4, opt-out

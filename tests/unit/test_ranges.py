@@ -7,12 +7,13 @@ import asyncio
 import dns.name
 import dns.rdata
 import dns.rdatatype
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oepy.dns import ranges
 from oepy.dns.anchors import TrustAnchors
-from oepy.dns.ranges import NsecRanges
+from oepy.dns.ranges import Ranges
 from oepy.dns.validator import Validator
 from oepy.model import Security
 from tests.fakes.signed_tree import NOW, SignedTree, name, standard_tree
@@ -88,7 +89,7 @@ def test_the_store_is_bounded(monkeypatch):
     """By zones and by records in one zone."""
     monkeypatch.setattr(ranges, "MAX_ZONES", 3)
     monkeypatch.setattr(ranges, "MAX_IN_ZONE", 4)
-    held = NsecRanges()
+    held = Ranges()
     for zone in range(10):
         origin = name(f"z{zone}.")
         for number in range(10):
@@ -99,6 +100,53 @@ def test_the_store_is_bounded(monkeypatch):
     assert held.around(name("z9."), name("n9.z9."), 61.0) == ([], 0.0)
 
 
+async def test_hashed_ranges_save_questions_too():
+    """RFC 8198 §5.2: names of a zone with NSEC3 whose hashes fall into ranges that are known."""
+    tree = SignedTree()
+    zone = tree.add("2.0.192.in-addr.arpa.", nsec3=(0, b"", False))
+    zone.add("10", "TXT", '"key"')
+    validator = tree.validator()
+    for number in (1, 2, 3, 4, 5, 6, 7, 8):
+        await validator.lookup(zone.owner(str(number)), TXT)
+    asked = len(tree.asked)
+    for number in (20, 99, 201, 250):
+        outcome = await validator.lookup(zone.owner(str(number)), TXT)
+        assert (outcome.status, outcome.rcode, outcome.questions) == (Security.SECURE, "NXDOMAIN", 0)
+    outcome = await validator.lookup(zone.owner("10"), A)  # its own record is the other end of some range
+    assert (outcome.status, outcome.rcode, outcome.questions) == (Security.SECURE, "NOERROR", 0)
+    assert len(tree.asked) == asked
+    assert (await validator.lookup(zone.owner("10"), TXT)).rdatas
+    validator.forget(zone.owner("99"), [TXT])
+    assert (await validator.lookup(zone.owner("99"), TXT)).questions
+
+
+@pytest.mark.parametrize("nsec3", [(0, b"", True), (11, b"", False)])
+async def test_opt_out_and_costly_hashes_are_not_used(nsec3):
+    """RFC 8198 §5.2: an opt-out range proves no absence; and a hash of many iterations costs what it saves."""
+    tree = SignedTree()
+    zone = tree.add("example.", nsec3=nsec3)
+    validator = tree.validator()
+    for number in range(6):
+        outcome = await validator.lookup(zone.owner(f"n{number}"), TXT)
+        assert outcome.questions
+    assert len(validator._shared.ranges) == 0 or nsec3[2] is False
+
+
+async def test_a_zone_that_changes_its_kind_of_denial_is_followed():
+    """From NSEC to NSEC3, to another salt, and back."""
+    tree = SignedTree()
+    zone = tree.add("example.")
+    validator = tree.validator()
+    for turn, nsec3 in enumerate((None, (0, b"", False), (1, b"\xaa", False), None)):
+        zone.nsec3 = nsec3
+        validator._shared.ranges.clear() if turn == 1 else None
+        validator._answers.clear()
+        for depth in ("a", "b", "c"):
+            outcome = await validator.lookup(zone.owner(f"{depth}{turn}.x{turn}"), A)
+            assert (outcome.status, outcome.rcode) == (Security.SECURE, "NXDOMAIN")
+        validator._shared.ranges.forget(zone.owner("x"))
+
+
 _LABEL = st.sampled_from(["a", "b", "c", "B", "*"])
 _OWNER = st.lists(_LABEL, min_size=1, max_size=3).map(".".join)
 _KIND = st.sampled_from(["A", "TXT", "NS", "DNAME", "CNAME"])
@@ -107,14 +155,15 @@ _DATA = {"A": "192.0.2.1", "TXT": '"x"', "NS": "ns.invalid.", "DNAME": "www.othe
 
 @settings(max_examples=60, deadline=None)
 @given(
+    st.sampled_from([None, (0, b"", False), (1, b"\xab", True)]),
     st.dictionaries(_OWNER, _KIND, max_size=6),
     st.lists(st.tuples(_OWNER, st.sampled_from([A, TXT])), max_size=12),
 )
-def test_a_warm_validator_says_what_a_cold_one_says(records, questions):
-    """Whatever was asked before."""
+def test_a_warm_validator_says_what_a_cold_one_says(nsec3, records, questions):
+    """Whatever was asked before, and however the zone denies."""
     tree = SignedTree()
     tree.add("other.").add("www", "A", "192.0.2.2")
-    zone = tree.add("example.")
+    zone = tree.add("example.", nsec3=nsec3)
     for owner, kind in records.items():
         if kind == "NS" and "*" not in owner:
             tree.add(f"{owner}.example.", signed=False)

@@ -13,10 +13,10 @@ from oepy.dns.anchors import TrustAnchors
 from oepy.dns.chain import Chain, Verdict, ZoneState
 from oepy.dns.limits import Budget, LimitExceeded
 from oepy.dns.message import RRset
-from oepy.dns.signatures import STRICT, ZoneKey, usable_keys, verify
+from oepy.dns.signatures import STRICT, WITH_SHA1, ZoneKey, usable_keys, verify
 from oepy.dns.validator import Outcome, Validator
 from oepy.model import Security
-from tests.fakes.signed_tree import NOW, SignedTree, Zone, make_ds, name, standard_tree
+from tests.fakes.signed_tree import NOW, SignedTree, Zone, make_ds, make_private, name, standard_tree
 
 A = int(dns.rdatatype.A)
 PARENTS = ["example.", "three."]
@@ -468,7 +468,7 @@ async def test_a_zone_with_only_unknown_algorithms_is_insecure(digests):
     tree.zones[name("child.example.")].ds = [dns.rdata.from_text("IN", "DS", text) for text in digests]
     outcome = await look(tree, "www.child.example.")
     assert outcome.status is Security.INSECURE
-    assert "not supported" in outcome.reason
+    assert "not supported" in outcome.reason or "only SHA-1" in outcome.reason
 
 
 async def test_one_good_path_is_enough_and_a_wrong_ds_is_bogus():
@@ -641,3 +641,19 @@ async def test_a_bogus_answer_is_not_cached():
     assert (await validator.lookup(name("www.example."), A)).status is Security.BOGUS
     tree.lies.clear()
     assert (await validator.lookup(name("www.example."), A)).status is Security.SECURE
+
+
+@pytest.mark.parametrize(("algorithm", "digests"), [(5, (2,)), (7, (2,)), (15, (1,))])
+async def test_sha1_protects_by_policy_only(algorithm, digests):
+    """RFC 9905: insecure, and the reason names the switch; with `dns.sha1` secure, and changed data bogus."""
+    tree = SignedTree()
+    tree.add("old.", algorithm=algorithm, digests=digests).add("www", "A", "192.0.2.1")
+    tree.delegate()
+    strict = await tree.validator().lookup(name("www.old."), A)
+    assert strict.status is Security.INSECURE
+    assert "dns.sha1" in strict.reason
+    lax = Validator(tree, tree.anchors(), lambda: NOW, lambda: 1000.0, WITH_SHA1)
+    assert (await lax.lookup(name("www.old."), A)).status is Security.SECURE
+    lax.flush()
+    tree.zones[name("old.")].private = make_private(algorithm)
+    assert (await lax.lookup(name("www.old."), A)).status is Security.BOGUS
