@@ -54,6 +54,15 @@ GROUPS = {
     "ecp256": Transform(TransformType.KE, ECP_256),
     "ecp384": Transform(TransformType.KE, ECP_384),
 }
+KEMS = {"mlkem768": 36, "mlkem1024": 37}  # draft-ietf-ipsecme-ikev2-mlkem; as additional key exchanges only
+ADDITIONAL_TYPES = tuple(
+    TransformType(kind) for kind in range(TransformType.ADDKE1, TransformType.ADDKE7 + 1)
+)
+ADDITIONAL = {
+    f"ke{number}_{name}": Transform(kind, method)
+    for number, kind in enumerate(ADDITIONAL_TYPES, 1)
+    for name, method in ({name: group.id for name, group in GROUPS.items()} | KEMS | {"none": 0}).items()
+}
 _ALIASES = {
     "curve25519": "x25519",
     "aes128gcm128": "aes128gcm16",
@@ -69,7 +78,7 @@ ESN_YES = Transform(TransformType.ESN, 1)
 
 _NAMES = {
     (t.type, t.id, t.key_length): name
-    for table in (ENCRYPTIONS, INTEGRITIES, PRFS, GROUPS)
+    for table in (ENCRYPTIONS, INTEGRITIES, PRFS, GROUPS, ADDITIONAL)
     for name, t in table.items()
 }
 
@@ -92,9 +101,12 @@ class IkeSuite:
     integrity: str
     prf: str
     group: str
+    additional: tuple[str, ...] = ()  # key exchanges after the first, by the names of key_exchange.generate
 
     def __str__(self) -> str:
-        return "-".join(part for part in (self.encryption, self.integrity, self.prf, self.group) if part)
+        parts = (self.encryption, self.integrity, self.prf, self.group)
+        more = (f"ke{number}_{name}" for number, name in enumerate(self.additional, 1))
+        return "-".join(part for part in (*parts, *more) if part)
 
 
 def _split(text: str) -> list[str]:
@@ -102,11 +114,15 @@ def _split(text: str) -> list[str]:
 
 
 def parse_ike_proposal(text: str) -> Offer:
-    """`aes256gcm16-prfsha384-x25519` as in swanctl.conf; several of a kind are alternatives, best first.
-    Without a PRF, that of the integrity algorithms (or all, for an AEAD). Raises UsageError."""
+    """`aes256gcm16-prfsha384-x25519-ke1_mlkem768` as in swanctl.conf; several of a kind are alternatives, best
+    first; `ke1_none` beside another makes that additional key exchange a wish. Without a PRF, that of the integrity
+    algorithms (or all, for an AEAD). Raises UsageError."""
     encryption, integrity, prfs, groups = [], [], [], []
+    additional: dict[TransformType, list[Transform]] = {}
     for part in _split(text):
-        if part in ENCRYPTIONS and part != "null":
+        if part in ADDITIONAL:
+            additional.setdefault(TransformType(ADDITIONAL[part].type), []).append(ADDITIONAL[part])
+        elif part in ENCRYPTIONS and part != "null":
             encryption.append(ENCRYPTIONS[part])
         elif part in INTEGRITIES:
             integrity.append(INTEGRITIES[part])
@@ -131,6 +147,8 @@ def parse_ike_proposal(text: str) -> Offer:
     if integrity:
         offer[TransformType.INTEG] = tuple(integrity)
     offer[TransformType.KE] = tuple(groups)
+    for kind in sorted(additional):  # NONE last, whatever the order
+        offer[kind] = tuple(sorted(additional[kind], key=lambda transform: not transform.id))
     return offer
 
 
@@ -165,6 +183,20 @@ def parse_esp_proposal(text: str) -> Offer:
         offer[TransformType.KE] = tuple(groups)
     offer[TransformType.ESN] = tuple(esn) or (ESN_YES, ESN_NO)
     return offer
+
+
+def has_additional(offer: Offer) -> bool:
+    """Whether it asks for additional key exchanges, which take IKE_INTERMEDIATE (RFC 9370 §2.2.1)."""
+    return any(kind in offer for kind in ADDITIONAL_TYPES)
+
+
+def without_additional(offers: Sequence[Offer]) -> tuple[Offer, ...]:
+    """For a peer that has no IKE_INTERMEDIATE: offers that demand an additional key exchange fall away."""
+    return tuple(
+        {kind: transforms for kind, transforms in offer.items() if kind not in ADDITIONAL_TYPES}
+        for offer in offers
+        if all(not offer[kind][-1].id for kind in ADDITIONAL_TYPES if kind in offer)
+    )
 
 
 def without_groups(offer: Offer) -> Offer:
@@ -216,6 +248,8 @@ def _match(offer: Offer, proposal: Proposal, prefer_group: int) -> dict[int, Tra
         common = [transform for transform in acceptable if transform in theirs]
         if not common and kind == TransformType.ESN and not theirs and ESN_NO in acceptable:
             common = [ESN_NO]  # RFC 7296 §3.3.3: it should be there, some leave it out
+        if not common and kind in ADDITIONAL_TYPES and not theirs and any(not t.id for t in acceptable):
+            continue  # a wish (NONE is among ours) that the peer does not know
         if not common:
             return None
         chosen[kind] = next(
@@ -230,7 +264,7 @@ def accepted(offers: Sequence[Offer], answer: tuple[Proposal, ...], protocol: in
         return None
     proposal = answer[0]
     kinds = [
-        transform.type for transform in proposal.transforms if transform.id or transform.type not in (3, 4)
+        transform.type for transform in proposal.transforms if transform.id or transform.type in (1, 2, 5)
     ]
     if len(kinds) != len(set(kinds)) or not 1 <= proposal.number <= len(offers):
         return None
@@ -247,6 +281,11 @@ def ike_suite(chosen: Chosen) -> IkeSuite:
         names.get(TransformType.INTEG, ""),
         names[TransformType.PRF],
         names[TransformType.KE],
+        tuple(
+            names[kind].partition("_")[2]
+            for kind in ADDITIONAL_TYPES
+            if kind in chosen.transforms and chosen.transforms[kind].id
+        ),
     )
 
 
@@ -259,8 +298,11 @@ def esp_suite(chosen: Chosen) -> EspSuite:
     )
 
 
+_AEADS = "aes256gcm16-chacha20poly1305-aes128gcm16-prfsha256-prfsha384-prfsha512-x25519-ecp256-ecp384"
 DEFAULT_IKE = (
-    "aes256gcm16-chacha20poly1305-aes128gcm16-prfsha256-prfsha384-prfsha512-x25519-ecp256-ecp384",
+    # ML-KEM first; a peer that knows nothing of it takes the next one in the same exchange
+    _AEADS + "-ke1_mlkem768",
+    _AEADS,
     "aes256-aes128-sha256-sha384-sha512-prfsha256-prfsha384-prfsha512-x25519-ecp256-ecp384",
 )
 DEFAULT_ESP = (

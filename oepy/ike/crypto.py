@@ -91,9 +91,12 @@ def skeyseed_initial(suite: IkeSuite, shared: bytes, nonce_i: bytes, nonce_r: by
     return prf(suite.prf, nonce_i + nonce_r, shared)
 
 
-def skeyseed_rekey(old: IkeSuite, sk_d: Secret, shared: bytes, nonce_i: bytes, nonce_r: bytes) -> bytes:
-    """RFC 7296 §2.18: with the PRF of the old IKE SA."""
-    return prf(old.prf, sk_d.reveal(), shared + nonce_i + nonce_r)
+def skeyseed_rekey(
+    old: IkeSuite, sk_d: Secret, shared: bytes, nonce_i: bytes, nonce_r: bytes, additional: bytes = b""
+) -> bytes:
+    """RFC 7296 §2.18: with the PRF of the old IKE SA. `additional`: the secrets of IKE_FOLLOWUP_KE, one after
+    the other (RFC 9370 §2.2.4). Of IKE_INTERMEDIATE each is mixed in like a rekey's (§2.2.2)."""
+    return prf(old.prf, sk_d.reveal(), shared + nonce_i + nonce_r + additional)
 
 
 def derive_child_keys(

@@ -12,6 +12,14 @@ if TYPE_CHECKING:
 NEVER = float("inf")
 
 
+def half_open_until(session: Session) -> float:
+    """Each additional key exchange that the peer has carried out prolongs its time once."""
+    done = 0
+    if session.suite is not None and session.handshake is not None:
+        done = len(session.suite.additional) - len(session.handshake.additional)
+    return session.created + (1 + done) * session.settings.half_open_lifetime
+
+
 def next_deadline(session: Session) -> float:
     settings, lifetimes = session.settings, session.settings.lifetimes
     deadline = NEVER
@@ -21,7 +29,7 @@ def next_deadline(session: Session) -> float:
         if flow is not None and flow.token:
             deadline = min(deadline, flow.asked_at + settings.question_timeout)
     if session.state in (State.HALF_OPEN, State.AUTHENTICATING):
-        return min(deadline, session.created + settings.half_open_lifetime)
+        return min(deadline, half_open_until(session))
     if session.state in LIVE:
         if settings.liveness_interval and session.window.outstanding is None:
             deadline = min(deadline, session.heard_at + settings.liveness_interval)

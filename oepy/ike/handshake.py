@@ -30,14 +30,17 @@ class Handshake:
     """Dropped as soon as the peer is authenticated."""
 
     __slots__ = (
+        "additional",
         "agreed",
         "deferred",
+        "int_auth",
         "message_i",
         "message_r",
         "nonce_i",
         "nonce_r",
         "offers",
         "peer_hashes",
+        "pending",
         "refusal",
         "rounds",
         "sent",
@@ -54,6 +57,12 @@ class Handshake:
         self.peer_hashes: frozenset[int] = frozenset()
         self.sk_pi: Secret | None = None
         self.sk_pr: Secret | None = None
+        self.additional: list[str] = []  # key exchanges that IKE_AUTH waits for, in order (RFC 9370)
+        self.int_auth: tuple[bytes, bytes] = (
+            b"",
+            b"",
+        )  # IntAuth of initiator and responder (RFC 9242 §3.3.2)
+        self.pending = b""  # the responder's: a secret to mix in as soon as the answer is sent
         # the initiator's, until IKE_SA_INIT is answered:
         self.offers: tuple[Offer, ...] = ()
         self.rounds = 0
@@ -69,8 +78,13 @@ class Handshake:
         assert self.sk_pi is not None
         assert self.sk_pr is not None
         if initiator:
-            return signed_octets(self.message_i, self.nonce_r, session.suite.prf, self.sk_pi, id_body)
-        return signed_octets(self.message_r, self.nonce_i, session.suite.prf, self.sk_pr, id_body)
+            octets = signed_octets(self.message_i, self.nonce_r, session.suite.prf, self.sk_pi, id_body)
+        else:
+            octets = signed_octets(self.message_r, self.nonce_i, session.suite.prf, self.sk_pr, id_body)
+        if self.int_auth[0]:
+            message_id = 1 + len(session.suite.additional)
+            octets += b"".join(self.int_auth) + message_id.to_bytes(4, "big")
+        return octets
 
 
 def nat_hash(spi_i: bytes, spi_r: bytes, endpoint: Endpoint) -> bytes:
@@ -110,11 +124,16 @@ def read_common_notifies(session: Session, handshake: Handshake, message: Messag
 
 
 def derive(session: Session, handshake: Handshake, suite: IkeSuite, shared: bytes) -> None:
+    handshake.additional = list(suite.additional)
     skeyseed = skeyseed_initial(suite, shared, handshake.nonce_i, handshake.nonce_r)
+    use_keys(session, handshake, suite, skeyseed)
+
+
+def use_keys(session: Session, handshake: Handshake, suite: IkeSuite, skeyseed: bytes) -> None:
     keys: IkeKeyMaterial = derive_ike_keys(
         suite, skeyseed, (handshake.nonce_i, handshake.nonce_r), session.spi_i, session.spi_r
     )
-    session.set_keys(suite, keys)
+    session.set_keys(suite, keys, final=not handshake.additional)
     handshake.sk_pi, handshake.sk_pr = keys.pi, keys.pr
 
 

@@ -25,6 +25,8 @@ class Exchange(enum.IntEnum):
     IKE_AUTH = 35
     CREATE_CHILD_SA = 36
     INFORMATIONAL = 37
+    IKE_INTERMEDIATE = 43  # RFC 9242
+    IKE_FOLLOWUP_KE = 44  # RFC 9370
 
 
 class PayloadType(enum.IntEnum):

@@ -8,6 +8,7 @@ from oepy.ike.algorithms import accepted, choose, ike_suite, to_proposals
 from oepy.ike.crypto import derive_ike_keys, skeyseed_rekey
 from oepy.ike.events import DownReason, IkeRekeyed
 from oepy.ike.flow import OwnSteps, PeerSteps, Send
+from oepy.ike.followup import LINK_SIZE, Agreed, Followup, follow_up
 from oepy.ike.handshake import GROUP_NAMES, NONCE_SIZE
 from oepy.ike.header import NO_SPI, Exchange, PayloadType
 from oepy.ike.informational import delete_ike
@@ -20,7 +21,6 @@ from oepy.ike.session import Session
 from oepy.ike.states import Happening, State
 
 if TYPE_CHECKING:
-    from oepy.ike.algorithms import Chosen
     from oepy.ike.message import Message
 
 _HARMLESS = frozenset(("liveness", "confirm", "rekey-ike"))
@@ -31,7 +31,9 @@ MAX_PREDECESSORS = 4  # a peer that rekeys on and on, and never deletes, fills n
 def serve_rekey_ike(session: Session, message: Message) -> PeerSteps:
     yield from ()  # a generator like the others, which asks nothing
     context = session.context
-    if session.candidate is not None or (session.own is not None and session.own.what not in _HARMLESS):
+    if session.candidate is not None or is_busy(session):
+        return [notify(NotifyType.TEMPORARY_FAILURE)]
+    if session.followup is not None and session.own is not None and session.own.what == "rekey-ike":
         return [notify(NotifyType.TEMPORARY_FAILURE)]
     ke = message.must(PayloadType.KE, KeyShareData)
     proposals = message.must(PayloadType.SA, SaPayload).proposals
@@ -44,36 +46,57 @@ def serve_rekey_ike(session: Session, message: Message) -> PeerSteps:
     share = generate(GROUP_NAMES[wanted], context.random)
     shared = share.shared_secret(ke.data)
     nonces = (message.must(PayloadType.NONCE, bytes), context.random(NONCE_SIZE))
-    successor = Session(context, session.number, session.local, session.remote, initiator=False)
-    _derive(session, successor, chosen, shared, nonces)
-    if session.own is not None and session.own.what == "rekey-ike":
-        # both at once: which of the two stays is known when our own answer is here
-        successor.candidate_for = session
-        successor.childless_since = context.now
-        session.candidate = (successor, min(nonces))
-        successor.reschedule()
-    else:
-        take_over(session, successor)
-    return [
-        (PayloadType.SA, build_sa(SaPayload((chosen.proposal(PROTOCOL_IKE, successor.spi_own),)))),
+    spi = context.new_spi()
+    session.followup = None
+    answer = [
+        (PayloadType.SA, build_sa(SaPayload((chosen.proposal(PROTOCOL_IKE, spi),)))),
         (PayloadType.NONCE, nonces[1]),
         (PayloadType.KE, build_ke(wanted, share.public)),
     ]
+    made = Agreed(chosen, spi, shared, nonces)
+    if not ike_suite(chosen).additional:
+        accept_successor(session, made)
+        return answer
+    session.followup = Followup(made, context.random(LINK_SIZE), context.now)
+    return [*answer, notify(NotifyType.ADDITIONAL_KEY_EXCHANGE, session.followup.link)]
 
 
-def _derive(
-    session: Session, successor: Session, chosen: Chosen, shared: bytes, nonces: tuple[bytes, bytes]
-) -> None:
+def is_busy(session: Session) -> bool:
+    """Whether an exchange of ours is under way during which the peer may not rekey the IKE SA."""
+    return session.own is not None and session.own.what not in _HARMLESS
+
+
+def accept_successor(session: Session, made: Agreed) -> None:
+    """The peer's rekey is complete."""
+    successor = _successor(session, made, initiator=False)
+    if session.own is not None and session.own.what == "rekey-ike":
+        # both at once: which of the two stays is known when our own answer is here
+        successor.candidate_for = session
+        successor.childless_since = session.context.now
+        session.candidate = (successor, min(made.nonces))
+        successor.reschedule()
+    else:
+        take_over(session, successor)
+
+
+def _successor(session: Session, made: Agreed, *, initiator: bool) -> Session:
     """Keys and inheritance of the new IKE SA. Its evidence is that of the old one."""
     assert session.suite is not None
     assert session.sk_d is not None
-    successor.spi_peer = chosen.spi
-    suite = ike_suite(chosen)
-    skeyseed = skeyseed_rekey(session.suite, session.sk_d, shared, *nonces)
+    successor = Session(
+        *(session.context, session.number, session.local, session.remote),
+        initiator=initiator,
+        spi=made.spi,
+    )
+    nonces = made.nonces
+    successor.spi_peer = made.chosen.spi
+    suite = ike_suite(made.chosen)
+    skeyseed = skeyseed_rekey(session.suite, session.sk_d, made.shared, *nonces, made.additional)
     successor.set_keys(suite, derive_ike_keys(suite, skeyseed, nonces, successor.spi_i, successor.spi_r))
     for name in INHERITED:
         setattr(successor, name, getattr(session, name))
     successor.move(Happening.BORN_OF_REKEY)
+    return successor
 
 
 INHERITED = (
@@ -106,7 +129,7 @@ def take_over(old: Session, new: Session) -> None:
     )
     new.keepalive_at = old.keepalive_at
     new.candidate_for = None
-    old.candidate = None
+    old.candidate = old.followup = None
     old.childless_since = context.now
     old.move(Happening.REPLACED)
     old.moved_to = new
@@ -165,9 +188,12 @@ def rekey_ike(session: Session) -> OwnSteps:
         _not_rekeyed(session, "the peer chose what was not proposed")
         return
     nonces = (nonce, answer.must(PayloadType.NONCE, bytes))
-    successor = Session(context, session.number, session.local, session.remote, initiator=True, spi=spi)
-    _derive(session, successor, chosen, share.shared_secret(ke.data), nonces)
-    _settle(session, successor, min(nonces))
+    made = Agreed(chosen, spi, share.shared_secret(ke.data), nonces)
+    problem = yield from follow_up(session, made, answer)
+    if problem:
+        _not_rekeyed(session, problem)
+        return
+    _settle(session, _successor(session, made, initiator=True), min(nonces))
 
 
 def _not_rekeyed(session: Session, text: str) -> None:
@@ -181,14 +207,19 @@ def _settle(session: Session, successor: Session, lowest: bytes) -> None:
     """§2.8.1: of two new IKE SAs the one with the lowest nonce is closed by whoever began it, and the one
     who began the other closes the old SA."""
     counters = session.context.counters
-    lost = session.moved_to is not None or (session.candidate is not None and lowest < session.candidate[1])
-    if lost:
+    rival = b""  # the lower nonce of the peer's own rekey, complete or not
+    if session.candidate is not None:
+        rival = session.candidate[1]
+    elif session.followup is not None:
+        rival = min(session.followup.made.nonces)
+    if session.moved_to is not None or lowest < rival:
         counters["rekey_collisions_lost"] += 1
+        session.rekey_at = session.context.now + session.settings.lifetimes.rekey_retry
         resolve_candidate(session)
         successor.start("delete-ike", lambda it: delete_ike(it, DownReason.REKEYED))
         successor.reschedule()
         return
-    if session.candidate is not None:
+    if rival:
         counters["rekey_collisions_won"] += 1
     take_over(session, successor)
     session.start("delete-ike", lambda it: delete_ike(it, DownReason.REKEYED))

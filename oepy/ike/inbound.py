@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from oepy.errors import ParseError
-from oepy.ike import rules
-from oepy.ike.dispatch import serve_request
+from oepy.ike import intermediate, rules
+from oepy.ike.dispatch import awaits_key_exchange, serve_request
 from oepy.ike.events import FailureKind, PeerMoved
-from oepy.ike.header import Exchange, Header, PayloadType
+from oepy.ike.header import MAX_MESSAGE, Exchange, Header, PayloadType
 from oepy.ike.informational import goodbye
 from oepy.ike.initiator import weigh_init_answer
 from oepy.ike.message import Fragment, Message, Reassembly, open_sealed, parse_inner
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from oepy.ike.session import Session
 
 _NEVER = float("inf")
+MAX_UNPROVEN_MESSAGE = 16_384  # bytes that fragments of an unproven peer may take up
 
 
 def receive(session: Session, outer: Message, local: Endpoint, remote: Endpoint) -> None:
@@ -100,7 +101,8 @@ def _reassemble(
     if isinstance(opened, bytes):
         return chain.encrypted.first_inner, opened
     if session.reassembly is None or session.reassembly.message_id != header.message_id:
-        session.reassembly = Reassembly(header.message_id)
+        limit = MAX_MESSAGE if session.authenticated is not None else MAX_UNPROVEN_MESSAGE
+        session.reassembly = Reassembly(header.message_id, limit)
     whole = session.reassembly.add(opened)
     if whole is not None:
         session.reassembly = None
@@ -113,6 +115,8 @@ def _response(session: Session, header: Header, first: int, plain: bytes, data: 
     try:
         message = parse_inner(header, first, plain, data)
         rules.check(header.exchange, True, message.chain)
+        if header.exchange == Exchange.IKE_INTERMEDIATE:
+            intermediate.note(session, header, first, plain)
     except ParseError as error:
         session.fail(FailureKind.PROTOCOL, str(error), "INVALID_SYNTAX")
         return
@@ -146,6 +150,8 @@ def _request(session: Session, header: Header, first: int, plain: bytes, data: b
         if kind is NotifyType.INVALID_SYNTAX:  # RFC 7296 §2.21.2–3: fatal
             session.fail(FailureKind.PROTOCOL, str(error), "INVALID_SYNTAX")
         return
+    if header.exchange == Exchange.IKE_INTERMEDIATE and awaits_key_exchange(session):
+        intermediate.note(session, header, first, plain)
     serve_request(session, message, flow_digest)
     session.reschedule()
 

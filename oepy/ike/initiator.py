@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from oepy.errors import ParseError
 from oepy.ike import aggregation, transport
-from oepy.ike.algorithms import accepted, esp_suite, ike_suite, to_proposals, without_groups
+from oepy.ike.algorithms import accepted, esp_suite, has_additional, ike_suite, to_proposals, without_groups
 from oepy.ike.authentication import AuthMethod, matches, null_auth, psk_auth, verify_auth
 from oepy.ike.child import ChildSa, install, read_selectors, spi_of, within
 from oepy.ike.events import FailureKind, NeedSignature, NeedSpi
@@ -21,6 +21,7 @@ from oepy.ike.handshake import (
     read_common_notifies,
 )
 from oepy.ike.header import NO_SPI, Exchange, PayloadType
+from oepy.ike.intermediate import exchange_keys
 from oepy.ike.key_exchange import generate
 from oepy.ike.message import Message
 from oepy.ike.notify import NotifyType, notify_name
@@ -59,6 +60,7 @@ def initiate(session: Session, request: Initiate) -> OwnSteps:
     session.move(Happening.START)
     answer = yield from _init_rounds(session, request, handshake)
     _init_answered(session, handshake, answer)
+    yield from exchange_keys(session, handshake)
     yield from _auth(session, request, handshake)
 
 
@@ -80,6 +82,8 @@ def _init_rounds(session: Session, request: Initiate, handshake: Handshake) -> S
             (PayloadType.NONCE, handshake.nonce_i),
             *common_notifies(session, NO_SPI),
         ]
+        if any(map(has_additional, offers)):
+            payloads.append(notify(NotifyType.INTERMEDIATE_EXCHANGE_SUPPORTED))
         handshake.rounds += 1
         message: Message = yield Send(Exchange.IKE_SA_INIT, payloads)
         error = first_error(message.chain)
@@ -135,6 +139,8 @@ def _good_answer(handshake: Handshake, answer: Message) -> bool:
     sent = handshake.sent.get(GROUP_NAMES.get(ke.group, ""))
     if chosen is None or sent is None or ike_suite(chosen).group != sent[1].group:
         raise ParseError("IKE_SA_INIT: the peer chose what was not proposed")
+    if ike_suite(chosen).additional and answer.notify(NotifyType.INTERMEDIATE_EXCHANGE_SUPPORTED) is None:
+        raise ParseError("IKE_SA_INIT: additional key exchanges without IKE_INTERMEDIATE")
     if answer.header.spi_r == NO_SPI:
         raise ParseError("IKE_SA_INIT: the peer chose SPI 0")
     answer.must(PayloadType.NONCE, bytes)

@@ -1,7 +1,8 @@
-"""Key exchange methods: X25519 (RFC 8031) and the NIST curves (RFC 5903).
+"""Key exchange methods: X25519 (RFC 8031), the NIST curves (RFC 5903), and ML-KEM (FIPS 203,
+draft-ietf-ipsecme-ikev2-mlkem).
 
-An IKE SA negotiates a list of them (RFC 9370): the first in KE, further ones in exchanges of their own. A
-method is a `Share` made by `generate`, with what to send and how to finish; KEMs fit the same two calls.
+An IKE SA negotiates a list of them (RFC 9370): the first in KE, further ones in exchanges of their own. Whoever
+begins makes a `Share` by `generate`, with what to send and how to finish; the other has all at once, by `respond`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, mlkem
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
 from oepy.errors import ParseError
@@ -77,10 +78,55 @@ class EcpShare:
         return self._private.exchange(ec.ECDH(), public)
 
 
+_KEMS: dict[str, tuple[type[mlkem.MLKEM768PrivateKey | mlkem.MLKEM1024PrivateKey], int]] = {
+    "mlkem768": (mlkem.MLKEM768PrivateKey, 1088),
+    "mlkem1024": (mlkem.MLKEM1024PrivateKey, 1568),
+}
+_ENCAPSULATORS: dict[str, type[mlkem.MLKEM768PublicKey | mlkem.MLKEM1024PublicKey]] = {
+    "mlkem768": mlkem.MLKEM768PublicKey,
+    "mlkem1024": mlkem.MLKEM1024PublicKey,
+}
+_SEED = 64
+
+
+class MlKemShare:
+    """What is sent is the encapsulation key, what comes back the ciphertext."""
+
+    __slots__ = ("_private", "_size", "group", "public")
+
+    def __init__(self, group: str, seed: bytes) -> None:
+        kind, self._size = _KEMS[group]
+        self.group = group
+        self._private = kind.from_seed_bytes(seed)
+        self.public = self._private.public_key().public_bytes_raw()
+
+    def shared_secret(self, peer: bytes) -> bytes:
+        if (
+            len(peer) != self._size
+        ):  # nothing else can fail: a wrong ciphertext gives another secret (FIPS 203)
+            raise ParseError(f"{self.group} ciphertext of {len(peer)} bytes")
+        return self._private.decapsulate(peer)
+
+
+def respond(group: str, peer: bytes, random: Callable[[int], bytes]) -> tuple[bytes, bytes]:
+    """What to answer to the peer's public value, and the shared secret. Raises ParseError. A KEM's answer has the
+    library's own randomness: it takes none from outside."""
+    if group not in _ENCAPSULATORS:
+        share = generate(group, random)
+        return share.public, share.shared_secret(peer)
+    try:  # FIPS 203 §7.2: the length and the modulus are checked
+        secret, ciphertext = _ENCAPSULATORS[group].from_public_bytes(peer).encapsulate()
+    except ValueError as error:
+        raise ParseError(f"{group} encapsulation key: {error}") from None
+    return ciphertext, secret
+
+
 def generate(group: str, random: Callable[[int], bytes]) -> Share:
-    """A fresh share; `group` is a name of algorithms.GROUPS."""
+    """A fresh share; `group` is a name of algorithms.GROUPS or algorithms.KEMS."""
     if group == "x25519":
         return X25519Share(random(32))
+    if group in _KEMS:
+        return MlKemShare(group, random(_SEED))
     _, size, order = _CURVES[group]
     # 64 bits more than the order keep the bias of the reduction negligible (FIPS 186-5 A.2.1)
     scalar = int.from_bytes(random(size + 8), "big") % (order - 1) + 1

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from oepy.ike.child_request import rekey_child
+from oepy.ike.deadlines import half_open_until
 from oepy.ike.events import Datagram, DownReason, FailureKind
 from oepy.ike.header import Exchange
 from oepy.ike.ike_rekey import rekey_ike
@@ -39,7 +40,7 @@ def handle_timer(session: Session) -> None:
             if session.state is State.CLOSED:
                 return
     half_open = session.state in (State.HALF_OPEN, State.AUTHENTICATING)
-    if half_open and now >= session.created + settings.half_open_lifetime:
+    if half_open and now >= half_open_until(session):
         session.context.counters["half_open_expired"] += 1
         if session.state is State.HALF_OPEN:
             session.end()

@@ -137,10 +137,11 @@ def open_sealed(data: bytes, encrypted: Encrypted, protection: Protection) -> by
 class Reassembly:
     """Fragments of one message (RFC 7383 §2.6): authenticated ones only, bounded in number and size."""
 
-    __slots__ = ("_pieces", "_total", "message_id")
+    __slots__ = ("_limit", "_pieces", "_total", "message_id")
 
-    def __init__(self, message_id: int) -> None:
+    def __init__(self, message_id: int, limit: int = MAX_MESSAGE) -> None:
         self.message_id = message_id
+        self._limit = limit
         self._total = 0
         self._pieces: dict[int, Fragment] = {}
 
@@ -151,7 +152,8 @@ class Reassembly:
         elif fragment.total < self._total:
             return None
         self._pieces.setdefault(fragment.number, fragment)
-        if sum(len(piece.plain) for piece in self._pieces.values()) > MAX_MESSAGE:
+        if sum(len(piece.plain) for piece in self._pieces.values()) > self._limit:
+            self._pieces = {}
             raise ParseError("encrypted fragments: more than a message may hold")
         if len(self._pieces) < self._total:
             return None

@@ -30,6 +30,13 @@ class TransformType(enum.IntEnum):
     INTEG = 3
     KE = 4
     ESN = 5
+    ADDKE1 = 6  # additional key exchanges, RFC 9370
+    ADDKE2 = 7
+    ADDKE3 = 8
+    ADDKE4 = 9
+    ADDKE5 = 10
+    ADDKE6 = 11
+    ADDKE7 = 12
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from oepy.ike import aggregation, rules, transport
-from oepy.ike.algorithms import choose, esp_suite, ike_suite, without_groups
+from oepy.ike.algorithms import choose, esp_suite, ike_suite, without_additional, without_groups
 from oepy.ike.authentication import AuthMethod, matches, null_auth, psk_auth, verify_auth
 from oepy.ike.child import ChildSa, install, read_selectors, spi_of, within
 from oepy.ike.events import (
@@ -69,7 +69,10 @@ def receive_init(context: Context, message: Message, local: Endpoint, remote: En
     ke = message.must(PayloadType.KE, KeyShareData)
     proposals = message.must(PayloadType.SA, SaPayload).proposals
     settings = context.settings_for(local, remote)
-    chosen = choose(settings.ike_offers, proposals, PROTOCOL_IKE, prefer_group=ke.group)
+    offers = settings.ike_offers
+    if message.notify(NotifyType.INTERMEDIATE_EXCHANGE_SUPPORTED) is None:
+        offers = without_additional(offers)
+    chosen = choose(offers, proposals, PROTOCOL_IKE, prefer_group=ke.group)
     if chosen is None:
         context.counters["no_proposal_chosen"] += 1
         _refuse(context, header, local, remote, [notify(NotifyType.NO_PROPOSAL_CHOSEN)])
@@ -98,9 +101,12 @@ def receive_init(context: Context, message: Message, local: Endpoint, remote: En
         (PayloadType.NONCE, handshake.nonce_r),
         *common_notifies(session, session.spi_own),
     ]
+    suite = ike_suite(chosen)
+    if suite.additional:
+        answer.append(notify(NotifyType.INTERMEDIATE_EXCHANGE_SUPPORTED))
     datagrams = session.build(Exchange.IKE_SA_INIT, 0, answer, response=True)
     handshake.message_r = datagrams[0]
-    derive(session, handshake, ike_suite(chosen), shared)
+    derive(session, handshake, suite, shared)
     session.window.respond(digest(message.raw), datagrams)
     session.send(datagrams)
     session.reschedule()

@@ -18,6 +18,7 @@ _MANY = (0, MAX_NOTIFIES)
 Rule = dict[P, tuple[int, int]]
 
 _INIT: Rule = {P.SA: (1, 1), P.KE: (1, 1), P.NONCE: (1, 1), P.NOTIFY: _MANY, P.VENDOR: _MANY}
+_KEY_EXCHANGE: Rule = {P.KE: (1, 1), P.NOTIFY: _MANY, P.VENDOR: _MANY}
 _ERROR: Rule = {P.NOTIFY: (1, MAX_NOTIFIES), P.VENDOR: _MANY}
 
 RULES: dict[tuple[int, bool], Rule] = {  # (exchange, is it a response)
@@ -58,6 +59,10 @@ RULES: dict[tuple[int, bool], Rule] = {  # (exchange, is it a response)
         P.TSR: (0, 1),
         P.NOTIFY: _MANY,
     },
+    (Exchange.IKE_INTERMEDIATE, False): _KEY_EXCHANGE,
+    (Exchange.IKE_INTERMEDIATE, True): _KEY_EXCHANGE,
+    (Exchange.IKE_FOLLOWUP_KE, False): _KEY_EXCHANGE,
+    (Exchange.IKE_FOLLOWUP_KE, True): _KEY_EXCHANGE,
     (Exchange.INFORMATIONAL, False): {P.NOTIFY: _MANY, P.DELETE: (0, 8), P.CP: (0, 1)},
     (Exchange.INFORMATIONAL, True): {P.NOTIFY: _MANY, P.DELETE: (0, 8), P.CP: (0, 1)},
 }

@@ -35,7 +35,7 @@ from oepy.ike.message import (
     build_sealed,
 )
 from oepy.ike.notify import NotifyType, ProtocolError
-from oepy.ike.payloads import Delete, Payload, build_delete, notify
+from oepy.ike.payloads import Delete, Payload, build_chain, build_delete, notify
 from oepy.ike.settings import IkeSettings, Retransmission
 from oepy.ike.states import HANDSHAKE, LIVE, NEEDS_EVIDENCE, TRANSITIONS, Happening, State
 from oepy.ike.window import MAX_MESSAGE_ID, Window
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from oepy.ike.algorithms import IkeSuite
     from oepy.ike.child import ChildSa
     from oepy.ike.context import Context, HalfOpenKey
+    from oepy.ike.followup import Followup
     from oepy.ike.handshake import Handshake
     from oepy.model import Secret
 
@@ -68,6 +69,7 @@ class Session:
         "created",
         "encap",
         "established_at",
+        "followup",
         "half_open_key",
         "handshake",
         "heard_at",
@@ -153,6 +155,7 @@ class Session:
         self.keepalive_at = NEVER
         self.candidate: tuple[Session, bytes] | None = None
         """The SA that the peer's simultaneous rekey made, and the lower nonce of that exchange."""
+        self.followup: Followup | None = None  # a rekey of the peer's that waits for its IKE_FOLLOWUP_KE
         self.candidate_for: Session | None = None  # the same, seen from the new SA
         self.moved_to: Session | None = None  # the SA that replaced this one
         self.predecessors: tuple[Session, ...] = ()  # replaced ones that await their Delete
@@ -184,7 +187,8 @@ class Session:
     def spi_r(self) -> bytes:
         return self.spi_peer if self.initiator else self.spi_own
 
-    def set_keys(self, suite: IkeSuite, keys: IkeKeyMaterial) -> None:
+    def set_keys(self, suite: IkeSuite, keys: IkeKeyMaterial, *, final: bool = True) -> None:
+        """`final` False: others follow before IKE_AUTH, so these are of no use to a reader of captures."""
         self.suite = suite
         self.sk_d = keys.d
         from_initiator = protection(suite, keys.ei, keys.ai, self.context.random)
@@ -192,7 +196,7 @@ class Session:
         self.transmit, self.unprotect = (
             (from_initiator, from_responder) if self.initiator else (from_responder, from_initiator)
         )
-        if self.settings.key_log:
+        if self.settings.key_log and final:
             self.context.emit(
                 IkeKeys(
                     self.number,
@@ -219,6 +223,10 @@ class Session:
         header = self._header(exchange, message_id, response=response)
         if exchange == Exchange.IKE_SA_INIT:
             return [build_plain(header, payloads)]
+        if exchange == Exchange.IKE_INTERMEDIATE:
+            from oepy.ike.intermediate import note
+
+            note(self, header, *build_chain(payloads))
         assert self.transmit is not None
         size = self.settings.fragment_size if self.peer_fragments else 0
         return build_sealed(header, payloads, self.transmit, size)
@@ -311,6 +319,11 @@ class Session:
             return
         exchange = _EXCHANGE_OF.get(flow.what, Exchange.CREATE_CHILD_SA)
         self._respond(flow, exchange, result or [])
+        if self.handshake is not None and self.handshake.pending:
+            from oepy.ike.intermediate import mix
+
+            shared, self.handshake.pending = self.handshake.pending, b""
+            mix(self, self.handshake, shared)
         if self.closing is not None:
             self.end(self.closing)
 
@@ -435,6 +448,8 @@ class Session:
 _EXCHANGE_OF = {
     "auth": Exchange.IKE_AUTH,
     "informational": Exchange.INFORMATIONAL,
+    "intermediate": Exchange.IKE_INTERMEDIATE,
+    "followup": Exchange.IKE_FOLLOWUP_KE,
 }
 
 __all__ = ["MAX_CHILDREN", "ChildRefused", "Session"]

@@ -83,8 +83,8 @@ def test_a_forged_answer_to_ike_sa_init_ends_nothing(name: str) -> None:
     assert forger.forged
     assert_one_tunnel(a, b)
     assert not a.of(SessionFailed)
-    wanted = ("x25519", "ecp256") if name == "other group that we offer" else ("x25519",)
-    assert a.ike.sessions()[0].suite.endswith(wanted)
+    wanted = {"x25519", "ecp256"} if name == "other group that we offer" else {"x25519"}
+    assert wanted & set(a.ike.sessions()[0].suite.split("-"))
 
 
 def test_a_broken_copy_of_the_true_answer_ends_nothing() -> None:
