@@ -13,10 +13,10 @@ from oepy.ike.header import PayloadType
 from oepy.ike.ike_rekey import serve_rekey_ike
 from oepy.ike.key_exchange import Share, generate
 from oepy.ike.message import Message
+from oepy.ike.narrowing import ask_narrowing, child_payloads, make_child
 from oepy.ike.notify import NotifyType
 from oepy.ike.payload_sa import PROTOCOL_ESP, PROTOCOL_IKE, SaPayload, TransformType
 from oepy.ike.payloads import KeyShareData, Payload, build_ke, notify
-from oepy.ike.responder import ask_narrowing, child_payloads, make_child
 from oepy.ike.session import MAX_CHILDREN
 from oepy.ike.states import State
 

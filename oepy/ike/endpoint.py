@@ -201,7 +201,8 @@ class IkeEndpoint:
 
     def initiate(self, request: Initiate, now: float) -> int:
         """Begin a negotiation; the session's number."""
-        if not request.local_ts or not request.remote_ts:
+        selectors = (request.local_ts or request.want_addresses) and request.remote_ts
+        if not request.childless and not selectors:
             raise MisuseError("a child SA needs traffic selectors on both sides")
         context = self._context
         context.now = now

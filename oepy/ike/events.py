@@ -14,6 +14,8 @@ from oepy.ike.settings import IkeSettings
 from oepy.model import (
     Authenticated,
     Endpoint,
+    IpAddress,
+    IpNetwork,
     PeerIdentity,
     PublicKey,
     SaPair,
@@ -49,19 +51,65 @@ class Question(IkeEvent):
 @dataclass(frozen=True, slots=True)
 class NeedPeerKey(Question):
     """Responder: which keys does this identity have? Answer: a sequence of PublicKey, all of them are tried;
-    None or an empty one refuses the peer (AUTHENTICATION_FAILED)."""
+    None or an empty one refuses the peer (AUTHENTICATION_FAILED). Or Known."""
 
+    identity: PeerIdentity
+    remote: Endpoint
+    local: Endpoint | None = None
+    own_identity: PeerIdentity | None = None  # the IDr that the peer asks for
+
+
+@dataclass(frozen=True, slots=True)
+class NeedPsk(Question):
+    """Responder: the secret shared with this identity. Answer: Secret, Known, or None."""
+
+    identity: PeerIdentity
+    own_identity: PeerIdentity | None  # the IDr that the peer asks for
+    remote: Endpoint
+    local: Endpoint | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """An answer to NeedPeerKey (`keys`) or NeedPsk (`psk`) that says more: how the keys were learnt, and with which
+    settings to go on, now that the peer's name is known (identity, own_auth, offers for children, lifetimes …)."""
+
+    keys: tuple[PublicKey, ...] = ()
+    psk: Secret | None = None
+    authenticated: Authenticated = Authenticated.DNS
+    settings: IkeSettings | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NeedPpk(Question):
+    """Responder: the PPK (RFC 8784) of this name, which a peer that is not yet proven says it shares with us.
+    Answer: Secret, or None."""
+
+    name: bytes
     identity: PeerIdentity
     remote: Endpoint
 
 
 @dataclass(frozen=True, slots=True)
-class NeedPsk(Question):
-    """Responder: the secret shared with this identity. Answer: Secret, or None."""
+class NeedLease(Question):
+    """Responder: addresses for a proven client that asks for them (RFC 7296 §2.19), before NeedNarrowing, which
+    names them in `leased`. Answer: Lease, or None (INTERNAL_ADDRESS_FAILURE). The lease is the session's: it ends
+    with SessionFailed or SessionDown."""
 
     identity: PeerIdentity
-    own_identity: PeerIdentity | None  # the IDr that the peer asks for
+    authenticated: Authenticated
     remote: Endpoint
+    local: Endpoint
+    families: tuple[int, ...]  # 4, 6
+    wanted: tuple[IpAddress, ...]  # which it would like, as it had them before
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    addresses: tuple[IpAddress, ...]
+    dns: tuple[IpAddress, ...] = ()
+    subnets: tuple[IpNetwork, ...] = ()
+    domains: tuple[str, ...] = ()  # for which those servers are asked (RFC 8598)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +140,7 @@ class NeedNarrowing(Question):
     local_ts: tuple[TrafficSelector, ...]  # as the peer proposes them for our side
     remote_ts: tuple[TrafficSelector, ...]
     rekey_of: int | None
+    leased: tuple[IpAddress, ...] = ()  # addresses that the peer just got: its side of the child
     mode: str = "tunnel"  # transport: with the addresses that packets have here (RFC 7296 §2.23.1)
 
 
@@ -135,6 +184,16 @@ class IkeEstablished(IkeEvent):
     remote: Endpoint
     suite: str
     label: str
+
+
+@dataclass(frozen=True, slots=True)
+class AddressesAssigned(IkeEvent):
+    """The peer gave us addresses; before the ChildUp of the same exchange. All of it is only the peer's word."""
+
+    addresses: tuple[IpAddress, ...]
+    dns: tuple[IpAddress, ...]
+    subnets: tuple[IpNetwork, ...]
+    domains: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,6 +310,7 @@ class IkeKeys(IkeEvent):
 
 
 __all__ = [
+    "AddressesAssigned",
     "ChildDown",
     "ChildFailed",
     "ChildUp",
@@ -262,9 +322,13 @@ __all__ = [
     "IkeEvent",
     "IkeKeys",
     "IkeRekeyed",
+    "Known",
+    "Lease",
     "Narrowed",
+    "NeedLease",
     "NeedNarrowing",
     "NeedPeerKey",
+    "NeedPpk",
     "NeedPsk",
     "NeedSignature",
     "NeedSpi",

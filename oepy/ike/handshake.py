@@ -39,7 +39,9 @@ class Handshake:
         "nonce_i",
         "nonce_r",
         "offers",
+        "peer_childless",
         "peer_hashes",
+        "peer_ppk",
         "pending",
         "refusal",
         "rounds",
@@ -55,6 +57,8 @@ class Handshake:
         self.nonce_i = b""
         self.nonce_r = b""
         self.peer_hashes: frozenset[int] = frozenset()
+        self.peer_ppk = False
+        self.peer_childless = False
         self.sk_pi: Secret | None = None
         self.sk_pr: Secret | None = None
         self.additional: list[str] = []  # key exchanges that IKE_AUTH waits for, in order (RFC 9370)
@@ -120,6 +124,8 @@ def read_common_notifies(session: Session, handshake: Handshake, message: Messag
         handshake.peer_hashes = frozenset(
             int.from_bytes(data[at : at + 2], "big") for at in range(0, len(data) - 1, 2)
         )
+    handshake.peer_ppk = message.notify(NotifyType.USE_PPK) is not None
+    handshake.peer_childless = message.notify(NotifyType.CHILDLESS_IKEV2_SUPPORTED) is not None
     session.peer_fragments = message.notify(NotifyType.FRAGMENTATION_SUPPORTED) is not None
 
 

@@ -1,46 +1,38 @@
-"""The initiator's IKE_SA_INIT and IKE_AUTH, in the order in which they happen (RFC 7296 §1.2)."""
+"""The initiator's IKE_SA_INIT, and what follows it (RFC 7296 §1.2)."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from oepy.errors import ParseError
-from oepy.ike import aggregation, transport
-from oepy.ike.algorithms import accepted, esp_suite, has_additional, ike_suite, to_proposals, without_groups
-from oepy.ike.authentication import AuthMethod, matches, null_auth, psk_auth, verify_auth
-from oepy.ike.child import ChildSa, install, read_selectors, spi_of, within
-from oepy.ike.events import FailureKind, NeedSignature, NeedSpi
-from oepy.ike.flow import ChildRefused, HandshakeFailed, OwnSteps, Send, Steps
+from oepy.ike import ppk
+from oepy.ike.algorithms import accepted, has_additional, ike_suite, to_proposals
+from oepy.ike.flow import OwnSteps, Send, Steps
 from oepy.ike.handshake import (
     GROUP_NAMES,
     NONCE_SIZE,
     Handshake,
     common_notifies,
     derive,
-    establish,
     read_common_notifies,
 )
 from oepy.ike.header import NO_SPI, Exchange, PayloadType
+from oepy.ike.initiator_auth import authenticate
 from oepy.ike.intermediate import exchange_keys
 from oepy.ike.key_exchange import generate
 from oepy.ike.message import Message
 from oepy.ike.notify import NotifyType, notify_name
-from oepy.ike.payload_sa import PROTOCOL_ESP, PROTOCOL_IKE, SaPayload, TransformType, build_sa
-from oepy.ike.payload_ts import build_ts
+from oepy.ike.payload_sa import PROTOCOL_IKE, SaPayload, TransformType, build_sa
 from oepy.ike.payloads import (
-    AuthData,
-    Identification,
     KeyShareData,
     Notify,
     Payload,
-    build_auth,
-    build_id,
     build_ke,
     notify,
 )
 from oepy.ike.rules import first_error
 from oepy.ike.states import Happening
-from oepy.model import Authenticated, Endpoint, PeerIdentity
+from oepy.model import Endpoint
 
 if TYPE_CHECKING:
     from oepy.ike.algorithms import Offer
@@ -61,7 +53,7 @@ def initiate(session: Session, request: Initiate) -> OwnSteps:
     answer = yield from _init_rounds(session, request, handshake)
     _init_answered(session, handshake, answer)
     yield from exchange_keys(session, handshake)
-    yield from _auth(session, request, handshake)
+    yield from authenticate(session, request, handshake)
 
 
 def _init_rounds(session: Session, request: Initiate, handshake: Handshake) -> Steps[Message]:
@@ -84,6 +76,7 @@ def _init_rounds(session: Session, request: Initiate, handshake: Handshake) -> S
         ]
         if any(map(has_additional, offers)):
             payloads.append(notify(NotifyType.INTERMEDIATE_EXCHANGE_SUPPORTED))
+        payloads += ppk.announcement(request.ppk is not None)
         handshake.rounds += 1
         message: Message = yield Send(Exchange.IKE_SA_INIT, payloads)
         error = first_error(message.chain)
@@ -169,149 +162,3 @@ def _init_answered(session: Session, handshake: Handshake, answer: Message) -> N
     if session.encap and session.remote.port == settings.ike_port:
         session.local = Endpoint(session.local.address, settings.nat_t_port)
         session.remote = Endpoint(session.remote.address, settings.nat_t_port)
-
-
-def own_identity(session: Session, configured: PeerIdentity | None, own_auth: str) -> PeerIdentity:
-    if own_auth == "null":
-        return PeerIdentity.null()
-    return configured or session.settings.identity or PeerIdentity.address(session.local.address)
-
-
-def own_proof(session: Session, handshake: Handshake, request: Initiate, id_body: bytes) -> Steps[AuthData]:
-    octets = handshake.octets_of(session, initiator=True, id_body=id_body)
-    assert session.suite is not None
-    if request.own_auth == "psk":
-        if request.psk is None:
-            raise HandshakeFailed(FailureKind.REFUSED, "own_auth is psk, and there is no secret")
-        session.own_proof = True
-        return AuthData(AuthMethod.PSK, psk_auth(session.suite.prf, request.psk, octets))
-    if request.own_auth == "null":
-        assert handshake.sk_pi is not None
-        return AuthData(AuthMethod.NULL, null_auth(session.suite.prf, handshake.sk_pi, octets))
-    signature = yield NeedSignature(session.number, 0, octets, handshake.peer_hashes)
-    if signature is None:
-        raise HandshakeFailed(FailureKind.REFUSED, "this host has no key that the peer could verify")
-    session.own_proof = True
-    return AuthData(*signature)
-
-
-def _auth(session: Session, request: Initiate, handshake: Handshake) -> OwnSteps:
-    context = session.context
-    spi_in = yield NeedSpi(session.number, 0)
-    if not isinstance(spi_in, int):
-        raise HandshakeFailed(FailureKind.REFUSED, "the datapath has no SPI to give")
-    offers = tuple(without_groups(offer) for offer in request.esp_offers or session.settings.esp_offers)
-    id_body = build_id(own_identity(session, request.identity, request.own_auth))
-    auth = yield from own_proof(session, handshake, request, id_body)
-    payloads: list[Payload] = [(PayloadType.IDI, id_body)]
-    if request.initial_contact and request.own_auth != "null" and not _known(session):
-        payloads.append(notify(NotifyType.INITIAL_CONTACT))
-    if request.expected_identity is not None:
-        payloads.append((PayloadType.IDR, build_id(request.expected_identity)))
-    payloads += [
-        (PayloadType.AUTH, build_auth(auth)),
-        (PayloadType.SA, build_sa(SaPayload(to_proposals(offers, PROTOCOL_ESP, spi_in.to_bytes(4, "big"))))),
-        (PayloadType.TSI, build_ts(request.local_ts)),
-        (PayloadType.TSR, build_ts(request.remote_ts)),
-    ]
-    payloads += transport.payloads(request.mode)
-    aggregates = session.settings.aggregation and request.mode == transport.TUNNEL
-    if aggregates:
-        payloads += aggregation.payloads()
-    answer = yield Send(Exchange.IKE_AUTH, payloads)
-    error = first_error(answer.chain)
-    if answer.get(PayloadType.AUTH, AuthData) is None:
-        name = notify_name(error.type if error else 0)
-        raise HandshakeFailed(
-            FailureKind.REJECTED, f"the peer answers IKE_AUTH with {name}", error.type if error else 0
-        )
-    _verify_peer(session, request, handshake, answer)
-    nonces = (handshake.nonce_i, handshake.nonce_r)
-    session.connection = request.connection
-    try:
-        child = _agreed_child(request, offers, spi_in, answer)
-        child.aggregation = aggregation.agreed_on(answer, asked=aggregates)
-    except ChildRefused as refused:
-        # An IKE SA without a child is of no use to us: the peer hears of its end
-        kind = FailureKind.REJECTED if error is not None else FailureKind.PROTOCOL
-        context.counters["children_refused"] += 1
-        _say_goodbye(session)
-        raise HandshakeFailed(kind, refused.text, error.type if error else refused.notify) from None
-    establish(session)
-    install(session, child, b"", nonces)
-    from oepy.ike.duplicates import after_establishment
-
-    after_establishment(session)
-
-
-def _known(session: Session) -> bool:
-    """Whether another established session with the peer exists, which INITIAL_CONTACT would tear down."""
-    return bool(session.context.by_remote.get(session.remote.address))
-
-
-def _say_goodbye(session: Session) -> None:
-    from oepy.ike.informational import send_last_delete
-
-    send_last_delete(session)
-
-
-def _verify_peer(session: Session, request: Initiate, handshake: Handshake, answer: Message) -> None:
-    """Raises HandshakeFailed(PROOF_FAILED) unless the responder is whom we meant."""
-    idr = answer.must(PayloadType.IDR, Identification)
-    auth = answer.must(PayloadType.AUTH, AuthData)
-    octets = handshake.octets_of(session, initiator=False, id_body=idr.body)
-    session.identity = idr.identity
-    assert session.suite is not None
-    proven: Authenticated | None = None
-    if auth.method == AuthMethod.PSK:
-        if request.psk is not None and matches(psk_auth(session.suite.prf, request.psk, octets), auth.data):
-            proven = Authenticated.PSK
-    elif auth.method == AuthMethod.NULL:
-        assert handshake.sk_pr is not None
-        right = matches(null_auth(session.suite.prf, handshake.sk_pr, octets), auth.data)
-        if request.accept_null and right:
-            proven = Authenticated.NULL
-    else:
-        session.key = verify_auth(
-            request.remote_keys,
-            auth.method,
-            auth.data,
-            octets,
-            allow_sha1=session.settings.allow_sha1,
-        )
-        if session.key is not None:
-            proven = Authenticated(request.authenticated_by)
-    if proven is None:
-        raise _unproven(f"its proof (AUTH method {auth.method}) is not by an expected key")
-    if idr.identity is None:
-        raise _unproven("its identity is of an unknown type")
-    if request.expected_identity is not None and idr.identity != request.expected_identity:
-        raise _unproven(f"it is {idr.identity}, not {request.expected_identity}")
-    session.authenticated = proven
-
-
-def _unproven(text: str) -> HandshakeFailed:
-    return HandshakeFailed(
-        FailureKind.PROOF_FAILED,
-        f"the peer could not prove who it is: {text}",
-        0,
-        NotifyType.AUTHENTICATION_FAILED,
-    )
-
-
-def _agreed_child(request: Initiate, offers: tuple[Offer, ...], spi_in: int, answer: Message) -> ChildSa:
-    error = first_error(answer.chain)
-    sa = answer.get(PayloadType.SA, SaPayload)
-    if sa is None:
-        name = notify_name(error.type) if error else "nothing"
-        raise ChildRefused(NotifyType.NO_PROPOSAL_CHOSEN, f"the peer answers the child SA with {name}")
-    chosen = accepted(offers, sa.proposals, PROTOCOL_ESP)
-    if chosen is None:
-        raise ChildRefused(NotifyType.NO_PROPOSAL_CHOSEN, "the peer chose an ESP suite that was not proposed")
-    tsi, tsr = read_selectors(answer)
-    if not within(tsi, request.local_ts) or not within(tsr, request.remote_ts):
-        raise ChildRefused(NotifyType.TS_UNACCEPTABLE, "the peer widened the traffic selectors")
-    child = ChildSa(spi_in, spi_of(chosen), esp_suite(chosen), local_ts=tsi, remote_ts=tsr, initiator=True)
-    child.mode = transport.agreed_on(answer, request.mode, required=request.transport_required)
-    child.offers, child.connection, child.label = request.esp_offers, request.connection, request.label
-    return child

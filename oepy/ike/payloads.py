@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from oepy.errors import ParseError
 from oepy.ike.header import PayloadType
 from oepy.ike.notify import NotifyType, ProtocolError
+from oepy.ike.payload_cp import parse_cp
 from oepy.ike.payload_sa import parse_sa
 from oepy.ike.payload_ts import parse_ts
 from oepy.model import IdType, PeerIdentity
@@ -173,6 +174,7 @@ PARSERS: dict[int, Callable[[Reader], object]] = {
     PayloadType.DELETE: parse_delete,
     PayloadType.TSI: parse_ts,
     PayloadType.TSR: parse_ts,
+    PayloadType.CP: parse_cp,
 }
 _KNOWN = frozenset(PayloadType)
 _ENCRYPTED = (PayloadType.SK, PayloadType.SKF)

@@ -3,22 +3,18 @@ is checked."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from oepy.ike import aggregation, rules, transport
-from oepy.ike.algorithms import choose, esp_suite, ike_suite, without_additional, without_groups
+from oepy.ike import aggregation, configuration, ppk, rules, transport
+from oepy.ike.algorithms import choose, ike_suite, without_additional, without_groups
 from oepy.ike.authentication import AuthMethod, matches, null_auth, psk_auth, verify_auth
-from oepy.ike.child import ChildSa, install, read_selectors, spi_of, within
+from oepy.ike.child import ChildSa, install
 from oepy.ike.events import (
     FailureKind,
-    Narrowed,
-    NeedNarrowing,
+    Known,
     NeedPeerKey,
     NeedPsk,
     NeedSignature,
-    NeedSpi,
-    Refused,
 )
 from oepy.ike.flow import ChildRefused, HandshakeFailed, PeerSteps, Questions
 from oepy.ike.handshake import (
@@ -33,9 +29,9 @@ from oepy.ike.handshake import (
 from oepy.ike.header import FLAG_RESPONSE, VERSION_2, Exchange, Header, PayloadType
 from oepy.ike.key_exchange import generate
 from oepy.ike.message import Message, build_plain
+from oepy.ike.narrowing import ask_narrowing, child_payloads, make_child
 from oepy.ike.notify import NotifyType
 from oepy.ike.payload_sa import PROTOCOL_ESP, PROTOCOL_IKE, SaPayload, TransformType, build_sa
-from oepy.ike.payload_ts import build_ts
 from oepy.ike.payloads import (
     AuthData,
     Identification,
@@ -49,10 +45,9 @@ from oepy.ike.payloads import (
 from oepy.ike.session import Session
 from oepy.ike.states import Happening
 from oepy.ike.window import digest
-from oepy.model import Authenticated, Endpoint, PeerIdentity, PublicKey, Secret, TrafficSelector
+from oepy.model import Authenticated, Endpoint, IpAddress, PeerIdentity, PublicKey, Secret
 
 if TYPE_CHECKING:
-    from oepy.ike.algorithms import Chosen
     from oepy.ike.context import Context
 
 
@@ -102,6 +97,10 @@ def receive_init(context: Context, message: Message, local: Endpoint, remote: En
         *common_notifies(session, session.spi_own),
     ]
     suite = ike_suite(chosen)
+    answer += ppk.announcement(handshake.peer_ppk and settings.ppk != "never")
+    handshake.peer_ppk = handshake.peer_ppk and settings.ppk != "never"
+    if settings.childless:
+        answer.append(notify(NotifyType.CHILDLESS_IKEV2_SUPPORTED))
     if suite.additional:
         answer.append(notify(NotifyType.INTERMEDIATE_EXCHANGE_SUPPORTED))
     datagrams = session.build(Exchange.IKE_SA_INIT, 0, answer, response=True)
@@ -157,11 +156,17 @@ def serve_auth(session: Session, message: Message) -> PeerSteps:
     session.identity = idi.identity
     asked = message.get(PayloadType.IDR, Identification)
     wanted = asked.identity if asked else None
-    psk = yield from _verify_peer(session, handshake, message, idi, wanted)
+    auth, ppk_answer = yield from ppk.serve(session, handshake, message, idi.identity)
+    psk = yield from _verify_peer(session, handshake, auth, idi, wanted)
     refused: ChildRefused | None = None
     child: tuple[ChildSa, list[Payload]] | None = None
+    childless = session.settings.childless and PayloadType.SA not in message.chain.counts
+    leased: tuple[IpAddress, ...] = ()
+    lease_answer: list[Payload] = []
     try:
-        child = yield from _child(session, message)
+        lease_answer, leased = yield from configuration.serve(session, message)
+        if not childless:
+            child = yield from _child(session, message, leased)
     except ChildRefused as refusal:
         refused = refusal
     own_auth = "psk" if psk is not None else session.settings.own_auth
@@ -174,8 +179,9 @@ def serve_auth(session: Session, message: Message) -> PeerSteps:
     if own_auth == "null":
         identity = PeerIdentity.null()
     id_body = build_id(identity)
-    auth = yield from _own_proof(session, handshake, own_auth, psk, id_body)
-    payloads: list[Payload] = [(PayloadType.IDR, id_body), (PayloadType.AUTH, build_auth(auth))]
+    proof = yield from _own_proof(session, handshake, own_auth, psk, id_body)
+    payloads: list[Payload] = [(PayloadType.IDR, id_body), (PayloadType.AUTH, build_auth(proof))]
+    payloads += [*ppk_answer, *lease_answer]
     nonces = (handshake.nonce_i, handshake.nonce_r)
     establish(session)
     if message.notify(NotifyType.INITIAL_CONTACT) is not None:
@@ -190,8 +196,7 @@ def serve_auth(session: Session, message: Message) -> PeerSteps:
         from oepy.ike.duplicates import after_establishment
 
         after_establishment(session)
-    else:
-        assert refused is not None
+    elif refused is not None:
         session.context.counters["children_refused"] += 1
         session.last_error = refused.text
         payloads.append(notify(refused.notify, refused.data))
@@ -211,10 +216,9 @@ def _unproven(text: str) -> HandshakeFailed:
 
 
 def _verify_peer(
-    session: Session, handshake: Handshake, message: Message, idi: Identification, wanted: PeerIdentity | None
+    session: Session, handshake: Handshake, auth: AuthData, idi: Identification, wanted: PeerIdentity | None
 ) -> Questions[Secret | None]:
     """The secret, where it was a PSK. Raises HandshakeFailed unless the initiator proves its identity."""
-    auth = message.must(PayloadType.AUTH, AuthData)
     octets = handshake.octets_of(session, initiator=True, id_body=idi.body)
     assert session.suite is not None
     assert idi.identity is not None
@@ -229,14 +233,17 @@ def _verify_peer(
         session.authenticated = Authenticated.NULL
         return None
     if auth.method == AuthMethod.PSK:
-        secret = yield NeedPsk(session.number, 0, idi.identity, wanted, session.remote)
+        known = yield NeedPsk(session.number, 0, idi.identity, wanted, session.remote, session.local)
+        secret = known.psk if isinstance(known, Known) else known
         if not isinstance(secret, Secret):
             raise _refused(f"no secret is shared with {idi.identity}")
         if not matches(psk_auth(session.suite.prf, secret, octets), auth.data):
             raise _unproven(f"{idi.identity} has another secret")
         session.authenticated = Authenticated.PSK
+        _go_on_with(session, known)
         return secret
-    keys = yield NeedPeerKey(session.number, 0, idi.identity, session.remote)
+    known = yield NeedPeerKey(session.number, 0, idi.identity, session.remote, session.local, wanted)
+    keys = known.keys if isinstance(known, Known) else known
     candidates = [key for key in keys or () if isinstance(key, PublicKey)]
     if not candidates:
         raise _refused(f"no usable key is known of {idi.identity}")
@@ -245,8 +252,14 @@ def _verify_peer(
     )
     if session.key is None:
         raise _unproven(f"the proof of {idi.identity} is not by a key that it publishes")
-    session.authenticated = Authenticated.DNS
+    session.authenticated = known.authenticated if isinstance(known, Known) else Authenticated.DNS
+    _go_on_with(session, known)
     return None
+
+
+def _go_on_with(session: Session, known: object) -> None:
+    if isinstance(known, Known) and known.settings is not None:
+        session.settings = known.settings
 
 
 def _own_proof(
@@ -267,14 +280,13 @@ def _own_proof(
     return AuthData(*signature)
 
 
-# ---- the child, in IKE_AUTH and in CREATE_CHILD_SA ------------------------------------------------------
-
-
-def _child(session: Session, message: Message) -> Questions[tuple[ChildSa, list[Payload]]]:
+def _child(
+    session: Session, message: Message, leased: tuple[IpAddress, ...]
+) -> Questions[tuple[ChildSa, list[Payload]]]:
     sa = message.get(PayloadType.SA, SaPayload)
     if sa is None:
         raise ChildRefused(NotifyType.NO_PROPOSAL_CHOSEN, "IKE_AUTH without a child SA")
-    narrowed, selectors = yield from ask_narrowing(session, message, None)
+    narrowed, selectors = yield from ask_narrowing(session, message, None, leased)
     offers = tuple(without_groups(o) for o in narrowed.offers or session.settings.esp_offers)
     chosen = choose(offers, sa.proposals, PROTOCOL_ESP)
     if chosen is None:
@@ -283,103 +295,3 @@ def _child(session: Session, message: Message) -> Questions[tuple[ChildSa, list[
     if session.settings.aggregation and child.mode == transport.TUNNEL:
         child.aggregation = aggregation.asked_for(message)
     return child, child_payloads(child, chosen, selectors)
-
-
-Selectors = tuple[TrafficSelector, ...]
-
-
-def ask_narrowing(
-    session: Session, message: Message, old: ChildSa | None
-) -> Questions[tuple[Narrowed, tuple[Selectors, Selectors]]]:
-    """The daemon's word on the peer's selectors, and TSi and TSr for the answer. Raises ChildRefused or
-    HandshakeFailed as it decides."""
-    from oepy.ike.duplicates import forbids
-
-    proposed = read_selectors(message)
-    mode = transport.asked_for(message)
-    if old is not None and mode != old.mode:
-        raise ChildRefused(NotifyType.NO_PROPOSAL_CHOSEN, "a rekey does not change the mode")
-    if old is None and forbids(session, proposed[0]):
-        raise ChildRefused(
-            NotifyType.TS_UNACCEPTABLE, "an authenticated tunnel with this peer is there already"
-        )
-    seen = proposed if mode == transport.TUNNEL else transport.as_seen(session, *proposed)
-    narrowed = yield from _ask_narrowing(session, seen, mode, old)
-    if narrowed.mode != mode and mode == transport.TRANSPORT:
-        if old is not None:
-            narrowed = replace(narrowed, mode=mode)
-        elif seen != proposed:
-            seen = proposed
-            narrowed = yield from _ask_narrowing(session, seen, transport.TUNNEL, old)
-    elif narrowed.mode != mode:
-        narrowed = replace(narrowed, mode=mode)
-    tsi, tsr = (
-        transport.as_proposed(ours, one, two)
-        for ours, one, two in zip((narrowed.remote_ts, narrowed.local_ts), proposed, seen, strict=True)
-    )
-    session.connection = narrowed.connection
-    session.authenticated = narrowed.authenticated or session.authenticated
-    if narrowed.settings is not None:
-        session.settings = narrowed.settings
-    return narrowed, (tsi, tsr)
-
-
-def _ask_narrowing(
-    session: Session, seen: tuple[Selectors, Selectors], mode: str, old: ChildSa | None
-) -> Questions[Narrowed]:
-    assert session.identity is not None
-    assert session.authenticated is not None
-    tsi, tsr = seen
-    answer = yield NeedNarrowing(
-        session.number,
-        0,
-        session.identity,
-        session.authenticated,
-        session.key,
-        session.remote,
-        session.local,
-        tsr,
-        tsi,
-        old.spi_in if old else None,
-        mode,
-    )
-    if isinstance(answer, Refused):
-        if answer.peer:
-            raise _refused(answer.reason)
-        raise ChildRefused(NotifyType.TS_UNACCEPTABLE, answer.reason)
-    if not isinstance(answer, Narrowed):
-        raise ChildRefused(NotifyType.TS_UNACCEPTABLE, "the policy gave no answer")
-    usable = answer.local_ts and answer.remote_ts
-    if not usable or not within(answer.local_ts, tsr) or not within(answer.remote_ts, tsi):
-        raise ChildRefused(NotifyType.TS_UNACCEPTABLE, "nothing of the proposed selectors is allowed")
-    return answer
-
-
-def make_child(session: Session, narrowed: Narrowed, chosen: Chosen) -> Questions[ChildSa]:
-    spi_out = spi_of(chosen)
-    spi_in = yield NeedSpi(session.number, 0)
-    if not isinstance(spi_in, int):
-        raise ChildRefused(NotifyType.NO_ADDITIONAL_SAS, "the datapath has no SPI to give")
-    child = ChildSa(
-        spi_in,
-        spi_out,
-        esp_suite(chosen),
-        local_ts=narrowed.local_ts,
-        remote_ts=narrowed.remote_ts,
-        initiator=False,
-    )
-    child.offers, child.mode = narrowed.offers, narrowed.mode
-    child.connection, child.label = narrowed.connection, narrowed.label or session.label
-    return child
-
-
-def child_payloads(child: ChildSa, chosen: Chosen, selectors: tuple[Selectors, Selectors]) -> list[Payload]:
-    """SA, TSi, TSr and USE_TRANSPORT_MODE of the answer: TSi is the exchange initiator's side, the remote one."""
-    tsi, tsr = selectors
-    spi = child.spi_in.to_bytes(4, "big")
-    return [
-        (PayloadType.SA, build_sa(SaPayload((chosen.proposal(PROTOCOL_ESP, spi),)))),
-        (PayloadType.TSI, build_ts(tsi)),
-        (PayloadType.TSR, build_ts(tsr)),
-        *transport.payloads(child.mode),
-    ]

@@ -32,6 +32,7 @@ RULES: dict[tuple[int, bool], Rule] = {  # (exchange, is it a response)
         P.TSI: (0, 1),
         P.TSR: (0, 1),
         P.CERT: (0, 8),
+        P.CP: (0, 1),
         P.NOTIFY: _MANY,
     },
     (Exchange.IKE_AUTH, True): {
@@ -41,6 +42,7 @@ RULES: dict[tuple[int, bool], Rule] = {  # (exchange, is it a response)
         P.TSI: (0, 1),
         P.TSR: (0, 1),
         P.CERT: (0, 8),
+        P.CP: (0, 1),
         P.NOTIFY: _MANY,
     },
     (Exchange.CREATE_CHILD_SA, False): {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from oepy.ike.algorithms import DEFAULT_ESP, DEFAULT_IKE, Offer, parse_esp_proposal, parse_ike_proposal
-from oepy.model import Endpoint, PeerIdentity, PublicKey, Secret, TrafficSelector
+from oepy.model import Endpoint, IpAddress, PeerIdentity, PublicKey, Secret, TrafficSelector
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +44,25 @@ class Lifetimes:
 
 
 @dataclass(frozen=True, slots=True)
+class Ppk:
+    """A post-quantum preshared key (RFC 8784) and its name; `required`: no tunnel without it."""
+
+    identity: bytes
+    secret: Secret
+    required: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class IkeSettings:
+    """Of the endpoint, or of one connection's sessions (`Initiate.settings`, `IkeEndpoint(settings_for=)`,
+    `Narrowed.settings`, `Known.settings`). The limits on half-open and all sessions, the ports and the cookies are
+    the endpoint's alone."""
+
     identity: PeerIdentity | None = None  # None: our address towards the peer
     own_auth: str = "pubkey"  # as responder, to a peer that did not use a PSK: pubkey | null
     allow_null_initiator: bool = True
+    ppk: str = "never"  # as responder: never | accept | require (RFC 8784); NeedPpk asks for it
+    childless: bool = False  # as responder: an IKE SA may begin without a child (RFC 6023)
     allow_sha1: bool = False  # accept method 1 (RSA) over SHA-1
     ike_offers: tuple[Offer, ...] = field(default_factory=default_ike_offers)
     esp_offers: tuple[Offer, ...] = field(default_factory=default_esp_offers)
@@ -58,7 +73,7 @@ class IkeSettings:
     refusal_patience: float = 2.0  # after a refusal that anybody may have forged: wait for a good answer
     half_open_lifetime: float = 15.0
     question_timeout: float = 30.0  # an unanswered question ends its exchange
-    childless_lifetime: float = 15.0  # an established session without a child ends
+    childless_lifetime: float = 15.0  # an established session without a child ends; infinity: it stays
     replaced_lifetime: float = 180.0  # a rekeyed IKE SA awaits its Delete: longer than peers retransmit
     cookie_threshold: int = 64  # half-open sessions from which on cookies are demanded
     max_half_open: int = 4096
@@ -97,6 +112,12 @@ class Initiate:
     connection: str = ""
     label: str = ""
     settings: IkeSettings | None = None  # None: the endpoint's
+    want_addresses: tuple[int, ...] = ()
+    """Families (4, 6) of which we want an address of the peer's (RFC 7296 §2.19): AddressesAssigned tells them.
+    With empty `local_ts` our side of the child is what we get (`dynamic`)."""
+    had_addresses: tuple[IpAddress, ...] = ()  # those that we had last time, and would like again
+    ppk: Ppk | None = None
+    childless: bool = False  # no child for now (RFC 6023): the selectors are not used
     mode: str = "tunnel"  # of the child: tunnel | transport
     transport_required: bool = False  # where the peer refuses transport mode: fail, instead of tunnel mode
 

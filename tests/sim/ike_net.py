@@ -20,8 +20,10 @@ from oepy.ike.events import (
     ChildUsable,
     IkeEvent,
     Narrowed,
+    NeedLease,
     NeedNarrowing,
     NeedPeerKey,
+    NeedPpk,
     NeedPsk,
     NeedSignature,
     NeedSpi,
@@ -97,6 +99,8 @@ class Host:
             return self.keys.get(str(question.identity))
         if isinstance(question, NeedPsk):
             return self.psks.get(str(question.identity))
+        if isinstance(question, (NeedPpk, NeedLease)):
+            return None
         assert isinstance(question, NeedNarrowing)
         return self.refuse or Narrowed(question.local_ts, question.remote_ts)
 

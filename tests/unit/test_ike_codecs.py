@@ -15,6 +15,7 @@ from oepy.ike.crypto import AeadProtection
 from oepy.ike.header import Exchange, Header, PayloadType, build_header, parse_header
 from oepy.ike.message import Fragment, Message, Reassembly, build_plain, build_sealed, open_sealed
 from oepy.ike.notify import NotifyType, ProtocolError
+from oepy.ike.payload_cp import parse_cp
 from oepy.ike.payload_sa import Proposal, SaPayload, Transform, build_sa, parse_sa
 from oepy.ike.payload_ts import build_ts, parse_ts
 from oepy.ike.payloads import (
@@ -265,3 +266,33 @@ def test_a_message_has_what_was_put_in() -> None:
     assert message.notify(NotifyType.COOKIE) == Notify(16390, b"c")
     with pytest.raises(ParseError):
         message.must(PayloadType.SA, SaPayload)
+
+
+@pytest.mark.parametrize(
+    "attribute",
+    [
+        "0001000301020304",  # an IPv4 address of 3 bytes
+        "000800042001",  # runs past the end
+        "000800100102030405060708090a0b0c0d0e0f10",  # an IPv6 address without its prefix
+        "000d00080a000000ff00ff00",  # a netmask with holes
+        "000f0011" + "20010db8" + "00" * 12 + "81",  # a prefix of 129 bits
+        "00190003612e2e",  # a domain with an empty label
+        "0019000161",
+        "0001",
+    ],
+)
+def test_configuration_attributes_of_a_wrong_form(attribute: str) -> None:
+    """Refused; but one label is a domain."""
+    data = b"\x02\0\0\0" + bytes.fromhex(attribute)
+    if attribute == "0019000161":
+        assert parse_cp(Reader(data)).domains == ("a",)
+        return
+    with pytest.raises(ParseError):
+        parse_cp(Reader(data))
+
+
+def test_configuration_attributes_are_bounded_in_number() -> None:
+    """64 of them and no more."""
+    assert parse_cp(Reader(bytes(4) + bytes.fromhex("00010000") * 64)).asked == {1}
+    with pytest.raises(ParseError):
+        parse_cp(Reader(bytes(4) + bytes.fromhex("00010000") * 65))
