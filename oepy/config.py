@@ -17,15 +17,17 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from oepy.configfile import DEFAULT_PATH, DEFAULT_SOCKET, RESOLV_CONF, system_resolvers
-from oepy.errors import ConfigError
+from oepy.connections.model import EMPTY, ConnectionSet
+from oepy.connections.reading import Files, read_connections
+from oepy.errors import ConfigError, UsageError
 from oepy.interfaces import PolicyRule
 from oepy.manual.checks import read_manual
 from oepy.manual.model import NOTHING, ManualSet
 from oepy.manual.pairing import userland_problems
 from oepy.manual.reading import KeyFiles, Problem, inline_keys
-from oepy.model import IpAddress, PolicyGroup
+from oepy.model import IpAddress, PolicyGroup, PublicKey
 from oepy.policy import PROTOCOL_NUMBERS
-from oepy.privatefile import read_private_file
+from oepy.privatefile import MAX_KEY_FILE, read_private_file
 from oepy.resolvers import Resolver, check_all, parse_resolver
 
 DEFAULT_KEY = Path("/var/lib/oepy/host.key")
@@ -57,6 +59,7 @@ class Config:
     socket: Path
     key_log: Path | None
     manual: ManualSet = NOTHING
+    connections: ConnectionSet = EMPTY
 
 
 def _rule_network(text: str) -> Iterator[tuple[int, int, str]]:
@@ -180,14 +183,11 @@ class _File(_Section):
     control: _Control = Field(default_factory=_Control)
     debug: _Debug = Field(default_factory=_Debug)
     manual: Any = None  # read by manual/reading.py
-    connections: dict[str, Any] = Field(default={}, max_length=0)
-    secrets: list[Any] = Field(default=[], max_length=0)
+    connections: Any = None  # both read by connections/reading.py
+    secrets: Any = None
 
 
-_NOT_YET = "this version serves opportunistic encryption only; remove the section"
 _MENDS = {
-    ("connections",): _NOT_YET,
-    ("secrets",): _NOT_YET,
     ("control", "dashboard"): "this version has no dashboard; set it to null or remove the line",
 }
 
@@ -233,6 +233,8 @@ def parse(text: str, source: str = "oepy.yaml") -> Config:
     problems += _cross_checks(data, lines)
     manual, wrong = _read_manual(text, data, source, lines)
     problems += wrong
+    connections, mistakes = _read_connections(data, source, lines)
+    problems += mistakes
     model = None
     try:
         model = _File.model_validate(data)
@@ -253,7 +255,7 @@ def parse(text: str, source: str = "oepy.yaml") -> Config:
         line = lines.get(("dns", "relay"), 1)
         mend = f"{model.dns.relay} is one of the resolvers; name those to ask in dns.resolvers, else it asks itself"
         raise ConfigError(source, [f"line {line}: dns.relay: {mend}"])
-    return _build(model, source, found, manual)
+    return _build(model, source, found, manual, connections)
 
 
 def _compose(text: str, source: str) -> tuple[dict[str, Any], dict[tuple[str | int, ...], int], list[str]]:
@@ -293,6 +295,39 @@ def _read_manual(
     return manual, [_manual_problem(problem, lines) for problem in wrong]
 
 
+def _read_connections(
+    data: dict[str, Any], source: str, lines: dict[tuple[str | int, ...], int]
+) -> tuple[ConnectionSet, list[str]]:
+    if data.get("connections") is None and data.get("secrets") is None:
+        return EMPTY, []
+    from oepy.ike.algorithms import parse_esp_proposal, parse_ike_proposal
+    from oepy.keys import HostKey, parse_public
+
+    base = Path(source).parent
+
+    def public(name: str) -> PublicKey:
+        try:
+            return parse_public((base / name).read_bytes()[:MAX_KEY_FILE], name)
+        except OSError as error:
+            raise UsageError(
+                f"{name}: {error.strerror}", "name a PEM file of the peer's public key"
+            ) from None
+
+    def own_key(name: str) -> str:
+        HostKey.load(base / name)
+        return str(base / name)
+
+    files = Files(
+        private=lambda name: read_private_file(base / name, "put the secret there, mode 0600"),
+        public=public,
+        own_key=own_key,
+        proposal_ike=parse_ike_proposal,
+        proposal_esp=parse_esp_proposal,
+    )
+    found, wrong = read_connections(data.get("connections"), data.get("secrets"), files)
+    return found, [_placed(problem.path, problem.text, lines) for problem in wrong]
+
+
 def _key_files(source: str) -> KeyFiles:
     def read(name: str) -> bytes:
         return read_private_file(Path(source).parent / name, "put the key there in hexadecimal, mode 0600")
@@ -301,10 +336,14 @@ def _key_files(source: str) -> KeyFiles:
 
 
 def _manual_problem(problem: Problem, lines: dict[tuple[str | int, ...], int]) -> str:
-    path = known = ("manual", *problem.path)
+    return _placed(("manual", *problem.path), problem.text, lines)
+
+
+def _placed(path: tuple[str | int, ...], text: str, lines: dict[tuple[str | int, ...], int]) -> str:
+    known = path
     while known not in lines and len(known) > 1:
         known = known[:-1]
-    return f"line {lines.get(known, 1)}: {_dotted(path)}: {problem.text}"
+    return f"line {lines.get(known, 1)}: {_dotted(path)}: {text}"
 
 
 def _line_of(problem: str) -> int:
@@ -425,7 +464,13 @@ def _relay_place(text: str | None) -> tuple[IpAddress, int] | None:
     return ip_address(address), int(port or 53)
 
 
-def _build(model: _File, source: str, resolvers: tuple[Resolver, ...], manual: ManualSet) -> Config:
+def _build(
+    model: _File,
+    source: str,
+    resolvers: tuple[Resolver, ...],
+    manual: ManualSet,
+    connections: ConnectionSet,
+) -> Config:
     return Config(
         source=source,
         identity=model.identity.id,
@@ -453,4 +498,5 @@ def _build(model: _File, source: str, resolvers: tuple[Resolver, ...], manual: M
         socket=model.control.socket,
         key_log=model.debug.key_log,
         manual=manual,
+        connections=connections,
     )

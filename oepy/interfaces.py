@@ -41,6 +41,10 @@ class ConfiguredRule:
     """Traffic that the configuration settles before any group is asked: manual policies, connections. Of a list the
     first rule that matches counts. Protocol and ports 0 mean any.
 
+    A rule with a `number` belongs to a connection's child: outward, what `Trap.join` has put there goes into the
+    tunnel; of the rest, `required` is held and asked for, and what isn't is the next rule's. Inward such traffic is
+    dropped: all of it where it is `required`, else that of joined addresses.
+
     `verdict`: outward PRIVATE goes into the tunnel; CLEAR passes and BLOCK is dropped, either way. `required` rules
     keep their traffic shut while no daemon runs.
     """
@@ -53,6 +57,7 @@ class ConfiguredRule:
     source_port: int = 0
     destination_port: int = 0
     required: bool = False
+    number: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +89,25 @@ class Trap(Protocol):
         """Enter the destination into the set of the verdict and release or drop its held packets.
         `lifetime` in seconds, None for unlimited. A later call replaces an earlier one."""
 
+    def ask_for(self, on_asked: Callable[[int, Flow], None]) -> None:
+        """Before `start`: whom to tell that packets of a rule with a number begin to be held, once for each
+        destination."""
+
+    def join(self, number: int, remotes: Collection[tuple[IpAddress, IpAddress]]) -> None:
+        """From now on these address ranges (first, last), and no others, are in the tunnel of the rules with this
+        number; what is held for them goes there."""
+
+    def refuse(self, number: int) -> None:
+        """What is held for the rules with this number is dropped; the next packet asks again."""
+
     def commit(self) -> None:
         """Decisions so far are in the kernel when this returns: a peer may hear of them now."""
 
     def forget(self, destinations: Iterable[tuple[PolicyGroup, IpAddress]]) -> None:
         """Back to "ask": the next packet is trapped again."""
 
-    def held(self) -> Mapping[tuple[PolicyGroup, IpAddress], int]:
-        """Held packets by destination."""
+    def held(self) -> Mapping[tuple[PolicyGroup | int, IpAddress], int]:
+        """Held packets by destination; of a connection's child by its number."""
 
     def statistics(self) -> Mapping[str, int]: ...
 

@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "terminate": ("oepy.cli.control", "terminate", "Take a tunnel down."),
     "rekey": ("oepy.cli.control", "rekey", "Negotiate new keys for a tunnel now."),
     "flush": ("oepy.cli.control", "flush", "Forget what was decided."),
+    "connection": ("oepy.cli.connection", "connection", "Conventional connections: list, up, down, load."),
     "sa": ("oepy.cli.manual", "sa", "SAs keyed by hand."),
     "policy": ("oepy.cli.manual", "policy", "Policies made by hand."),
     "convert": ("oepy.cli.convert", "convert", "Other systems' configuration to oepy's."),

@@ -49,6 +49,9 @@ def status(ctx: click.Context, as_json: bool) -> None:
     click.echo(
         f"now        {states or 'no destinations yet'}; {data['sas']} SAs; {data['held']} packets held"
     )
+    if data["connections"]:
+        children = ", ".join(f"{count} {name}" for name, count in sorted(data["connections"].items()))
+        click.echo(f"connections {children}")
     if any(data["manual"].values()):
         click.echo(f"by hand    {data['manual']['sas']} SAs, {data['manual']['policies']} policies")
     for alert in data["alerts"]:
@@ -141,6 +144,8 @@ def policies(ctx: click.Context, as_json: bool) -> None:
 
 
 def _group_text(row: dict[str, Any]) -> str:
+    if row["group"] == "connection":
+        return f"connection {row['connection']}: {row['action']}, from {row['source']}"
     if row["group"] != "manual":
         return str(row["group"])
     return f"manual: {row['action']} {row['direction']}, from {row['source']}"

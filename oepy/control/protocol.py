@@ -16,4 +16,5 @@ TERMINATE = "/v1/terminate"
 REKEY = "/v1/rekey"
 FLUSH = "/v1/flush"  # POST {"destination": ADDRESS or null, "dns": "all", ADDRESS or null}
 MANUAL = "/v1/manual"  # GET ?all=1; POST {"operation": "sa-add", "entry": {…}}: keys travel in it
+CONNECTIONS = "/v1/connections"  # GET; POST {"operation": "up", "name": "office/net", "timeout": 15}
 MAX_BODY = 64 * 1024

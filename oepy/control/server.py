@@ -43,6 +43,10 @@ class Controllable(Protocol):
 
     async def manual_change(self, operation: str, entry: object) -> dict[str, Any]: ...
 
+    async def connections(self) -> list[dict[str, Any]]: ...
+
+    async def connection_change(self, operation: str, name: str, seconds: float) -> dict[str, Any]: ...
+
     def recent_events(self, limit: int) -> list[dict[str, Any]]: ...
 
     def follow_events(self) -> AsyncIterator[dict[str, Any]]: ...
@@ -79,6 +83,8 @@ class ControlServer:
         app.router.add_post(protocol.FLUSH, self._flush)
         app.router.add_get(protocol.MANUAL, self._manual_list)
         app.router.add_post(protocol.MANUAL, self._manual_change)
+        app.router.add_get(protocol.CONNECTIONS, _reader(target.connections))
+        app.router.add_post(protocol.CONNECTIONS, self._connection_change)
         self._path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         self._remove_stale()
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
@@ -112,11 +118,13 @@ class ControlServer:
 
     async def _initiate(self, request: web.Request) -> web.Response:
         body = await _body(request)
-        wanted = body.get("timeout", 15.0)
-        if not isinstance(wanted, int | float) or not math.isfinite(wanted):
-            raise UsageError(f"{wanted!r} is no number of seconds", "give one like 15")
-        timeout = min(max(float(wanted), 0.1), 120.0)
+        timeout = _timeout(body)
         return web.json_response(await self._target.initiate(_destination(body.get("destination")), timeout))
+
+    async def _connection_change(self, request: web.Request) -> web.Response:
+        body = await _body(request)
+        operation, name = str(body.get("operation")), str(body.get("name") or "")
+        return web.json_response(await self._target.connection_change(operation, name, _timeout(body)))
 
     async def _terminate(self, request: web.Request) -> web.Response:
         body = await _body(request)
@@ -171,6 +179,13 @@ def _reader(read: Callable[[], Awaitable[Any]]) -> Callable[[web.Request], Await
         return web.Response(text=await asyncio.to_thread(json.dumps, value), content_type="application/json")
 
     return handler
+
+
+def _timeout(body: dict[str, Any]) -> float:
+    wanted = body.get("timeout", 15.0)
+    if not isinstance(wanted, int | float) or not math.isfinite(wanted):
+        raise UsageError(f"{wanted!r} is no number of seconds", "give one like 15")
+    return min(max(float(wanted), 0.1), 120.0)
 
 
 async def _body(request: web.Request) -> dict[str, Any]:

@@ -10,11 +10,13 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from oepy import __version__
+from oepy.connections import messages
+from oepy.connections.manager import State as ChildPhase
 from oepy.daemon import views
 from oepy.daemon.forecast import foretell
 from oepy.engine import messages as engine_messages
 from oepy.engine.table import State
-from oepy.errors import OepyError
+from oepy.errors import OepyError, UsageError
 from oepy.interfaces import PolicyRule
 from oepy.keys import describe, fingerprint
 from oepy.manual.model import ManualPolicy
@@ -70,7 +72,8 @@ class ControlApi:
                 {"subject": r.subject, "state": r.state, "reason": r.reason} for r in self._daemon.own.known()
             ],
             "destinations": counts,
-            "sas": len(self._daemon.engine.pairs),
+            "sas": len(self._daemon.engine.pairs)
+            + sum(1 for _ in self._daemon.connections.manager.tunnels()),
             "held": sum(self._daemon.trap.held().values()),
             "counts": {
                 "engine": dict(self._daemon.engine.counts),
@@ -79,6 +82,7 @@ class ControlApi:
                 "ike": dict(self._daemon.negotiator.endpoint.counters),
                 "datapath": dict(await self._daemon.datapath.statistics()),
             },
+            "connections": self._connection_counts(),
             "manual": {
                 "sas": len(self._daemon.manual.effective.sas),
                 "policies": len(self._daemon.manual.effective.policies),
@@ -105,7 +109,62 @@ class ControlApi:
                 views.sa_view(pair, counters.get(spi), since, now)
                 for spi, (pair, since) in self._daemon.engine.pairs.items()
             ),
+            *(
+                views.sa_view(tunnel.pair, counters.get(spi), tunnel.since, now)
+                for spi, tunnel in self._daemon.connections.manager.tunnels()
+            ),
         ]
+
+    def _connection_counts(self) -> dict[str, int]:
+        counts: dict[str, int] = {}
+        for state in self._daemon.connections.manager.children.values():
+            counts[state.state.value] = counts.get(state.state.value, 0) + 1
+        return counts
+
+    async def connections(self) -> list[dict[str, Any]]:
+        now = time.monotonic()
+        held: dict[int, int] = {}
+        for (number, _), count in self._daemon.trap.held().items():
+            if isinstance(number, int):
+                held[number] = held.get(number, 0) + count
+        children = self._daemon.connections.manager.children.values()
+        return [views.child_view(state, held.get(state.number, 0), now) for state in list(children)]
+
+    async def connection_change(self, operation: str, name: str, seconds: float) -> dict[str, Any]:
+        """`load` applies the file's difference; `up` and `down` wait for the outcome, `seconds` at most."""
+        if operation == "load":
+            problems = self._daemon.reload()
+            if problems:
+                raise UsageError("; ".join(problems))
+            await self._daemon.steps.idle()
+            return {"done": "load", "connections": len(self._daemon.connections.configured.connections)}
+        if operation not in ("up", "down"):
+            raise UsageError(f"{operation!r} is no operation", "up, down or load")
+        manager = self._daemon.connections.manager
+        states = manager.find(name)
+        if not states:
+            raise OepyError(f"no connection or child {name!r} is configured", "see `oepy connection list`")
+        up = operation == "up"
+        for state in states:
+            self._daemon.connections.feed(messages.Up(state.label) if up else messages.Down(state.label))
+
+        def pending() -> bool:
+            if not up:
+                return any(state.tunnels for state in states)
+            return any(
+                state.state is not ChildPhase.UP
+                and state.failures == 0
+                and manager.children.get(state.label) is state
+                for state in states
+            )
+
+        deadline = time.monotonic() + seconds
+        await asyncio.sleep(0)
+        while pending() and time.monotonic() < deadline:  # noqa: ASYNC110 - a command waits
+            await asyncio.sleep(0.005)
+        await self._daemon.steps.idle()
+        now = time.monotonic()
+        return {"done": operation, "children": [views.child_view(state, 0, now) for state in states]}
 
     async def manual_list(self, *, everybodys: bool) -> dict[str, Any]:
         manual = self._daemon.manual
@@ -138,12 +197,21 @@ class ControlApi:
             for rule in rules
         ]
         manual = [views.manual_policy_view(policy) for policy in self._daemon.manual.in_order()]
+        manual += [
+            views.connection_policy_view(state, local, remote)
+            for state in self._daemon.connections.manager.children.values()
+            for local in state.child.local_ts
+            for remote in state.child.remote_ts
+        ]
         return [*manual, *listed, {"prefix": "default", "protocol": None, "port": None, "group": default}]
 
     async def explain(self, destination: IpAddress) -> dict[str, Any]:
         manual = self._daemon.manual.concerns(destination)
         if manual is not None:
             return await self._explain_manual(destination, manual)
+        label = self._daemon.connections.settles(destination)
+        if label is not None:
+            return await self._explain_connection(destination, label)
         entry = self._daemon.engine.find(destination)
         if entry is None:
             data = await foretell(
@@ -183,12 +251,38 @@ class ControlApi:
         )
         return views.manual_explanation(destination, policy, sa)
 
+    async def _explain_connection(self, destination: IpAddress, label: str) -> dict[str, Any]:
+        now = time.monotonic()
+        daemon = self._daemon
+        state = daemon.connections.manager.children[label]
+        sa = ike = None
+        for spi, tunnel in state.tunnels.items():
+            if any(ts.contains_address(destination) for ts in tunnel.pair.remote_ts):
+                counters = await daemon.datapath.counters([spi])
+                sa = views.sa_view(tunnel.pair, next(iter(counters), None), tunnel.since, now)
+                session = daemon.negotiator.session_with(spi)
+                if session is not None:
+                    ike = {
+                        "state": session.state,
+                        "algorithms": session.suite,
+                        "peer_id": str(session.identity),
+                    }
+        held = daemon.trap.held().get((state.number, destination), 0)
+        data = views.connection_explanation(destination, state, sa, ike, held, now)
+        data["trap"] = f"{daemon.trap_name}, connections come before the groups"
+        return data
+
     async def initiate(self, destination: IpAddress, seconds: float) -> dict[str, Any]:
         if self._daemon.given.is_own(destination):
             raise OepyError(f"{destination} is an address of this host", "name a peer's")
         manual = self._daemon.manual.concerns(destination)
         if manual is not None:
             raise OepyError(f"{destination} is keyed by hand ({manual})", "there is nothing to negotiate")
+        label = self._daemon.connections.settles(destination)
+        if label is not None:
+            raise OepyError(
+                f"{destination} belongs to the connection {label}", f"use `oepy connection up {label}`"
+            )
         match = self._daemon.policy.match_address(destination)
         if match.group in (PolicyGroup.CLEAR, PolicyGroup.BLOCK):
             raise OepyError(

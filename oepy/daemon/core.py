@@ -11,8 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from oepy.connections.messages import Asked, ChildWent
 from oepy.daemon.addresses import is_own, source_towards
 from oepy.daemon.admission import Admissions
+from oepy.daemon.conventional import Conventional
 from oepy.daemon.journal import Journal
 from oepy.daemon.manual import ManualKeying, NoBackend
 from oepy.daemon.negotiator import Negotiator, Ports
@@ -29,7 +31,6 @@ from oepy.ike.settings import IkeSettings
 from oepy.interfaces import Datapath, DatapathEvent, KeySource, Trap
 from oepy.keylog import KeyLog, ike_line
 from oepy.keys import HostKey
-from oepy.manual.model import ManualPolicy
 from oepy.model import Endpoint, Flow, IpAddress, PolicyGroup, SaPair, Unreachable
 from oepy.policy import PolicyTable
 
@@ -65,28 +66,40 @@ class Core:
         self.journal = journal
         self.policy = policy
         self.manual = ManualKeying(NoBackend())
-        self.engine = Engine(engine_settings(policy, insecure_keys, block, self._manual_policy))
+        self.engine = Engine(engine_settings(policy, insecure_keys, block, self.settled_elsewhere))
         self.steps = Steps(self._internal_error)
+        self.connections = Conventional(self)
         self.names = LearnedNames()
         self._ahead_since, self._ahead = float("-inf"), 0
         self._timer: asyncio.TimerHandle | None = None
         self._datapath_since = float("-inf")  # when it was restarted last
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def _manual_policy(self, address: IpAddress) -> ManualPolicy | None:
-        return self.manual.concerns(address)
+    def settled_elsewhere(self, address: IpAddress) -> tuple[str, bool] | None:
+        """What of the configuration settles a destination before the groups, and whether of some protocols only."""
+        manual = self.manual.concerns(address)
+        if manual is not None:
+            return f"manual {manual}", bool(manual.selector.protocol)
+        label = self.connections.settles(address)
+        return None if label is None else (f"connection {label}", False)
+
+    def reload_trap(self) -> None:
+        """The configured rules are others. `runtime.Daemon` does it."""
 
     def wire(self, given: Surroundings) -> None:
         """Connect the rooms; nothing is started."""
         self.given = given
         self.keys, self.trap, self.datapath = given.keys, given.trap, given.datapath
         self.own = OwnRecords(given.keys, given.host_key.public, given.monotonic, self._own_changed)
+        self.connections.wire()
+        self.trap.ask_for(lambda number, flow: self.connections.feed(Asked(number, flow)))
         self.negotiator = Negotiator(
-            IkeEndpoint(given.ike_settings, given.random),
+            IkeEndpoint(given.ike_settings, given.random, self.connections.settings_for),
             given.host_key,
             given.identity,
             self.own,
             Admissions(given.keys, self.engine, given.is_own),
+            self.connections,
             Ports(
                 feed=self.feed,
                 send=self._send,
@@ -104,6 +117,7 @@ class Core:
             count = await self.negotiator.shutdown(seconds)
             await self.steps.idle()
             self.journal.add("stopping", tunnels=count)
+        self.connections.stop()
         for task in list(self._tasks):
             task.cancel()
         if self._timer is not None:
@@ -118,7 +132,7 @@ class Core:
             reason=record.reason,
         )
 
-    def _spawn(self, work: Any) -> None:
+    def spawn(self, work: Any) -> None:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._task_done)
@@ -163,7 +177,7 @@ class Core:
             case engine_messages.Forget(group, destination):
                 self.trap.forget([(group, destination)])
             case engine_messages.StartLookup(destination):
-                self._spawn(self._look_up(destination))
+                self.spawn(self._look_up(destination))
             case engine_messages.StartIke():
                 self.negotiator.start(action)
             case engine_messages.CancelIke(attempt):
@@ -175,7 +189,7 @@ class Core:
             case engine_messages.CloseTunnel(spi_in, _):
                 self.negotiator.close(spi_in)
             case engine_messages.ReadCounters(spis):
-                self._spawn(self._read_counters(spis))
+                self.spawn(self._read_counters(spis))
             case engine_messages.Report(event, fields, alert):
                 self.journal.add(event, alert, **fields)
         return None
@@ -205,7 +219,7 @@ class Core:
         seen: dict[int, float] = {}
         while True:
             await asyncio.sleep(TRAFFIC_SECONDS)
-            if not self.engine.pairs:
+            if not self.engine.pairs and not any(self.connections.manager.tunnels()):
                 continue
             try:
                 counters = await self.datapath.counters()
@@ -286,7 +300,7 @@ class Core:
             case "hard-expire":
                 self.negotiator.close(event.spi)
             case "failed":
-                self._spawn(self._datapath_failed(event.detail))
+                self.spawn(self._datapath_failed(event.detail))
             case _:
                 self.journal.add(event.kind, spi_in=f"{event.spi:08x}", peer=event.peer and str(event.peer))
 
@@ -307,6 +321,9 @@ class Core:
         for spi_in in list(self.engine.pairs):
             self.negotiator.close(spi_in)
             self.feed(TunnelDown(spi_in, "the datapath process ended"))
+        for spi_in, _ in list(self.connections.manager.tunnels()):
+            self.negotiator.close(spi_in)
+            self.connections.feed(ChildWent(spi_in, "datapath"))
         await self.steps.idle()
         while True:
             await asyncio.sleep(pause)
@@ -326,23 +343,24 @@ def engine_settings(
     policy: PolicyTable,
     insecure_keys: bool,
     block: bool,
-    manual_policy: Callable[[IpAddress], ManualPolicy | None],
+    settled: Callable[[IpAddress], tuple[str, bool] | None],
 ) -> EngineSettings:
-    """`manual_policy`: the one that settles a destination. To the engine such a destination is clear: it begins
-    nothing with it, and answers no offer, so that no peer can put its own SA in the place of a manual one."""
+    """`settled`: by what a destination is settled (a manual policy, a connection), and whether of some protocols
+    only. To the engine such a destination is clear: it begins nothing with it, and answers no offer, so that no
+    peer can put its own SA in the place of a configured one."""
 
     def group_of(address: IpAddress) -> tuple[PolicyGroup, str]:
-        manual = manual_policy(address)
-        if manual is not None:
-            return PolicyGroup.CLEAR, f"manual {manual}"
+        configured = settled(address)
+        if configured is not None:
+            return PolicyGroup.CLEAR, configured[0]
         match = policy.match_address(address)
         return match.group, match.prefix
 
     def groups_of(address: IpAddress) -> frozenset[PolicyGroup]:
-        manual = manual_policy(address)
-        if manual is None:
+        configured = settled(address)
+        if configured is None:
             return policy.groups_of(address)
-        other = policy.groups_of(address) if manual.selector.protocol else frozenset()
+        other = policy.groups_of(address) if configured[1] else frozenset()
         return other | {PolicyGroup.CLEAR}
 
     return EngineSettings(group_of, insecure_keys, block, groups_of)

@@ -7,7 +7,9 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
+from oepy.connections import messages as conventional
 from oepy.daemon.admission import Admission, Admissions, Offer
+from oepy.daemon.conventional import Conventional, NotOurs
 from oepy.daemon.own import OwnRecords
 from oepy.engine.messages import (
     Failure,
@@ -23,7 +25,7 @@ from oepy.errors import KeyFormatError
 from oepy.ike import events as ike
 from oepy.ike.authentication import sign_auth
 from oepy.ike.endpoint import IkeEndpoint, SessionInfo
-from oepy.ike.settings import Initiate, Retransmission
+from oepy.ike.settings import ChildRequest, Initiate, Retransmission
 from oepy.keys import HostKey
 from oepy.model import IKE_PORT, Authenticated, Endpoint, IpAddress, TrafficSelector
 
@@ -62,6 +64,7 @@ class Negotiator:
         identity: str | None,
         own: OwnRecords,
         admissions: Admissions,
+        connections: Conventional,
         ports: Ports,
     ) -> None:
         self.endpoint = endpoint
@@ -69,6 +72,7 @@ class Negotiator:
         self._identity = identity
         self._own = own
         self._admissions = admissions
+        self._connections = connections
         self._ports = ports
         self._attempt_of: dict[int, tuple[int, IpAddress]] = {}  # session → attempt, destination
         self._session_of: dict[int, int] = {}  # attempt → session
@@ -156,6 +160,22 @@ class Negotiator:
         self.endpoint.terminate(session, self._ports.monotonic())
         self.pump()
 
+    def initiate(self, request: Initiate) -> int:
+        """Of a connection; the session's number. `pump` follows."""
+        return self.endpoint.initiate(request, self._ports.monotonic())
+
+    def create_child(self, session: int, request: ChildRequest) -> None:
+        self.endpoint.create_child(session, request, self._ports.monotonic())
+        self.pump()
+
+    def end_session(self, session: int) -> None:
+        self.endpoint.terminate(session, self._ports.monotonic())
+        self.pump()
+
+    def check_liveness(self, session: int) -> None:
+        self.endpoint.check_liveness(session, self._ports.monotonic())
+        self.pump()
+
     def close(self, spi_in: int) -> None:
         """Delete one CHILD SA, and its IKE SA with the last of them."""
         self.endpoint.delete_child(spi_in, self._ports.monotonic())
@@ -232,6 +252,10 @@ class Negotiator:
                 self._answer(event.token, self._ports.allocate_spi())
             case ike.NeedSignature():
                 self._answer(event.token, self._sign(event))
+            case ike.NeedPsk():
+                self._answer(event.token, self._connections.psk(event))
+            case ike.NeedPeerKey() | ike.NeedNarrowing() if self._answered(event):
+                pass
             case ike.NeedPeerKey() | ike.NeedNarrowing() if len(self._tasks) >= MAX_QUESTIONS:
                 self._answer(event.token, None)
             case ike.NeedPeerKey():
@@ -240,14 +264,26 @@ class Negotiator:
                 self._spawn(self._narrow(event))
             case ike.ChildUp():
                 self._child_up(event)
+            case ike.ChildUsable() if self._connections.manager.owns(event.spi_in):
+                self._connections.feed(conventional.ChildUsable(event.spi_in))
             case ike.ChildUsable():
                 self._ports.feed(OutboundReady(event.spi_in))
             case ike.PeerMoved():
                 session = self.endpoint.session(event.session)
                 for child in session.children if session else ():
+                    if self._connections.manager.owns(child.spi_in):
+                        moved = conventional.ChildMoved(child.spi_in, event.local, event.remote)
+                        self._connections.feed(moved)
+                        continue
                     self._ports.feed(TunnelMoved(child.spi_in, event.local, event.remote))
+            case ike.ChildDown() if self._connections.manager.owns(event.spi_in):
+                self._connections.feed(conventional.ChildWent(event.spi_in, event.reason.value))
+            case ike.ChildFailed():
+                self._connections.child_failed(event)
             case ike.ChildDown():
                 self._ports.feed(TunnelDown(event.spi_in, event.reason.value))
+            case ike.SessionFailed() if self._connections.has_session(event.session):
+                self._connections.failed(event)
             case ike.SessionFailed():
                 self._session_failed(event)
             case ike.IkeKeys():
@@ -261,14 +297,31 @@ class Negotiator:
                     initiator=event.initiator,
                     suite=event.suite,
                 )
+                if self._connections.has_session(event.session):
+                    self._connections.established(event)
             case ike.SessionDown():
                 self._session_down(event)
-            case ike.NeedPsk():
-                self._answer(event.token, None)  # opportunistic encryption shares no secrets
+
+    def _answered(self, event: ike.NeedPeerKey | ike.NeedNarrowing) -> bool:
+        """Whether a connection has the answer: what it refuses never becomes an opportunistic offer."""
+        ask = self._connections
+        answer = ask.keys(event) if isinstance(event, ike.NeedPeerKey) else ask.narrow(event)
+        if isinstance(answer, NotOurs):
+            return False
+        if isinstance(answer, ike.Refused):
+            self._ports.report("offer-refused", peer=str(event.remote.address), reason=answer.reason)
+        if answer is None:
+            reason = "its connection knows no key of it"
+            self._ports.report(
+                "no-key-for-peer", peer=str(event.remote.address), id=str(event.identity), reason=reason
+            )
+        self._answer(event.token, answer)
+        return True
 
     def _sign(self, event: ike.NeedSignature) -> tuple[int, bytes] | None:
         try:
-            return sign_auth(self._key.private, event.data, event.peer_hashes)
+            key = self._connections.key_of(event.session) or self._key
+            return sign_auth(key.private, event.data, event.peer_hashes)
         except KeyFormatError as error:  # the peer knows no hash that suits our key
             now = self._ports.monotonic()
             alert = now >= self._sign_alert_at  # any stranger can have this: it must not fill the log
@@ -284,6 +337,13 @@ class Negotiator:
         self.endpoint.answer(token, value, self._ports.monotonic())
 
     def _child_up(self, event: ike.ChildUp) -> None:
+        if event.pair.connection:
+            self._connections.feed(
+                conventional.ChildCame(
+                    event.session, event.pair, event.initiator, event.replaces, event.outbound
+                )
+            )
+            return
         attempt, _ = self._attempt_of.get(event.session, (0, None))
         if event.replaces is None:
             self._forget_attempt(event.session)
@@ -313,6 +373,8 @@ class Negotiator:
 
     def _session_down(self, event: ike.SessionDown) -> None:
         self._ports.report("ike-down", peer=str(event.remote.address), reason=event.reason.value)
+        if self._connections.has_session(event.session):
+            self._connections.down(event.session)
         known = self._forget_attempt(event.session)
         if known is not None:
             attempt, destination = known

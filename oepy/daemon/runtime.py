@@ -18,6 +18,7 @@ import cryptography.hazmat.backends.openssl.backend  # noqa: F401 - else the fir
 import oepy.ike.duplicates  # noqa: F401 - the same
 from oepy import config as configuration
 from oepy.config import Config
+from oepy.connections.model import ConnectionSet
 from oepy.control.server import ControlServer
 from oepy.daemon.addresses import own_addresses
 from oepy.daemon.api import ControlApi
@@ -74,6 +75,7 @@ class Daemon(Core):
         self.reloads = 0
         self.ready = False
         self._lock: IO[str] | None = None
+        self._trapping = False
         self._control: ControlServer | None = None
         self._relay: Relay | None = None
 
@@ -127,7 +129,10 @@ class Daemon(Core):
                 *self.config.relay, self.config.resolvers, MARK_OWN, self.on_name, tls_bundle=bundle
             )
             await self._relay.start()
+        self._check_connections(self.config.connections)
+        self.connections.load(self.config.connections, connection_keys(self.config.connections))
         self.trap.start(self._trap_policy(self.config), self.on_trapped)
+        self._trapping = True
         self.journal.add(
             "started",
             datapath=chosen.name,
@@ -136,8 +141,9 @@ class Daemon(Core):
             key=fingerprint(self.host_key.public),
         )
         self._keep_anchors(validator)
-        self._spawn(self._learn_own_records())
-        self._spawn(self.watch_traffic())
+        self.spawn(self._learn_own_records())
+        self.spawn(self.watch_traffic())
+        self.spawn(self.connections.watch_names())
 
     def relay_view(self) -> dict[str, object] | None:
         """The DNS relay at a glance, None where there is none."""
@@ -159,7 +165,7 @@ class Daemon(Core):
         def report(zone: str, reason: str, alert: bool) -> None:
             self.journal.add("trust-anchors", subject=zone, reason=reason, alert=alert)
 
-        self._spawn(make_anchor_keeper(validator, path, self.config.trust_anchors, report).run())
+        self.spawn(make_anchor_keeper(validator, path, self.config.trust_anchors, report).run())
 
     def _take_lock(self) -> None:
         path = self.config.socket.with_suffix(".lock")
@@ -191,8 +197,34 @@ class Daemon(Core):
             tunnel_device=self.chosen.device,
             kernel_ipsec=self.chosen.kernel_ipsec,
             clamp_mtu=TUNNEL_MTU if self.chosen.kernel_ipsec else 0,  # the userland datapath does it itself
-            configured=self.manual.rules(),
+            configured=(*self.manual.rules(), *self.connections.rules()),
         )
+
+    def reload_trap(self) -> None:
+        """The rules of connections are others."""
+        if not self._trapping:
+            return
+        try:
+            self.trap.reload(self._trap_policy(self.config))
+        except OepyError as error:
+            self.journal.add("trap-failed", alert=True, reason=str(error))
+
+    def _check_connections(self, wanted: ConnectionSet) -> None:
+        """What this host's datapath and trap cannot do for them. Raises UsageError."""
+        problems = []
+        if wanted.connections and self.trap_name == "none" and self.chosen.name == "tun":
+            problems.append("connections need the trap in userland: remove `trap: none`")
+        for connection in wanted.connections:
+            for child in connection.children:
+                label = connection.label(child)
+                if child.trap and self.trap_name != "nfqueue":
+                    problems.append(
+                        f"{label}: start_action trap needs the trap nfqueue, and this host has {self.trap_name}"
+                    )
+                if child.mode == "transport" and self.chosen.name == "xfrm":
+                    problems.append(f"{label}: transport mode is for the datapath tun; take mode tunnel")
+        if problems:
+            raise UsageError("connections: " + "; ".join(problems[:20]))
 
     def _check_manual(self, manual: ManualSet) -> None:
         """Raises UsageError."""
@@ -253,7 +285,7 @@ class Daemon(Core):
         if hasattr(self, "trap"):
             guard = any(rule.group.fails_closed for rule in self.config.rules)
             guard = guard or self.config.default_group.fails_closed
-            guard = guard or any(rule.required for rule in self.manual.rules())
+            guard = guard or any(rule.required for rule in self._trap_policy(self.config).configured)
             self.trap.stop(guard=guard)
             if guard:
                 self.journal.add(
@@ -278,37 +310,42 @@ class Daemon(Core):
             self._lock.close()
             self.config.socket.with_suffix(".lock").unlink(missing_ok=True)
 
-    def reload(self) -> None:
-        """SIGHUP. A configuration with mistakes changes nothing."""
+    def reload(self) -> list[str]:
+        """SIGHUP, and `connection load`. A configuration with mistakes changes nothing; returns the mistakes."""
         try:
             config = configuration.load(self._config_path)
             self._check_reload(config)
             self._check_manual(config.manual)
             host_key = HostKey.load(config.key)
             self.manual.after_reload(config.manual)
+            self._check_connections(config.connections)
+            keys = connection_keys(config.connections)
         except ConfigError as error:
-            for problem in error.problems:
-                self.journal.add("reload-refused", alert=True, reason=f"{error.source}: {problem}")
-            return
+            return self._refuse_reload([f"{error.source}: {problem}" for problem in error.problems])
         except OepyError as error:
-            self.journal.add("reload-refused", alert=True, reason=f"{self.config.source}: {error}")
-            return
+            return self._refuse_reload([f"{self.config.source}: {error}"])
         try:
             # First: what the kernel refuses must not be what the engine goes by
             self.trap.reload(self._trap_policy(config))
         except OepyError as error:
-            self.journal.add("reload-refused", alert=True, reason=str(error))
-            return
+            return self._refuse_reload([str(error)])
         self.config = config
         self._use_key(host_key)
         self.policy = PolicyTable(config.rules, config.default_group)
         self.engine.settings = engine_settings(
-            self.policy, config.insecure_keys, config.after_failed_ike_blocks, self._manual_policy
+            self.policy, config.insecure_keys, config.after_failed_ike_blocks, self.settled_elsewhere
         )
+        self.connections.load(config.connections, keys)
         self.feed(engine_messages.Reloaded())
-        self._spawn(self._reload_manual(config))
+        self.spawn(self._reload_manual(config))
         self.reloads += 1
         self.journal.add("reloaded", reason=config.source)
+        return []
+
+    def _refuse_reload(self, problems: list[str]) -> list[str]:
+        for problem in problems:
+            self.journal.add("reload-refused", alert=True, reason=problem)
+        return problems
 
     def _use_key(self, host_key: HostKey) -> None:
         """Another key in the same file: a roll-over."""
@@ -341,6 +378,12 @@ class Daemon(Core):
             self.sockets.keepalive(datagram.local, datagram.remote)
         else:
             self.sockets.send(datagram.data, datagram.local, datagram.remote)
+
+
+def connection_keys(wanted: ConnectionSet) -> dict[str, HostKey]:
+    """The private keys that local sides name, by file. Raises OepyError."""
+    names = {connection.local.key for connection in wanted.connections if connection.local.key}
+    return {name: HostKey.load(name) for name in sorted(names)}
 
 
 def _load_or_make_key(path: Path, journal: Journal) -> HostKey:

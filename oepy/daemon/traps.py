@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from oepy.errors import OepyError
 from oepy.interfaces import Trap, TrapPolicy
@@ -20,13 +20,22 @@ class NoTrap:
     ) -> None:
         """Nothing is held."""
 
+    def ask_for(self, on_asked: Callable[[int, Flow], None]) -> None:
+        """Nothing is held."""
+
+    def join(self, number: int, remotes: Collection[tuple[IpAddress, IpAddress]]) -> None:
+        """Nothing is led anywhere."""
+
+    def refuse(self, number: int) -> None:
+        """Nothing is held."""
+
     def commit(self) -> None:
         """Nothing to commit."""
 
     def forget(self, destinations: Iterable[tuple[PolicyGroup, IpAddress]]) -> None:
         """Nothing is remembered."""
 
-    def held(self) -> Mapping[tuple[PolicyGroup, IpAddress], int]:
+    def held(self) -> Mapping[tuple[PolicyGroup | int, IpAddress], int]:
         return {}
 
     def statistics(self) -> Mapping[str, int]:

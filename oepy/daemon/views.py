@@ -6,6 +6,8 @@ from __future__ import annotations
 import base64
 from typing import Any
 
+from oepy.connections.manager import ChildState
+from oepy.connections.model import Selector
 from oepy.engine.entry import Entry
 from oepy.engine.table import State
 from oepy.manual.model import PROTOCOL_NAMES, ManualPolicy
@@ -196,4 +198,89 @@ def manual_explanation(
         "since": sa["established"] if sa is not None else 0.0,
         "expires_in": None,
         "next": "nothing: it stays so until the policy or its SA is changed",
+    }
+
+
+def child_view(state: ChildState, held: int, now: float) -> dict[str, Any]:
+    """One child of a connection."""
+    connection, child = state.connection, state.child
+    return {
+        "connection": connection.name,
+        "child": child.name,
+        "name": state.label,
+        "state": state.state.value,
+        "since": round(now - state.since, 3),
+        "reason": state.last_error,
+        "local_addrs": [str(place) for place in connection.local_addrs],
+        "remote_addrs": [str(place) for place in connection.remote_addrs],
+        "local_id": str(connection.local.id) if connection.local.id else None,
+        "remote_id": connection.remote.id.text,
+        "local_auth": connection.local.auth,
+        "remote_auth": connection.remote.auth,
+        "local_ts": [str(selector) for selector in child.local_ts],
+        "remote_ts": [str(selector) for selector in child.remote_ts],
+        "mode": child.mode,
+        "start_action": "|".join(["trap"] * child.trap + ["start"] * child.start) or "none",
+        "held_packets": held,
+        "retry_in": round(state.retry_at - now, 3) if state.retry_at is not None else None,
+        "sas": [
+            {
+                "spi_in": f"{spi:08x}",
+                "spi_out": f"{tunnel.pair.spi_out:08x}",
+                "peer": str(tunnel.pair.remote.address),
+                "peer_id": str(tunnel.pair.peer),
+                "local_ts": [str(ts) for ts in tunnel.pair.local_ts],
+                "remote_ts": [str(ts) for ts in tunnel.pair.remote_ts],
+                "established": round(now - tunnel.since, 3),
+            }
+            for spi, tunnel in state.tunnels.items()
+        ],
+    }
+
+
+def connection_explanation(
+    destination: IpAddress,
+    state: ChildState,
+    sa: dict[str, Any] | None,
+    ike: dict[str, Any] | None,
+    held: int,
+    now: float,
+) -> dict[str, Any]:
+    """The story of a destination that belongs to a connection."""
+    what = "private" if sa is not None else "held" if state.trapped else "clear"
+    nexts = {
+        "private": "the SA is rekeyed in time",
+        "held": "the next packet is held, and the connection is brought up for it",
+        "clear": "the next policy decides: this child does not hold its traffic",
+    }
+    return {
+        "destination": str(destination),
+        "group": "connection",
+        "prefix": state.label,
+        "disposition": what,
+        "state": state.state.value,
+        "reason": f"connection {state.label} is {state.state.value}"
+        + (f": {state.last_error}" if state.last_error and sa is None else ""),
+        "connection": child_view(state, held, now),
+        "dns": None,
+        "ike": None if ike is None else {"candidates": [], "tried": 0, "last_error": "", **ike},
+        "sa": sa,
+        "since": round(now - state.since, 3),
+        "expires_in": None,
+        "next": nexts[what],
+    }
+
+
+def connection_policy_view(state: ChildState, local: Selector, remote: Selector) -> dict[str, Any]:
+    """In the form of the groups' rules."""
+    number = remote.protocol or local.protocol
+    return {
+        "prefix": str(remote.network or "dynamic"),
+        "protocol": PROTOCOL_NAMES.get(number, str(number)) if number else None,
+        "port": remote.port or None,
+        "group": "connection",
+        "connection": state.label,
+        "source": str(local.network or "dynamic"),
+        "source_port": local.port or None,
+        "action": "tunnel" if state.tunnels else "hold" if state.trapped else "next policy",
     }

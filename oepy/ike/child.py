@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from oepy.ike.aggregation import Aggregation
     from oepy.ike.message import Message
     from oepy.ike.session import Session
+    from oepy.ike.settings import Lifetimes
     from oepy.model import EspSuite
 
 MIN_SPI = 256
@@ -34,6 +35,7 @@ class ChildSa:
         "initiator",
         "installed_at",
         "label",
+        "lifetimes",
         "local_ts",
         "mode",
         "offers",
@@ -67,6 +69,7 @@ class ChildSa:
         self.offers: tuple[Offer, ...] | None = None  # for rekeys; None: the settings'
         self.connection = ""
         self.label = ""
+        self.lifetimes: Lifetimes | None = None  # None: the settings'
         self.mode = "tunnel"
         self.aggregation: Aggregation | None = None
         self.installed_at = 0.0
@@ -82,7 +85,7 @@ class ChildSa:
     def inherit(self, old: ChildSa) -> None:
         """What a rekey does not negotiate anew. RFC 9347 §5.1: it says nothing of aggregation."""
         self.offers, self.connection, self.label = old.offers, old.connection, old.label
-        self.aggregation = old.aggregation
+        self.aggregation, self.lifetimes = old.aggregation, old.lifetimes
 
     def same_selectors(self, other: ChildSa) -> bool:
         return set(self.local_ts) == set(other.local_ts) and set(self.remote_ts) == set(other.remote_ts)
@@ -124,12 +127,13 @@ def install(
     assert session.identity is not None
     assert session.authenticated is not None
     context = session.context
-    lifetimes = session.settings.lifetimes
+    lifetimes = child.lifetimes or session.settings.lifetimes
     first, second = derive_child_keys(session.suite.prf, session.sk_d, child.suite, shared, nonces)
     keys_out, keys_in = (first, second) if child.initiator else (second, first)
     child.installed_at = context.now
-    child.rekey_at = context.now + context.jitter(lifetimes.child_rekey, lifetimes.jitter)
-    child.expires_at = context.now + lifetimes.child_hard
+    soft = context.jitter(lifetimes.child_rekey, lifetimes.child_jitter or lifetimes.jitter)
+    child.rekey_at = context.now + (soft or float("inf"))
+    child.expires_at = context.now + (lifetimes.child_hard or float("inf"))
     child.usable = outbound
     session.children[child.spi_in] = child
     context.by_child[child.spi_in] = session.number
@@ -150,7 +154,7 @@ def install(
         mode=child.mode,
         natted=child.mode == "transport" and (session.nat_local or session.nat_remote),
         lifetime=Lifetime(
-            soft_seconds=child.rekey_at - context.now,
+            soft_seconds=soft,
             hard_seconds=lifetimes.child_hard,
             soft_bytes=lifetimes.child_soft_bytes,
             hard_bytes=lifetimes.child_hard_bytes,

@@ -66,6 +66,7 @@ def create_child(session: Session, request: ChildRequest) -> OwnSteps:
         return
     child.offers = request.offers
     child.connection, child.label = request.connection, request.label
+    child.lifetimes = request.lifetimes
     install(session, child, shared, nonces)
 
 

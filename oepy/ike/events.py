@@ -10,7 +10,7 @@ import enum
 from dataclasses import dataclass
 
 from oepy.ike.algorithms import Offer
-from oepy.ike.settings import IkeSettings
+from oepy.ike.settings import IkeSettings, Lifetimes
 from oepy.model import (
     Authenticated,
     Endpoint,
@@ -159,6 +159,7 @@ class Narrowed:
     mode: str = "tunnel"
     label: str = ""
     settings: IkeSettings | None = None
+    lifetimes: Lifetimes | None = None  # of the child; None: the settings'
 
 
 @dataclass(frozen=True, slots=True)

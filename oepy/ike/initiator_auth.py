@@ -218,4 +218,5 @@ def _agreed_child(request: Initiate, offers: tuple[Offer, ...], spi_in: int, ans
     child = ChildSa(spi_in, spi_of(chosen), esp_suite(chosen), local_ts=tsi, remote_ts=tsr, initiator=True)
     child.mode = transport.agreed_on(answer, request.mode, required=request.transport_required)
     child.offers, child.connection, child.label = request.esp_offers, request.connection, request.label
+    child.lifetimes = request.lifetimes
     return child

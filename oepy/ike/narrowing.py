@@ -117,6 +117,7 @@ def make_child(session: Session, narrowed: Narrowed, chosen: Chosen) -> Question
     )
     child.offers, child.mode = narrowed.offers, narrowed.mode
     child.connection, child.label = narrowed.connection, narrowed.label or session.label
+    child.lifetimes = narrowed.lifetimes
     return child
 
 

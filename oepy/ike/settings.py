@@ -28,8 +28,8 @@ def default_esp_offers() -> tuple[Offer, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Lifetimes:
-    """`jitter`: the part of a rekey time by which it is randomly shortened (RFC 7296 §2.8), so that the two
-    ends seldom rekey at the same moment."""
+    """0 is never. `jitter`: the part of a rekey time by which it is randomly shortened (RFC 7296 §2.8), so that the
+    two ends seldom rekey at the same moment."""
 
     ike_rekey: float = 4 * 3600.0
     ike_grace: float = 600.0  # after ike_rekey; then the IKE SA is ended
@@ -40,6 +40,7 @@ class Lifetimes:
     child_soft_packets: int = 0
     child_hard_packets: int = 0
     jitter: float = 0.1
+    child_jitter: float = 0.0  # of child_rekey; 0: as `jitter`
     rekey_retry: float = 10.0  # after TEMPORARY_FAILURE
 
 
@@ -111,6 +112,7 @@ class Initiate:
     authenticated_by: str = "dns"  # how remote_keys were learnt: dns | name | manual
     connection: str = ""
     label: str = ""
+    lifetimes: Lifetimes | None = None  # of the child; None: the settings'
     settings: IkeSettings | None = None  # None: the endpoint's
     want_addresses: tuple[int, ...] = ()
     """Families (4, 6) of which we want an address of the peer's (RFC 7296 §2.19): AddressesAssigned tells them.
@@ -134,3 +136,4 @@ class ChildRequest:
     transport_required: bool = False  # where the peer refuses transport mode: fail, instead of tunnel mode
     connection: str = ""
     label: str = ""
+    lifetimes: Lifetimes | None = None  # None: the session's settings'

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -140,6 +140,15 @@ class AcquireTrap:
                 self._flush_due = True
                 running.loop.call_soon(self.commit)
 
+    def ask_for(self, on_asked: Callable[[int, Flow], None]) -> None:
+        """Never happens: connections that hold packets need the other trap."""
+
+    def join(self, number: int, remotes: Collection[tuple[IpAddress, IpAddress]]) -> None:
+        """The SAs' own policies come before ours: nothing to do."""
+
+    def refuse(self, number: int) -> None:
+        """Nothing is held for connections."""
+
     def commit(self) -> None:
         """Held packets look for their policy again when their asking policy is replaced."""
         self._flush_due = False
@@ -159,7 +168,7 @@ class AcquireTrap:
         self._require()
         self._undecide([address for _, address in destinations if address in self._decided])
 
-    def held(self) -> Mapping[Destination, int]:
+    def held(self) -> Mapping[tuple[PolicyGroup | int, IpAddress], int]:
         """One at least for each destination: how many the kernel holds it does not say."""
         return dict.fromkeys(self._pending, 1)
 

@@ -16,7 +16,7 @@ MAX_PACKETS = 4096
 MAX_BYTES = 32 << 20
 HOLD_SECONDS = 60.0  # an engine that never decides must not keep packets in the kernel for ever
 
-Destination = tuple[PolicyGroup, IpAddress]
+Destination = tuple[PolicyGroup | int, IpAddress]  # a group, or the number of a connection's child
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +104,9 @@ class Hold:
 
     def counts(self) -> dict[Destination, int]:
         return {destination: len(waiting.packets) for destination, waiting in self._waiting.items()}
+
+    def of_number(self, number: int) -> list[Destination]:
+        return [destination for destination in self._waiting if destination[0] == number]
 
     def destinations(self) -> list[Destination]:
         return list(self._waiting)

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -19,8 +19,9 @@ from oepy.trap import kernel, queue, switch, tables
 from oepy.trap import netlink as nl
 from oepy.trap.decided import Decided, SetChange
 from oepy.trap.hold import MAX_PACKETS, Destination, HeldPacket, Hold
+from oepy.trap.joined import Asking, Joined, Range, range_elements
 from oepy.trap.packet import parse_flow
-from oepy.trap.rules import ASK_CLOSED, ASK_OPEN, TABLE, Ruleset
+from oepy.trap.rules import ASK_CLOSED, ASK_OPEN, TABLE, Ruleset, joined_set
 
 OPEN_QUEUE, CLOSED_QUEUE = 17733, 17734
 QUEUE_MAX_LENGTH = 2 * MAX_PACKETS  # in the kernel, beyond what we ever hold
@@ -52,6 +53,7 @@ class _Running:
     packets: kernel.QueueSocket
     kernel_counters: TextIO
     namespace: str
+    asking: Asking
     sweep: asyncio.TimerHandle | None = None
 
     def check_namespace(self) -> None:
@@ -116,6 +118,8 @@ class NfqueueTrap:
         self._releasing: list[tuple[Destination, Verdict]] = []
         self._verdicts: list[bytes] = []
         self._flush_due = False
+        self._joined = Joined()
+        self._on_asked: Callable[[int, Flow], None] = lambda _, __: None
         self._running: _Running | None = None
         self._restore_at = 0.0
 
@@ -152,6 +156,7 @@ class NfqueueTrap:
             packets=packets,
             kernel_counters=kernel_counters,
             namespace=namespace,
+            asking=Asking(policy.configured),
         )
         loop.add_reader(packets.fileno(), self._readable)
         self._running.sweep = loop.call_later(SWEEP_SECONDS, self._sweep)
@@ -171,6 +176,42 @@ class NfqueueTrap:
         self._releasing.append(((group, destination), verdict))
         self._schedule_flush()
 
+    def ask_for(self, on_asked: Callable[[int, Flow], None]) -> None:
+        """See `interfaces.Trap`."""
+        self._on_asked = on_asked
+
+    def join(self, number: int, remotes: Collection[tuple[IpAddress, IpAddress]]) -> None:
+        """See `interfaces.Trap`. In the kernel when this returns."""
+        running = self._require()
+        for version, gone, fresh in self._joined.change(number, remotes):
+            name = joined_set(number, version)
+            if name in running.ruleset.joined_names():
+                self._change_joined(running, name, version, gone, fresh)
+        for destination in self._hold.of_number(number):
+            if self._joined.holds(number, destination[1]):
+                for packet in self._hold.release(destination):
+                    self._give(packet, Verdict.PRIVATE)
+        self._send_verdicts(running)
+
+    def _change_joined(
+        self, running: _Running, name: str, version: int, gone: list[Range], fresh: list[Range]
+    ) -> None:
+        messages = [tables.delete_elements(TABLE, name, range_elements(version, gone))] if gone else []
+        if fresh:
+            messages.append(tables.add_elements(TABLE, name, range_elements(version, fresh)))
+        try:
+            running.tables.transaction(messages)
+        except kernel.NetlinkRefused:
+            self._counters["set_errors"] += 1
+            self._schedule_restore(running)
+
+    def refuse(self, number: int) -> None:
+        """See `interfaces.Trap`."""
+        running = self._require()
+        for destination in self._hold.of_number(number):
+            self._drop(self._hold.release(destination), "dropped_block")
+        self._send_verdicts(running)
+
     def commit(self) -> None:
         """All decisions so far are in the kernel, and held packets on their way, when this returns."""
         self._flush()
@@ -183,7 +224,7 @@ class NfqueueTrap:
                 self._note(change)
         self._schedule_flush()
 
-    def held(self) -> Mapping[tuple[PolicyGroup, IpAddress], int]:
+    def held(self) -> Mapping[tuple[PolicyGroup | int, IpAddress], int]:
         return self._hold.counts()
 
     def statistics(self) -> Mapping[str, int]:
@@ -222,8 +263,14 @@ class NfqueueTrap:
             if group not in possible.of(address):
                 for change in self._decided.forget(group, address):
                     self._note(change)
+        running.asking = Asking(policy.configured)
+        numbers = {rule.number for rule in policy.configured}
+        self._joined.keep(numbers)
         for destination in self._hold.destinations():
-            if destination[0] not in possible.of(destination[1]):
+            known: Collection[object] = (
+                numbers if isinstance(destination[0], int) else possible.of(destination[1])
+            )
+            if destination[0] not in known:
                 self._drop(self._hold.release(destination), "dropped_overdue")
         self._flush()
 
@@ -236,7 +283,7 @@ class NfqueueTrap:
         switch.leave(running.policy, guard)
         running.close()
         self._running = None
-        self._hold, self._decided = Hold(), Decided()
+        self._hold, self._decided, self._joined = Hold(), Decided(), Joined()
         self._changes.clear()
         self._releasing.clear()
         self._verdicts.clear()
@@ -269,8 +316,12 @@ class NfqueueTrap:
             self._counters["malformed"] += 1
             self._verdicts.append(queue.verdict(packet.queue, packet.id, queue.DROP))
             return
-        group = running.table.match(flow).group
         now = running.loop.time()
+        number = running.asking.number_of(flow) if running.asking else 0
+        if number:
+            self._asked(running, number, flow, held, now)
+            return
+        group = running.table.match(flow).group
         verdict = self._decided.verdict(group, flow.destination, now)
         if verdict is None:
             # Only a reload between queueing and reading brings other groups here.
@@ -282,6 +333,15 @@ class NfqueueTrap:
         self._drop(dropped, "dropped_overflow")
         if new:
             running.on_trapped(group, flow)
+
+    def _asked(self, running: _Running, number: int, flow: Flow, held: HeldPacket, now: float) -> None:
+        if self._joined.holds(number, flow.destination):
+            self._give(held, Verdict.PRIVATE)
+            return
+        new, dropped = self._hold.add((number, flow.destination), held, now)
+        self._drop(dropped, "dropped_overflow")
+        if new:
+            self._on_asked(number, flow)
 
     # -- verdicts out --------------------------------------------------------------------------------
 
@@ -375,6 +435,8 @@ class NfqueueTrap:
         switch.take_over(running.policy, running.ruleset)
         running.tables.insert_queue_rules(TABLE, self._queue_rules)
         self._commit(running, self._decided.all_elements())
+        for number, version, ranges in self._joined.all():
+            self._change_joined(running, joined_set(number, version), version, [], ranges)
 
     def _kernel_counters(self) -> dict[str, int]:
         """What the kernel dropped because a queue was full (`queue_dropped`) or we were too slow to read

@@ -16,7 +16,8 @@ Theory of operation. All stands in one table of the inet family:
     configured_*
              what the configuration settles before any group: manual policies, connections. One chain for each
              way and family, entered only by the addresses that stand in it; the first rule that matches counts.
-             Outward it comes first in `sort`, inward before the groups' prefixes.
+             Outward it comes first in `sort`, inward before the groups' prefixes. The rules of a connection's
+             child look into a set of remote addresses of its own, which changes without a new ruleset.
     group_*  what the group does with a packet. The order of its lines is the group's policy:
              clear accepts. block drops. private never looks at @clear, at replies or at the open queue.
     ask_open, ask_closed
@@ -116,14 +117,28 @@ class Ruleset:
     def loading(self, *removed: str) -> str:
         """Remove these tables and load this one, in the place of one of the same name: one transaction. It is
         no seamless change of base chains, see switch.py."""
-        return f"{removing(self._table, *removed)}{self._load(self._static_sets())}"
+        sets = self._static_sets() + self._joined_sets()
+        return f"{removing(self._table, *removed)}{self._load(sets)}"
 
     def replacing(self, old: Ruleset) -> str:
         """Change from `old`, loaded before, and keep the sets of decided addresses with their elements, and
         the queue rules: one transaction."""
         flushes = [f"flush chain inet {self._table} {name}\n" for name in self._chains()]
         deletions = [f"delete map inet {self._table} {name}\n" for name in old.map_names()]
-        return "".join((*flushes, *deletions, self._load("")))
+        gone = sorted(old.joined_names() - self.joined_names())
+        unused = [f"delete set inet {self._table} {name}\n" for name in gone]
+        return "".join((*flushes, *deletions, *unused, self._load(self._joined_sets())))
+
+    def joined_names(self) -> set[str]:
+        """The sets of what is up of the connections' children."""
+        numbered = (rule for rule in self._policy.configured if rule.number)
+        return set() if self._guard else {joined_set(rule.number, rule.source.version) for rule in numbered}
+
+    def _joined_sets(self) -> str:
+        return "".join(
+            f"set {name} {{ type {_ADDRESS_TYPE[int(name[-1])]}; flags interval; }}\n"
+            for name in sorted(self.joined_names())
+        )
 
     def map_names(self) -> list[str]:
         return [f"{prefix}_{step.name}" for prefix, step in self._maps()]
@@ -230,12 +245,25 @@ class Ruleset:
     def _configured_chains(self) -> dict[str, list[str]]:
         return {
             f"configured_{way.value}{version}": [
-                f"{_configured_match(rule)} {self._configured_verdict(rule)}"
+                f"{_configured_match(rule)} {verdict}"
                 for rule in self._configured(way, version)
+                for verdict in self._configured_verdicts(rule)
             ]
             for way in Way
             for version in (4, 6)
         }
+
+    def _configured_verdicts(self, rule: ConfiguredRule) -> list[str]:
+        if not rule.number:
+            return [self._configured_verdict(rule)]
+        outward = rule.way is Way.OUT
+        if self._guard:
+            return ["drop"] if rule.required else []
+        joined = f"{_IP[rule.source.version]} {'daddr' if outward else 'saddr'} "
+        joined += f"@{joined_set(rule.number, rule.source.version)} "
+        if outward:
+            return [joined + "goto tunnel", *([f"goto {ASK_CLOSED}"] if rule.required else [])]
+        return ["drop"] if rule.required else [joined + "drop"]
 
     def _configured_verdict(self, rule: ConfiguredRule) -> str:
         if rule.verdict is Verdict.BLOCK:
@@ -350,11 +378,16 @@ class Ruleset:
         ]
 
 
+def joined_set(number: int, version: int) -> str:
+    """The set of remote addresses that are up of a connection's child. Ends in the version."""
+    return f"joined_{number}_{version}"
+
+
 def fails_closed(policy: TrapPolicy) -> bool:
     """Whether anything must stay shut while no daemon runs."""
     groups = {rule.group for rule in policy.rules} | {policy.default}
     return any(group.fails_closed for group in groups) or any(
-        rule.required or rule.verdict is Verdict.BLOCK for rule in policy.configured
+        rule.required or (rule.verdict is Verdict.BLOCK and not rule.number) for rule in policy.configured
     )
 
 

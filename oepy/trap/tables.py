@@ -24,7 +24,8 @@ _TARGET_NAME, _TARGET_REV, _TARGET_INFO = 1, 2, 3
 _QUEUE_NUM, _QUEUE_TOTAL, _QUEUE_FLAGS = 1, 2, 3
 _QUEUE_BYPASS = 1
 _ELEMS_TABLE, _ELEMS_SET, _ELEMS_ELEMENTS = 1, 2, 3
-_ELEM_KEY, _ELEM_TIMEOUT = 1, 4
+_ELEM_KEY, _ELEM_FLAGS, _ELEM_TIMEOUT = 1, 3, 4
+_INTERVAL_END = 1
 _DATA_VALUE = 1
 
 # An attribute is at most 64 KiB long; an IPv6 element with a timeout takes 44 bytes.
@@ -37,6 +38,16 @@ def element(key: bytes, timeout: float | None = None) -> bytes:
     if timeout is not None:
         body += nl.u64(_ELEM_TIMEOUT, max(1, round(timeout * 1000)))
     return nl.nested(_LIST_ELEM, body)
+
+
+def interval(first: bytes, after: bytes | None) -> list[bytes]:
+    """The elements of a range in a set with `flags interval`: it begins at `first` and ends before `after` (None:
+    it goes to the last address)."""
+    begin = nl.nested(_LIST_ELEM, nl.nested(_ELEM_KEY, nl.attribute(_DATA_VALUE, first)))
+    if after is None:
+        return [begin]
+    key = nl.nested(_ELEM_KEY, nl.attribute(_DATA_VALUE, after))
+    return [begin, nl.nested(_LIST_ELEM, nl.u32(_ELEM_FLAGS, _INTERVAL_END) + key)]
 
 
 def _elements(kind: int, flags: int, table: str, name: str, elements: Sequence[bytes]) -> bytes:

@@ -14,6 +14,8 @@ class FakeTrap:
 
     def __init__(self) -> None:
         self.verdicts: dict[tuple[PolicyGroup, IpAddress], Verdict] = {}
+        self.joined: dict[int, tuple[tuple[IpAddress, IpAddress], ...]] = {}
+        self.refused: list[int] = []
         self.history: list[tuple[IpAddress, Verdict | None]] = []
 
     def start(self, policy: TrapPolicy, on_trapped: Callable[[PolicyGroup, Flow], None]) -> None:
@@ -25,6 +27,15 @@ class FakeTrap:
         self.verdicts[group, destination] = verdict
         self.history.append((destination, verdict))
 
+    def ask_for(self, on_asked: Callable[[int, Flow], None]) -> None:
+        self.on_asked = on_asked
+
+    def join(self, number: int, remotes: Collection[tuple[IpAddress, IpAddress]]) -> None:
+        self.joined[number] = tuple(remotes)
+
+    def refuse(self, number: int) -> None:
+        self.refused.append(number)
+
     def commit(self) -> None:
         """Everything is committed at once here."""
 
@@ -33,7 +44,7 @@ class FakeTrap:
             self.verdicts.pop(key, None)
             self.history.append((key[1], None))
 
-    def held(self) -> Mapping[tuple[PolicyGroup, IpAddress], int]:
+    def held(self) -> Mapping[tuple[PolicyGroup | int, IpAddress], int]:
         return {}
 
     def statistics(self) -> Mapping[str, int]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 
+from oepy.connections.model import EMPTY, ConnectionSet
 from oepy.daemon.core import Core, Surroundings
 from oepy.daemon.journal import Journal
 from oepy.ike.events import Datagram
@@ -68,6 +69,8 @@ class Host:
         group: PolicyGroup = PolicyGroup.PRIVATE_OR_CLEAR,
         key: HostKey | None = None,
         rules: tuple[PolicyRule, ...] = (),
+        configured: ConnectionSet = EMPTY,
+        keys: dict[str, HostKey] | None = None,
     ) -> None:
         self.address = ip_address(address)
         self.key = key or HostKey.generate("ed25519")
@@ -75,6 +78,7 @@ class Host:
         self.answers = answers
         self.group = group
         self.rules = rules
+        self.configured, self.keys = configured, keys or {}
         self.identity: str | None = None
         self.make_keys: Callable[[], FakeKeys] = lambda: FakeKeys(self.answers)
         self.start()
@@ -109,6 +113,8 @@ class Host:
             )
         )
         self.router.hosts[self.address] = self
+        if self.configured.connections:
+            self.core.connections.load(self.configured, self.keys)
 
     def crash(self) -> None:
         self.up = False

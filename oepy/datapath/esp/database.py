@@ -15,10 +15,10 @@ _IPV6 = 0x60  # from here on, a packet's first byte is IPv6's
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """One prefix of a pair's remote selectors. The lowest `rank` carries a packet: the narrowest selector, those
-    with protocols or ports before those without, the newest."""
+    """One prefix of a pair's remote selectors. The lowest `rank` carries a packet: connections, the narrowest
+    selector, those with protocols or ports before those without, the newest."""
 
-    rank: tuple[int, bool, int]
+    rank: tuple[bool, int, bool, int]
     pair: EspPair
 
 
@@ -66,7 +66,8 @@ class SaDatabase:
         self._enabled += 1
         for selector in pair.pair.remote_ts:
             size = int(selector.end) - int(selector.start)
-            entry = _Entry((size, pair.selectors.addresses_only, -self._enabled), pair)
+            rank = (not pair.pair.connection, size, pair.selectors.addresses_only, -self._enabled)
+            entry = _Entry(rank, pair)
             for width, shift, bits in _prefixes_of(selector):
                 self._prefixes.setdefault((width, shift), {}).setdefault(bits, []).append(entry)
 
@@ -112,9 +113,13 @@ class SaDatabase:
                 if better and entry.pair.selectors.allow_outward(packet):
                     best = entry
         # Two addresses are narrower than anything but one address with protocol and ports
-        if direct is not None and (best is None or best.rank[:2] != (0, False)):
+        if direct is not None and (best is None or (*_of_connection(direct[0]), 0, True) <= best.rank[:3]):
             return direct[0]
         return None if best is None else best.pair
+
+
+def _of_connection(pair: EspPair) -> tuple[bool]:
+    return (not pair.pair.connection,)
 
 
 def _prefixes_of(selector: TrafficSelector) -> Iterator[tuple[int, int, int]]:

@@ -1,0 +1,1 @@
+"""Conventional connections: what the configuration says of them, and which one a peer belongs to. No IO."""

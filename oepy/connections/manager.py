@@ -1,0 +1,548 @@
+"""What becomes of each child of each connection: `handle(input, now)` returns actions; no IO, no clock.
+
+Theory of operation. A child is
+
+    down ──up, start──▶ connecting ──▶ up          (retried with growing pauses, `keyingtries` times)
+    trapped ──packet──▶ connecting ──▶ up          (start_action trap: its traffic is held, never in the clear)
+    up ──closed, peer gone──▶ what close_action or dpd_action says, else where it came from
+
+One IKE SA serves all children of a connection between two ends: the first child begins it, the others join. A peer
+may begin as well; where its addresses are `dynamic` or wildcards, one child has many peers, each with SAs of its
+own. So a child has *tunnels* (SA pairs), and is up while it has one.
+
+Order is safety. On the way up: the SA is installed, then the trap leads packets there (`Join`), then held ones go.
+On the way down: the trap asks (or hands the packets to the next policy), then the SA goes.
+"""
+
+from __future__ import annotations
+
+import enum
+import heapq
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+from oepy.connections.messages import (
+    AddChild,
+    Asked,
+    Began,
+    Begin,
+    ChildCame,
+    ChildMoved,
+    ChildRefused,
+    ChildUsable,
+    ChildWent,
+    CloseChild,
+    CloseSession,
+    Down,
+    Established,
+    Failed,
+    Gone,
+    Install,
+    Join,
+    Load,
+    ManagerAction,
+    ManagerInput,
+    ReadUse,
+    RefuseHeld,
+    Remove,
+    Resettle,
+    RunUpdown,
+    Tell,
+    Tick,
+    Up,
+    Use,
+)
+from oepy.connections.model import EMPTY, Action, Child, Connection, ConnectionSet
+from oepy.model import IpAddress, SaPair
+
+RETRY_FIRST, RETRY_LONGEST = 2.0, 300.0  # seconds; each pause is shortened by up to a half at random
+STARTS_A_SECOND = 100  # connections that begin by themselves after a start
+_BY_PEER = frozenset({"peer-delete", "superseded", "expired", "ike-down"})
+
+
+class State(enum.Enum):
+    DOWN = "down"
+    TRAPPED = "trapped"
+    CONNECTING = "connecting"
+    UP = "up"
+
+
+@dataclass(slots=True)
+class Tunnel:
+    """One SA pair of a child."""
+
+    pair: SaPair
+    since: float
+    session: int
+    used: float  # when traffic was seen last
+    usable: bool
+    counted: int = 0
+
+
+@dataclass(slots=True)
+class ChildState:
+    label: str
+    number: int  # by which the trap knows it
+    connection: Connection
+    child: Child
+    state: State
+    since: float
+    trapped: bool  # its traffic is held while it is not up
+    wanted: bool = False  # should be up: begin again by itself
+    failures: int = 0
+    retry_at: float | None = None
+    attempt: int = 0
+    last_error: str = ""
+    tunnels: dict[int, Tunnel] = field(default_factory=dict)
+
+    def ranges(self) -> tuple[tuple[IpAddress, IpAddress], ...]:
+        found = {
+            (selector.start, selector.end)
+            for tunnel in self.tunnels.values()
+            for selector in tunnel.pair.remote_ts
+        }
+        return tuple(sorted(found, key=lambda item: (item[0].version, int(item[0]), int(item[1]))))
+
+
+@dataclass(slots=True)
+class _Group:
+    """A connection at work."""
+
+    connection: Connection
+    attempt: int = 0  # that is under way
+    session: int = 0  # of that attempt, 0 until it has begun
+    sessions: dict[int, str] = field(default_factory=dict)  # established, with the peer's identity
+    waiting: list[str] = field(default_factory=list)  # children that join as soon as it is established
+
+
+class Manager:
+    """All connections. `random(n)` gives n bytes."""
+
+    def __init__(self, random: Callable[[int], bytes]) -> None:
+        self._random = random
+        self.configured: ConnectionSet = EMPTY
+        self.children: dict[str, ChildState] = {}
+        self.counts: Counter[str] = Counter()
+        self._groups: dict[str, _Group] = {}
+        self._by_number: dict[int, str] = {}
+        self._by_spi: dict[int, str] = {}
+        self._by_session: dict[int, str] = {}  # connection
+        self._by_attempt: dict[int, str] = {}
+        self._numbers = 0
+        self._attempts = 0
+        self._timers: list[tuple[float, int, str, str]] = []
+        self._timer_number = 0
+        self._handlers: dict[type, Callable[..., Iterator[ManagerAction]]] = {
+            Load: self._load,
+            Up: self._up,
+            Down: self._down,
+            Asked: self._asked,
+            Began: self._began,
+            Established: self._established,
+            ChildCame: self._child_came,
+            ChildUsable: self._child_usable,
+            ChildMoved: self._child_moved,
+            ChildWent: self._child_went,
+            ChildRefused: self._child_refused,
+            Failed: self._failed,
+            Gone: self._gone,
+            Use: self._use,
+            Tick: self._tick,
+        }
+
+    def handle(self, message: ManagerInput, now: float) -> list[ManagerAction]:
+        """What to do about it, in this order."""
+        return list(self._handlers[type(message)](message, now))
+
+    def next_timer(self) -> float | None:
+        return self._timers[0][0] if self._timers else None
+
+    def tunnels(self) -> Iterator[tuple[int, Tunnel]]:
+        for state in self.children.values():
+            yield from state.tunnels.items()
+
+    def owns(self, spi_in: int) -> bool:
+        return spi_in in self._by_spi
+
+    def find(self, name: str) -> list[ChildState]:
+        """By `connection/child`, by the child alone, or all children of a connection."""
+        if name in self.children:
+            return [self.children[name]]
+        return [
+            state for state in self.children.values() if name in (state.child.name, state.connection.name)
+        ]
+
+    def session_of(self, connection: str) -> list[int]:
+        group = self._groups.get(connection)
+        return list(group.sessions) if group else []
+
+    # ------------------------------------------------------------ configuration
+
+    def _load(self, message: Load, now: float) -> Iterator[ManagerAction]:
+        """Only the difference: what is the same keeps its SAs."""
+        new = {connection.name: connection for connection in message.configured.connections}
+        changed = False
+        for name, group in list(self._groups.items()):
+            if new.get(name) == group.connection and name not in message.touched:
+                continue
+            changed = True
+            yield from self._unload(group, now)
+        fresh = [connection for name, connection in new.items() if name not in self._groups]
+        order = {connection.name: place for place, connection in enumerate(message.configured.connections)}
+        starting = 0
+        for connection in fresh:
+            self._groups[connection.name] = _Group(connection)
+            for child in connection.children:
+                state = self._add(connection, child, now)
+                if child.start:
+                    state.wanted = True
+                    self._retry(state, now + starting / STARTS_A_SECOND)
+                    starting += 1
+        self.configured = message.configured
+        self.children = dict(
+            sorted(self.children.items(), key=lambda item: order.get(item[1].connection.name, 0))
+        )
+        if fresh or changed:
+            yield Resettle(rules=True)
+            yield Tell(
+                "connections-loaded", {"reason": f"{len(new)} connections, {len(fresh)} new or changed"}
+            )
+
+    def _add(self, connection: Connection, child: Child, now: float) -> ChildState:
+        self._numbers += 1
+        label = connection.label(child)
+        base = State.TRAPPED if child.trap else State.DOWN
+        state = ChildState(label, self._numbers, connection, child, base, now, child.trap)
+        self.children[label] = state
+        self._by_number[state.number] = label
+        if child.inactivity:
+            self._arm(now + child.inactivity / 2, "idle", label)
+        return state
+
+    def _unload(self, group: _Group, now: float) -> Iterator[ManagerAction]:
+        name = group.connection.name
+        for label, state in list(self.children.items()):
+            if state.connection.name != name:
+                continue
+            spis = list(state.tunnels)
+            for spi in spis:
+                self._by_spi.pop(spi, None)
+                tunnel = state.tunnels.pop(spi)
+                yield from self._updown(state, tunnel, up=False)
+                yield Remove(spi)
+            yield RefuseHeld(state.number)
+            del self.children[label]
+            self._by_number.pop(state.number, None)
+            if spis:
+                yield Tell("connection-down", {"connection": label, "reason": "the configuration changed"})
+        for session in (*group.sessions, *((group.session,) if group.session else ())):
+            self._by_session.pop(session, None)
+            yield CloseSession(session)
+        self._by_attempt.pop(group.attempt, None)
+        del self._groups[name]
+
+    # ------------------------------------------------------------ commands and packets
+
+    def _up(self, message: Up, now: float) -> Iterator[ManagerAction]:
+        state = self.children.get(message.label)
+        if state is not None and state.state is not State.UP:
+            state.failures = 0
+            yield from self._connect(state, now)
+
+    def _down(self, message: Down, now: float) -> Iterator[ManagerAction]:
+        """Until the next `up`, packet (trap) or restart of the daemon."""
+        state = self.children.get(message.label)
+        if state is None:
+            return
+        state.wanted, state.retry_at = False, None
+        group = self._groups[state.connection.name]
+        if message.label in group.waiting:
+            group.waiting.remove(message.label)
+        if state.state is State.CONNECTING and state.attempt and group.attempt == state.attempt:
+            yield from self._call_off(group)
+        if state.state is State.CONNECTING:
+            yield from self._rest(state, now, "taken down by command")
+        for spi in list(state.tunnels):
+            yield CloseChild(spi)
+
+    def _call_off(self, group: _Group) -> Iterator[ManagerAction]:
+        self._by_attempt.pop(group.attempt, None)
+        if group.session:
+            self._by_session.pop(group.session, None)
+            yield CloseSession(group.session)
+        group.attempt = group.session = 0
+
+    def _asked(self, message: Asked, now: float) -> Iterator[ManagerAction]:
+        state = self.children.get(self._by_number.get(message.number, ""))
+        if state is None:
+            yield RefuseHeld(message.number)
+            return
+        self.counts["asked"] += 1
+        if state.state is State.CONNECTING:
+            if state.retry_at is not None and state.attempt == 0 and not self._waits(state):
+                yield RefuseHeld(state.number)  # between two tries
+            return
+        yield Tell("connection-asked", {"connection": state.label, "peer": str(message.flow.destination)})
+        # A child that is up may be asked for more of its selectors than the peer has agreed upon
+        yield from self._connect(state, now)
+
+    def _waits(self, state: ChildState) -> bool:
+        return state.label in self._groups[state.connection.name].waiting
+
+    def _connect(self, state: ChildState, now: float) -> Iterator[ManagerAction]:
+        group = self._groups[state.connection.name]
+        state.retry_at = None
+        if not state.connection.initiates and not group.sessions:
+            state.last_error = "the connection names no address or name of the peer: it can only wait for it"
+            yield RefuseHeld(state.number)
+            return
+        if state.state is not State.UP:
+            state.state, state.since = State.CONNECTING, now
+        if group.sessions:
+            session = max(group.sessions)
+            yield AddChild(session, state.connection, state.child)
+            return
+        if group.attempt:
+            if state.label not in group.waiting:
+                group.waiting.append(state.label)
+            return
+        self._attempts += 1
+        group.attempt, group.session = self._attempts, 0
+        state.attempt = self._attempts
+        self._by_attempt[self._attempts] = state.label
+        yield Begin(self._attempts, state.connection, state.child)
+
+    # ------------------------------------------------------------ from IKE
+
+    def _began(self, message: Began, _now: float) -> Iterator[ManagerAction]:
+        group = self._group_of_attempt(message.attempt)
+        if group is None:
+            yield CloseSession(message.session)
+            return
+        group.session = message.session
+        self._by_session[message.session] = group.connection.name
+
+    def _group_of_attempt(self, attempt: int) -> _Group | None:
+        state = self.children.get(self._by_attempt.get(attempt, ""))
+        group = self._groups.get(state.connection.name) if state else None
+        return group if group is not None and group.attempt == attempt else None
+
+    def _established(self, message: Established, now: float) -> Iterator[ManagerAction]:
+        group = self._groups.get(message.connection)
+        if group is None:
+            yield CloseSession(message.session)
+            return
+        others = [session for session, peer in group.sessions.items() if peer == message.identity]
+        if others and group.connection.unique == "keep" and not message.initiator:
+            yield CloseSession(message.session)
+            yield Tell(
+                "connection-refused",
+                {
+                    "connection": message.connection,
+                    "id": message.identity,
+                    "reason": "unique: keep, and the peer is here already",
+                },
+            )
+            return
+        group.sessions[message.session] = message.identity
+        self._by_session[message.session] = message.connection
+        if others and group.connection.unique == "replace":
+            for session in others:
+                yield CloseSession(session)
+        if message.session == group.session:
+            self._by_attempt.pop(group.attempt, None)
+            group.attempt = group.session = 0
+        waiting, group.waiting = group.waiting, []
+        for label in waiting:
+            state = self.children.get(label)
+            if state is not None and state.state is State.CONNECTING:
+                yield AddChild(message.session, state.connection, state.child)
+
+    def _child_came(self, message: ChildCame, now: float) -> Iterator[ManagerAction]:
+        pair = message.pair
+        state = self.children.get(pair.connection)
+        if state is None or message.session not in self._by_session:
+            yield CloseChild(pair.spi_in)
+            return
+        fresh = not state.tunnels
+        tunnel = Tunnel(pair, now, message.session, now, message.outbound)
+        state.tunnels[pair.spi_in] = tunnel
+        self._by_spi[pair.spi_in] = state.label
+        self.counts["children_up"] += message.replaces is None
+        yield Install(pair, message.outbound)
+        yield Join(state.number, state.ranges())
+        if state.state is not State.UP:
+            state.state, state.since = State.UP, now
+        state.failures, state.retry_at, state.attempt, state.last_error = 0, None, 0, ""
+        if fresh and not state.trapped:
+            yield Resettle()
+        if message.replaces is None:
+            yield Tell("connection-up", _told(state, pair) | {"initiator": message.initiator})
+            yield from self._updown(state, tunnel, up=True)
+
+    def _updown(self, state: ChildState, tunnel: Tunnel, *, up: bool) -> Iterator[ManagerAction]:
+        if state.child.updown:
+            yield RunUpdown(state.child.updown, up, state.connection, state.child, tunnel.pair)
+
+    def _child_usable(self, message: ChildUsable, _now: float) -> Iterator[ManagerAction]:
+        tunnel = self._tunnel(message.spi_in)
+        if tunnel is not None:
+            tunnel.usable = True
+            yield Install(tunnel.pair, True)
+
+    def _child_moved(self, message: ChildMoved, _now: float) -> Iterator[ManagerAction]:
+        tunnel = self._tunnel(message.spi_in)
+        if tunnel is not None:
+            tunnel.pair = replace(tunnel.pair, local=message.local, remote=message.remote)
+            yield Install(tunnel.pair, tunnel.usable)
+
+    def _tunnel(self, spi_in: int) -> Tunnel | None:
+        state = self.children.get(self._by_spi.get(spi_in, ""))
+        return state.tunnels.get(spi_in) if state else None
+
+    def _child_went(self, message: ChildWent, now: float) -> Iterator[ManagerAction]:
+        state = self.children.get(self._by_spi.pop(message.spi_in, ""))
+        if state is None:
+            return
+        tunnel = state.tunnels.pop(message.spi_in)
+        yield Join(state.number, state.ranges())
+        if message.reason != "rekeyed":
+            yield Tell("connection-down", _told(state, tunnel.pair) | {"reason": message.reason})
+            yield from self._updown(state, tunnel, up=False)
+        if not state.tunnels:
+            yield from self._lost(state, message.reason, now)
+        yield Remove(message.spi_in)
+
+    def _lost(self, state: ChildState, reason: str, now: float) -> Iterator[ManagerAction]:
+        """The last tunnel of a child is gone."""
+        action = Action.NONE
+        if reason == "liveness":
+            action = state.child.dpd_action
+        elif reason in _BY_PEER:
+            action = state.child.close_action
+        if reason == "datapath" and (state.wanted or state.child.start):
+            action = Action.START
+        if action is Action.TRAP and not state.trapped:
+            state.trapped = True
+            yield from self._rest(state, now, reason)
+            yield Resettle(rules=True)
+            return
+        yield from self._rest(state, now, reason)
+        if action is Action.START and state.connection.initiates:
+            state.wanted = True
+            state.state = State.CONNECTING
+            self._retry(state, now + self._jitter(RETRY_FIRST / 2))
+        elif not state.trapped:
+            yield Resettle()
+
+    def _rest(self, state: ChildState, now: float, reason: str) -> Iterator[ManagerAction]:
+        state.state = State.UP if state.tunnels else State.TRAPPED if state.trapped else State.DOWN
+        state.since, state.attempt = now, 0
+        if reason:
+            state.last_error = reason
+        yield RefuseHeld(state.number)
+
+    def _child_refused(self, message: ChildRefused, now: float) -> Iterator[ManagerAction]:
+        state = self.children.get(message.label)
+        if state is not None:
+            yield from self._try_again(state, message.text, now, permanent=message.permanent)
+
+    def _failed(self, message: Failed, now: float) -> Iterator[ManagerAction]:
+        """An attempt has come to nothing, before or after it was a session."""
+        group = self._group_of_attempt(message.attempt)
+        if group is None and message.session in self._by_session:
+            found = self._groups.get(self._by_session[message.session])
+            group = found if found is not None and found.session == message.session else None
+        self._by_session.pop(message.session, None)
+        if group is None:
+            return
+        label = self._by_attempt.pop(group.attempt, "")
+        group.attempt = group.session = 0
+        waiting, group.waiting = group.waiting, []
+        for name in dict.fromkeys((label, *waiting)):
+            state = self.children.get(name)
+            if state is None or (state.state is State.UP and not message.superseded):
+                continue
+            if message.superseded and state.state is not State.CONNECTING:
+                continue
+            yield from self._try_again(state, message.text, now, permanent=message.permanent)
+
+    def _try_again(
+        self, state: ChildState, text: str, now: float, *, permanent: bool
+    ) -> Iterator[ManagerAction]:
+        state.failures += 1
+        tries = state.connection.keyingtries
+        again = state.wanted and (state.failures < tries or tries == 0)
+        yield Tell(
+            "connection-failed",
+            {"connection": state.label, "reason": text, "attempt": state.failures},
+            alert=state.failures == 1,
+        )
+        yield from self._rest(state, now, text)
+        if again and not state.tunnels:
+            pause = (
+                RETRY_LONGEST if permanent else min(RETRY_FIRST * 2 ** min(state.failures, 10), RETRY_LONGEST)
+            )
+            state.state = State.CONNECTING
+            self._retry(state, now + self._jitter(pause))
+
+    def _gone(self, message: Gone, now: float) -> Iterator[ManagerAction]:
+        """An established session has ended; its children went before."""
+        group = self._groups.get(self._by_session.pop(message.session, ""))
+        if group is None:
+            return
+        group.sessions.pop(message.session, None)
+        for state in self.children.values():
+            lost = state.connection.name == group.connection.name and state.state is State.CONNECTING
+            if lost and state.retry_at is None and not group.attempt:
+                self._retry(state, now + self._jitter(RETRY_FIRST))
+        yield from ()
+
+    # ------------------------------------------------------------ time
+
+    def _jitter(self, seconds: float) -> float:
+        return seconds * (1.0 - int.from_bytes(self._random(2), "big") / 131072.0)
+
+    def _retry(self, state: ChildState, when: float) -> None:
+        state.retry_at = when
+        self._arm(when, "retry", state.label)
+
+    def _arm(self, when: float, kind: str, label: str) -> None:
+        self._timer_number += 1
+        heapq.heappush(self._timers, (when, self._timer_number, kind, label))
+
+    def _tick(self, _message: Tick, now: float) -> Iterator[ManagerAction]:
+        while self._timers and self._timers[0][0] <= now:
+            when, _, kind, label = heapq.heappop(self._timers)
+            state = self.children.get(label)
+            if state is None:
+                continue
+            if kind == "retry" and state.retry_at == when and state.state is not State.UP:
+                yield from self._connect(state, now)
+            elif kind == "idle" and state.child.inactivity:
+                self._arm(now + state.child.inactivity / 2, "idle", label)
+                if state.tunnels:
+                    yield ReadUse(tuple(state.tunnels))
+
+    def _use(self, message: Use, now: float) -> Iterator[ManagerAction]:
+        for spi_in, packets in message.packets.items():
+            tunnel = self._tunnel(spi_in)
+            if tunnel is None:
+                continue
+            if packets != tunnel.counted:
+                tunnel.counted, tunnel.used = packets, now
+            state = self.children[self._by_spi[spi_in]]
+            if now - tunnel.used >= state.child.inactivity > 0:
+                yield CloseChild(spi_in)
+
+
+def _told(state: ChildState, pair: SaPair) -> dict[str, object]:
+    return {
+        "connection": state.label,
+        "peer": str(pair.remote.address),
+        "id": str(pair.peer),
+        "spi_in": f"{pair.spi_in:08x}",
+        "spi_out": f"{pair.spi_out:08x}",
+        "authenticated": pair.authenticated.value,
+    }

@@ -1,0 +1,207 @@
+"""Connections as frozen values, with the names and meanings of swanctl.conf. Times in seconds."""
+
+from __future__ import annotations
+
+import enum
+import fnmatch
+from collections.abc import Iterator
+from dataclasses import dataclass
+from ipaddress import ip_address, ip_network
+
+from oepy.model import IdType, IpAddress, IpNetwork, PeerIdentity, PublicKey, Secret, TrafficSelector
+
+ANY = "%any"
+
+
+class Action(enum.Enum):
+    """What becomes of a child that is not up."""
+
+    NONE = "none"
+    TRAP = "trap"
+    START = "start"
+
+
+@dataclass(frozen=True, slots=True)
+class IdPattern:
+    """An identity as configured: one, or with `*` at its beginning or end, or %any. `text` is lower case."""
+
+    text: str
+
+    @property
+    def rank(self) -> int:
+        """The lower, the more exact: 0 is one identity, the last is %any."""
+        if self.text == ANY:
+            return 1000
+        return 0 if "*" not in self.text else 999 - min(len(self.text), 900)
+
+    def matches(self, identity: PeerIdentity | None) -> bool:
+        if self.text == ANY:
+            return True
+        if identity is None or identity.type is IdType.NULL:
+            return False
+        if self.rank == 0:
+            return identity == PeerIdentity.parse(self.text)
+        named = identity.type in (IdType.FQDN, IdType.RFC822_ADDR)
+        return named and fnmatch.fnmatchcase(str(identity).lower(), self.text)
+
+    def exact(self) -> PeerIdentity | None:
+        """The identity itself, None where there are many."""
+        return None if self.rank else PeerIdentity.parse(self.text)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One entry of local_addrs or remote_addrs: a network (of one address, or of many), %any, or a name."""
+
+    network: IpNetwork | None = None
+    name: str = ""
+
+    @property
+    def rank(self) -> int:
+        """The lower, the more exact."""
+        if self.network is None:
+            return 1 if self.name else 200
+        return self.network.max_prefixlen - self.network.prefixlen
+
+    @property
+    def address(self) -> IpAddress | None:
+        """The one address that it is, if it is one."""
+        single = self.network is not None and self.network.prefixlen == self.network.max_prefixlen
+        return self.network.network_address if self.network is not None and single else None
+
+    @classmethod
+    def of(cls, text: str) -> Place:
+        """Raises ValueError."""
+        if text == ANY:
+            return cls()
+        try:
+            return cls(ip_network(text))
+        except ValueError:
+            words = text.rstrip(".").lower().split(".")
+            good = all(word and len(word) <= 63 and word.replace("-", "").isalnum() for word in words)
+            if not good or len(text) > 253 or words[-1].isdigit() or "/" in text:
+                raise
+            return cls(name=text.rstrip(".").lower())
+
+    def __str__(self) -> str:
+        return self.name or (ANY if self.network is None else str(self.address or self.network))
+
+
+@dataclass(frozen=True, slots=True)
+class Selector:
+    """A traffic selector as configured. `network` None is `dynamic`: the outer address of that side."""
+
+    network: IpNetwork | None
+    protocol: int = 0
+    port: int = 0
+
+    def at(self, outer: IpAddress | None) -> TrafficSelector | None:
+        """With `dynamic` filled in; None where that is not known yet."""
+        network = self.network if self.network is not None else outer
+        return None if network is None else TrafficSelector.of(network, self.protocol, self.port or None)
+
+    def __str__(self) -> str:
+        text = "dynamic" if self.network is None else str(self.network)
+        return f"{text}[{self.protocol}/{self.port or 'any'}]" if self.protocol or self.port else text
+
+
+@dataclass(frozen=True, slots=True)
+class LocalAuth:
+    """How we prove ourselves: psk, pubkey (`key` None: the host key) or null."""
+
+    auth: str
+    id: PeerIdentity | None = None  # None: our address
+    key: str = ""  # file of a private key
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteAuth:
+    auth: str
+    id: IdPattern
+    pubkeys: tuple[PublicKey, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Life:
+    """Of one child's SAs; 0 is never."""
+
+    rekey_time: float = 3600.0
+    life_time: float = 3960.0
+    rand_time: float = 360.0
+    rekey_bytes: int = 0
+    life_bytes: int = 0
+    rekey_packets: int = 0
+    life_packets: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Child:
+    name: str
+    local_ts: tuple[Selector, ...] = (Selector(None),)
+    remote_ts: tuple[Selector, ...] = (Selector(None),)
+    esp_proposals: tuple[str, ...] = ()
+    mode: str = "tunnel"
+    trap: bool = False  # of start_action, which may be both
+    start: bool = False
+    close_action: Action = Action.NONE
+    dpd_action: Action = Action.NONE
+    life: Life = Life()
+    inactivity: float = 0.0
+    updown: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """`keyingtries` 0 is for ever."""
+
+    name: str
+    local: LocalAuth
+    remote: RemoteAuth
+    children: tuple[Child, ...]
+    local_addrs: tuple[Place, ...] = (Place(),)
+    remote_addrs: tuple[Place, ...] = (Place(),)
+    proposals: tuple[str, ...] = ()
+    rekey_time: float = 4 * 3600.0
+    over_time: float = 1440.0
+    rand_time: float = 1440.0
+    unique: str = "no"
+    encap: bool = False
+    dpd_delay: float = 30.0
+    keyingtries: int = 0
+
+    def child(self, name: str) -> Child | None:
+        return next((child for child in self.children if child.name == name), None)
+
+    def label(self, child: Child) -> str:
+        return f"{self.name}/{child.name}"
+
+    @property
+    def initiates(self) -> bool:
+        """Whether there is somebody to begin with."""
+        return any(place.name or place.address is not None for place in self.remote_addrs)
+
+
+@dataclass(frozen=True, slots=True)
+class SharedSecret:
+    """`ids` as configured; none of them: for every pair."""
+
+    ids: tuple[IdPattern, ...]
+    secret: Secret
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionSet:
+    connections: tuple[Connection, ...] = ()
+    secrets: tuple[SharedSecret, ...] = ()
+
+    def labels(self) -> Iterator[str]:
+        for connection in self.connections:
+            for child in connection.children:
+                yield connection.label(child)
+
+
+def identity_of(address: IpAddress | str) -> PeerIdentity:
+    return PeerIdentity.address(ip_address(str(address)))
+
+
+EMPTY = ConnectionSet()

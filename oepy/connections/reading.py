@@ -1,0 +1,593 @@
+"""The sections `connections:` and `secrets:`, with swanctl.conf's names. Nothing is raised: every mistake is a
+`Problem` with its path and its mend; what this version cannot do is one, by its name. No text holds a secret."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import difflib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from ipaddress import ip_network
+from typing import Any, TypeVar
+
+from oepy.connections.model import (
+    ANY,
+    Action,
+    Child,
+    Connection,
+    ConnectionSet,
+    IdPattern,
+    Life,
+    LocalAuth,
+    Place,
+    RemoteAuth,
+    Selector,
+    SharedSecret,
+)
+from oepy.errors import OepyError
+from oepy.model import PeerIdentity, PublicKey, Secret
+from oepy.policy import PROTOCOL_NUMBERS
+
+Path = tuple[str | int, ...]
+T = TypeVar("T")
+MAX_CONNECTIONS = 20_000
+MAX_CHILDREN = 32
+MAX_SECRETS = 20_000
+MAX_LIST = 64
+MAX_TEXT = 4096
+MIN_SECRET = 1
+RESERVED = ("manual",)  # what `sas` calls SAs keyed by hand
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z")
+_DURATION = re.compile(r"(\d{1,9})([smhd]?)\Z")
+_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+_MAX_SECONDS = 10 * 365 * 86400
+_PORTED = (6, 17, 33, 132, 136)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """`path` begins with the section's name."""
+
+    path: Path
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """What reading needs of the rest: each raises OepyError. `proposal_ike` and `proposal_esp` check one text."""
+
+    private: Callable[[str], bytes]  # content of a file that only its owner may read
+    public: Callable[[str], PublicKey]
+    own_key: Callable[[str], str]  # where the file of a private key is; it can be used
+    proposal_ike: Callable[[str], object]
+    proposal_esp: Callable[[str], object]
+
+
+# What swanctl.conf has and this version has not, with what to do about it. Lifted one by one.
+NOT_YET_AUTH = {"x509": "X.509 certificates", "eap": "EAP"}
+_NOT_YET_CONNECTION = {
+    "aggressive": "it is IKEv1's",
+    "cacerts": "X.509 is not in this version; use `auth: pubkey` with raw keys, or psk",
+    "certs": "X.509 is not in this version; use `auth: pubkey` with raw keys, or psk",
+    "childless": "",
+    "dpd_timeout": "it is IKEv1's; IKEv2 gives up after its retransmissions (20 s)",
+    "if_id_in": "",
+    "if_id_out": "",
+    "local_port": "IKE speaks from ports 500 and 4500",
+    "mediation": "",
+    "pools": "",
+    "ppk_id": "",
+    "pull": "",
+    "reauth_time": "0 is the only value: rekeying makes new keys without it",
+    "remote_port": "IKE speaks to ports 500 and 4500",
+    "send_cert": "X.509 is not in this version",
+    "send_certreq": "X.509 is not in this version",
+    "vips": "",
+}
+_NOT_YET_CHILD = {
+    "ah_proposals": "IKE negotiates ESP only; AH can be keyed by hand (`manual:`)",
+    "copy_df": "",
+    "copy_dscp": "",
+    "copy_ecn": "",
+    "hw_offload": "",
+    "if_id_in": "SAs belong to oepy's own device",
+    "if_id_out": "SAs belong to oepy's own device",
+    "interface": "",
+    "ipcomp": "",
+    "label": "",
+    "mark_in": "SAs belong to oepy's own device and mark",
+    "mark_out": "SAs belong to oepy's own device and mark",
+    "policies": "",
+    "priority": "narrower selectors come first, then the order in the file",
+    "replay_window": "",
+    "set_mark_in": "",
+    "set_mark_out": "",
+    "sha256_96": "",
+    "tfc_padding": "",
+}
+_NOT_YET_SIDE = {
+    "cacerts": "X.509 is not in this version; use `auth: pubkey` with `pubkeys`, or psk",
+    "certs": "X.509 is not in this version; use `auth: pubkey` with `pubkeys`, or psk",
+    "eap_id": "",
+    "groups": "",
+    "revocation": "X.509 is not in this version",
+}
+
+
+class _Refused(Exception):
+    """One value is wrong; the text says how to mend it."""
+
+
+class _Fields:
+    """The fields of one mapping, each taken once; what is wrong is remembered."""
+
+    def __init__(self, value: object, path: Path, problems: list[Problem]) -> None:
+        self.path, self._problems = path, problems
+        self.left: dict[str, Any] = {}
+        self.right = isinstance(value, dict) and all(isinstance(key, str) for key in value)
+        self._known: list[str] = []
+        if self.right:
+            assert isinstance(value, dict)
+            self.left = dict(value)
+        elif value is not None:
+            self.wrong("a mapping is expected, such as `{auth: psk}`")
+
+    def wrong(self, text: str, *below: str | int) -> None:
+        self._problems.append(Problem((*self.path, *below), text))
+
+    def take(self, name: str, default: T, convert: Callable[[Any], T]) -> T:
+        self._known.append(name)
+        value = self.left.pop(name, None)
+        if value is None:
+            return default
+        try:
+            return convert(value)
+        except (_Refused, ValueError, OepyError) as error:
+            self.wrong(str(error), name)
+            return default
+
+    def take_list(self, name: str, default: tuple[T, ...], convert: Callable[[Any], T]) -> tuple[T, ...]:
+        self._known.append(name)
+        value = self.left.pop(name, None)
+        if value is None:
+            return default
+        items = value if isinstance(value, list) else [value]
+        if len(items) > MAX_LIST:
+            self.wrong(f"{len(items)} entries; at most {MAX_LIST}", name)
+            return default
+        found = []
+        for index, item in enumerate(items):
+            try:
+                found.append(convert(item))
+            except (_Refused, ValueError, OepyError) as error:
+                self.wrong(str(error), name, index)
+        return tuple(found)
+
+    def take_raw(self, name: str) -> object:
+        self._known.append(name)
+        return self.left.pop(name, None)
+
+    def finish(self, not_yet: dict[str, str] | None = None) -> None:
+        for name in self.left:
+            if not_yet and name in not_yet:
+                mend = not_yet[name] or "remove it"
+                self.wrong(f"this version does not have {name}: {mend}", name)
+                continue
+            close = difflib.get_close_matches(name, self._known, 1)
+            mend = f"did you mean {close[0]!r}?" if close else f"known here are {', '.join(self._known)}"
+            self.wrong(f"unknown key; {mend}", name[:64])
+
+
+# ---- values ------------------------------------------------------------------------------------------------
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int) or len(str(value)) > MAX_TEXT:
+        raise _Refused(f"{str(value)[:60]!r} is no text")
+    return str(value).strip()
+
+
+def duration(value: object) -> float:
+    """Seconds of `3600`, `60m`, `1h`, `2d`."""
+    found = _DURATION.match(_text(value).lower())
+    seconds = int(found[1]) * _UNITS[found[2]] if found else -1
+    if not found or seconds > _MAX_SECONDS:
+        raise _Refused(f"{str(value)[:60]!r} is no time; write it like 3600, 60m, 1h or 2d")
+    return float(seconds)
+
+
+def _number(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 63:
+        raise _Refused(f"{str(value)[:60]!r} is no number from 0 on")
+    return value
+
+
+def _flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise _Refused(f"{str(value)[:60]!r}: write yes or no")
+    return value
+
+
+def _one_of(*words: str) -> Callable[[object], str]:
+    def convert(value: object) -> str:
+        text = {True: "yes", False: "no"}.get(value, "") if isinstance(value, bool) else _text(value).lower()
+        if text not in words:
+            raise _Refused(f"{text[:60]!r}: one of {', '.join(words)}")
+        return text
+
+    return convert
+
+
+def selector(value: object) -> Selector:
+    """`10.1.0.0/16`, `dynamic`, and either with `[tcp/80]`, `[udp]`, `[/53]`, as in swanctl.conf."""
+    text = _text(value)
+    head, bracket, rest = text.partition("[")
+    head = head.strip()
+    protocol = port = 0
+    if bracket:
+        if not rest.endswith("]"):
+            raise _Refused(f"{text[:80]!r}: the bracket is not closed; write it like 10.1.0.0/16[tcp/80]")
+        name, _, number = rest[:-1].strip().lower().partition("/")
+        protocol = _protocol(name)
+        if number not in ("", "any"):
+            if not number.isdigit() or not 0 < int(number) < 65536:
+                raise _Refused(f"{number[:20]!r}: one port from 1 to 65535, or none for all")
+            port = int(number)
+            if protocol not in _PORTED:
+                raise _Refused(f"{text[:80]!r}: a port needs a protocol that has ports, like [tcp/{port}]")
+    if head == "dynamic":
+        return Selector(None, protocol, port)
+    try:
+        return Selector(ip_network(head), protocol, port)
+    except ValueError as error:
+        try:
+            mend = f"write {ip_network(head, strict=False)}"
+        except ValueError:
+            mend = "write it like 10.1.0.0/16, 2001:db8::/32 or dynamic"
+        raise _Refused(f"{head[:80]!r} is no prefix ({error}); {mend}") from None
+
+
+def _protocol(name: str) -> int:
+    if name in ("", "any"):
+        return 0
+    if name in PROTOCOL_NUMBERS:
+        return PROTOCOL_NUMBERS[name]
+    if name.isdigit() and 0 < int(name) < 256:
+        return int(name)
+    raise _Refused(f"{name[:20]!r} is no protocol; known are {', '.join(PROTOCOL_NUMBERS)}, or its number")
+
+
+def _place(value: object) -> Place:
+    text = _text(value)
+    try:
+        return Place.of(text)
+    except ValueError:
+        raise _Refused(
+            f"{text[:80]!r}: write an address, a prefix, a name or {ANY}; no ranges, and no bits beyond a prefix"
+        ) from None
+
+
+def _identity(value: object) -> PeerIdentity:
+    text = _text(value)
+    if not text or "*" in text or text == ANY or "=" in text or not text.isascii():
+        raise _Refused(f"{text[:80]!r}: one identity: a name, an address or an e-mail address")
+    return PeerIdentity.parse(text)
+
+
+def _pattern(value: object) -> IdPattern:
+    text = _text(value).rstrip(".").lower()
+    bad = not text or "=" in text or not text.isascii() or any(letter in text for letter in "?[]")
+    if bad or text.count("*") > 1 or ("*" in text and text[0] != "*" and text[-1] != "*"):
+        raise _Refused(
+            f"{text[:80]!r}: a name, an address, an e-mail address, one with * at an end (*.example), or {ANY}"
+        )
+    return IdPattern(ANY if text == "*" else text)
+
+
+def _command(value: object) -> tuple[str, ...]:
+    words = tuple(value) if isinstance(value, list) else (value,)
+    if not words or len(words) > MAX_LIST or not all(isinstance(w, str) and "\0" not in w for w in words):
+        raise _Refused("a list: the program with its path, then its arguments; no shell is run")
+    if not words[0].startswith("/"):
+        raise _Refused(f"{words[0][:80]!r}: the program needs its whole path; no shell is run")
+    return words
+
+
+def _start_action(value: object) -> frozenset[str]:
+    words = frozenset(_text(value).lower().replace("|", " ").split())
+    if not words or not words <= {"none", "trap", "start"} or ("none" in words and len(words) > 1):
+        raise _Refused(f"{str(value)[:60]!r}: none, trap, start, or trap|start")
+    return words
+
+
+def _action(**older: str) -> Callable[[object], Action]:
+    """The older names of swanctl.conf mean the same."""
+
+    def convert(value: object) -> Action:
+        word = _text(value).lower()
+        word = older.get(word, word)
+        if word not in ("none", "trap", "start"):
+            raise _Refused(f"{word[:60]!r}: none, trap or start")
+        return Action(word)
+
+    return convert
+
+
+# ---- sections ----------------------------------------------------------------------------------------------
+
+
+def read_connections(
+    connections: object, secrets: object, files: Files
+) -> tuple[ConnectionSet, list[Problem]]:
+    problems: list[Problem] = []
+    found = []
+    if connections is not None and not isinstance(connections, dict):
+        problems.append(Problem(("connections",), "a mapping is expected: names with their settings"))
+    for name, value in list((connections if isinstance(connections, dict) else {}).items())[:MAX_CONNECTIONS]:
+        path = ("connections", str(name)[:64])
+        if not _NAME.match(str(name)) or name in RESERVED:
+            problems.append(
+                Problem(path, "a name has letters, digits, `_`, `-` and `.`, 64 at most, and is not `manual`")
+            )
+            continue
+        before = len(problems)
+        connection = _connection(str(name), value, path, problems, files)
+        if len(problems) == before:
+            found.append(connection)
+    if isinstance(connections, dict) and len(connections) > MAX_CONNECTIONS:
+        problems.append(
+            Problem(("connections",), f"{len(connections)} connections; at most {MAX_CONNECTIONS}")
+        )
+    shared = _secrets(secrets, problems, files)
+    return ConnectionSet(tuple(found), shared), problems
+
+
+def _connection(name: str, value: object, path: Path, problems: list[Problem], files: Files) -> Connection:
+    fields = _Fields(value, path, problems)
+    _version(fields)
+    rekey = fields.take("rekey_time", 4 * 3600.0, duration)
+    over = fields.take("over_time", rekey / 10 or 1440.0, duration)
+    made = Connection(
+        name=name,
+        local=_local(fields.take_raw("local"), (*path, "local"), problems, files),
+        remote=_remote(fields.take_raw("remote"), (*path, "remote"), problems, files),
+        children=_children(fields.take_raw("children"), (*path, "children"), problems, files),
+        local_addrs=fields.take_list("local_addrs", (Place(),), _place) or (Place(),),
+        remote_addrs=fields.take_list("remote_addrs", (Place(),), _place) or (Place(),),
+        proposals=fields.take_list("proposals", (), _checked(files.proposal_ike)),
+        rekey_time=rekey,
+        over_time=over,
+        rand_time=fields.take("rand_time", over, duration),
+        unique=fields.take("unique", "no", _one_of("no", "replace", "keep")),
+        encap=fields.take("encap", False, _flag),
+        dpd_delay=fields.take("dpd_delay", 30.0, duration),
+        keyingtries=fields.take("keyingtries", 0, _number),
+    )
+    for key, only in (("mobike", "no"), ("fragmentation", "yes"), ("reauth_time", "0")):
+        fields.take(key, only, _only(key, only))
+    fields.finish(_NOT_YET_CONNECTION)
+    _cross_check(made, fields)
+    return made
+
+
+def _version(fields: _Fields) -> None:
+    def convert(value: object) -> int:
+        number = _number(value)
+        if number == 1:
+            raise _Refused("IKEv1 is not in this version; the peer should speak IKEv2 (version: 2)")
+        if number not in (0, 2):
+            raise _Refused(f"{number}: 2 is the version of IKE that is spoken")
+        return 2
+
+    fields.take("version", 2, convert)
+
+
+def _only(key: str, only: str) -> Callable[[object], str]:
+    """A key with one value that can be had."""
+
+    def convert(value: object) -> str:
+        text = {True: "yes", False: "no"}.get(value, "") if isinstance(value, bool) else _text(value).lower()
+        if text != only and text not in (f"{only}s", f"{only}m"):
+            raise _Refused(f"{text[:40]!r}: this version has {key}: {only} alone")
+        return only
+
+    return convert
+
+
+def _checked(check: Callable[[str], object]) -> Callable[[object], str]:
+    def convert(value: object) -> str:
+        text = _text(value)
+        if text.lower() == "default":
+            return ""
+        check(text)
+        return text
+
+    return convert
+
+
+def _auth(fields: _Fields) -> str:
+    def convert(value: object) -> str:
+        word = _text(value).lower()
+        family = word.partition("-")[0]
+        if family in NOT_YET_AUTH:
+            raise _Refused(
+                f"{NOT_YET_AUTH[family]} are not in this version; use `auth: pubkey` with raw keys, or psk"
+            )
+        if word not in ("psk", "pubkey", "null"):
+            raise _Refused(f"{word[:40]!r}: psk, pubkey or null")
+        return word
+
+    return fields.take("auth", "pubkey", convert)
+
+
+def _local(value: object, path: Path, problems: list[Problem], files: Files) -> LocalAuth:
+    fields = _Fields(value, path, problems)
+
+    def key_file(name: object) -> str:
+        return files.own_key(_text(name))
+
+    made = LocalAuth(_auth(fields), fields.take("id", None, _identity), fields.take("key", "", key_file))
+    if made.key and made.auth != "pubkey":
+        fields.wrong("a key is for `auth: pubkey`", "key")
+    if made.auth == "null" and made.id is not None:
+        fields.wrong("whoever authenticates with null has no identity (RFC 7619); remove it", "id")
+    fields.finish(_NOT_YET_SIDE | {"pubkeys": "name the file of the own private key: `key: own.pem`"})
+    return made
+
+
+def _remote(value: object, path: Path, problems: list[Problem], files: Files) -> RemoteAuth:
+    fields = _Fields(value, path, problems)
+    auth = _auth(fields)
+    made = RemoteAuth(
+        auth,
+        fields.take("id", IdPattern(ANY), _pattern),
+        fields.take_list("pubkeys", (), lambda name: files.public(_text(name))),
+    )
+    if auth == "pubkey" and not made.pubkeys:
+        fields.wrong("`auth: pubkey` needs the peer's keys: `pubkeys: [peer.pem]`")
+    if auth != "pubkey" and made.pubkeys:
+        fields.wrong("keys are for `auth: pubkey`", "pubkeys")
+    fields.finish(_NOT_YET_SIDE)
+    return made
+
+
+def _children(value: object, path: Path, problems: list[Problem], files: Files) -> tuple[Child, ...]:
+    if not isinstance(value, dict) or not value:
+        problems.append(Problem(path, "a connection needs at least one child: `children: {net: {…}}`"))
+        return ()
+    if len(value) > MAX_CHILDREN:
+        problems.append(Problem(path, f"{len(value)} children; at most {MAX_CHILDREN}"))
+    found = []
+    for name, child in list(value.items())[:MAX_CHILDREN]:
+        if not _NAME.match(str(name)):
+            problems.append(Problem((*path, str(name)[:64]), "a name has letters, digits, `_`, `-` and `.`"))
+            continue
+        found.append(_child(str(name), child, (*path, str(name)), problems, files))
+    return tuple(found)
+
+
+def _child(name: str, value: object, path: Path, problems: list[Problem], files: Files) -> Child:
+    fields = _Fields(value, path, problems)
+    started = fields.take("start_action", frozenset({"none"}), _start_action)
+    made = Child(
+        name=name,
+        local_ts=fields.take_list("local_ts", (Selector(None),), selector),
+        remote_ts=fields.take_list("remote_ts", (Selector(None),), selector),
+        esp_proposals=fields.take_list("esp_proposals", (), _checked(files.proposal_esp)),
+        mode=fields.take("mode", "tunnel", _one_of("tunnel", "transport")),
+        trap="trap" in started,
+        start="start" in started,
+        close_action=fields.take("close_action", Action.NONE, _action(clear="none", restart="start")),
+        dpd_action=fields.take("dpd_action", Action.NONE, _action(clear="none", restart="start")),
+        life=_life(fields),
+        inactivity=fields.take("inactivity", 0.0, duration),
+        updown=fields.take("updown", (), _command),
+    )
+    fields.finish(_NOT_YET_CHILD)
+    if not made.local_ts or not made.remote_ts:
+        fields.wrong("local_ts and remote_ts need an entry each")
+    return made
+
+
+def _life(fields: _Fields) -> Life:
+    life = Life()
+    rekey = fields.take("rekey_time", life.rekey_time, duration)
+    life = replace(life, rekey_time=rekey, life_time=rekey * 1.1, rand_time=rekey * 0.1)
+    life = replace(
+        life,
+        life_time=fields.take("life_time", life.life_time, duration),
+        rand_time=fields.take("rand_time", life.rand_time, duration),
+        rekey_bytes=fields.take("rekey_bytes", 0, _number),
+        rekey_packets=fields.take("rekey_packets", 0, _number),
+    )
+    life = replace(
+        life,
+        life_bytes=fields.take("life_bytes", life.rekey_bytes * 11 // 10, _number),
+        life_packets=fields.take("life_packets", life.rekey_packets * 11 // 10, _number),
+    )
+    for soft, hard, name in (
+        (life.rekey_time, life.life_time, "life_time"),
+        (life.rekey_bytes, life.life_bytes, "life_bytes"),
+        (life.rekey_packets, life.life_packets, "life_packets"),
+    ):
+        if hard and soft >= hard:
+            fields.wrong(f"{name} {hard:g} must be larger than the rekey limit {soft:g}", name)
+    return life
+
+
+def _cross_check(connection: Connection, fields: _Fields) -> None:
+    if "psk" in (connection.local.auth, connection.remote.auth) and (
+        connection.local.auth != connection.remote.auth
+    ):
+        fields.wrong("psk on one side alone is not in this version; use it on both")
+    if connection.remote.auth == "null" and connection.local.auth == "null":
+        fields.wrong("nobody would prove anything; use null on one side alone")
+    for child in connection.children:
+        if (child.trap or child.start) and not connection.initiates:
+            fields.wrong(
+                "trap and start need an address or a name in remote_addrs to begin with",
+                *("children", child.name, "start_action"),
+            )
+        if child.trap and any(selector.network is None for selector in child.remote_ts):
+            single = [place.address for place in connection.remote_addrs]
+            if len(single) != 1 or single[0] is None:
+                fields.wrong(
+                    "dynamic with start_action trap needs one remote address; name the prefix",
+                    *("children", child.name, "remote_ts"),
+                )
+        if child.mode == "transport" and any(
+            selector.network is not None and selector.network.prefixlen != selector.network.max_prefixlen
+            for selector in (*child.local_ts, *child.remote_ts)
+        ):
+            fields.wrong(
+                "transport mode is between two hosts: single addresses or dynamic",
+                *("children", child.name, "mode"),
+            )
+
+
+# ---- secrets -----------------------------------------------------------------------------------------------
+
+
+def _secrets(value: object, problems: list[Problem], files: Files) -> tuple[SharedSecret, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        problems.append(Problem(("secrets",), "a list is expected: `- {type: ike, id: […], secret_file: …}`"))
+        return ()
+    if len(value) > MAX_SECRETS:
+        problems.append(Problem(("secrets",), f"{len(value)} secrets; at most {MAX_SECRETS}"))
+    found = []
+    for index, item in enumerate(value[:MAX_SECRETS]):
+        fields = _Fields(item, ("secrets", index), problems)
+        fields.take("type", "ike", _one_of("ike"))
+        ids = fields.take_list("id", (), _pattern)
+        name = fields.take("secret_file", "", _text)
+        if not name:
+            fields.wrong("secret_file is missing: a file of mode 0600 with the secret")
+        else:
+            try:
+                found.append(SharedSecret(ids, _secret(files.private(name))))
+            except (OepyError, _Refused) as error:
+                fields.wrong(str(error), "secret_file")
+        fields.finish({"secret": "write it into a file of mode 0600 and name that in secret_file"})
+    return tuple(found)
+
+
+def _secret(content: bytes) -> Secret:
+    """As in swanctl.conf: text, `0x` and hexadecimal, or `0s` and base64; a final line end is none of it."""
+    text = content.rstrip(b"\r\n")
+    try:
+        if text[:2] == b"0x":
+            text = binascii.unhexlify(text[2:])
+        elif text[:2] == b"0s":
+            text = base64.b64decode(text[2:], validate=True)
+    except (binascii.Error, ValueError):
+        raise _Refused("the secret after 0x or 0s is no hexadecimal or base64") from None
+    if len(text) < MIN_SECRET:
+        raise _Refused("the file is empty")
+    return Secret(text)
+
+
+__all__ = ["Files", "Problem", "duration", "read_connections", "selector"]

@@ -1,0 +1,800 @@
+"""Conventional connections in the daemon: the manager's actions carried out, IKE's questions answered."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from ipaddress import ip_address, ip_network, summarize_address_range
+from typing import TYPE_CHECKING, Any
+
+from oepy.connections import messages as m
+from oepy.connections.manager import ChildState, Manager
+from oepy.connections.match import Matcher
+from oepy.connections.model import EMPTY, Child, Connection, ConnectionSet, Place
+from oepy.daemon.updown import Updown
+from oepy.engine import messages as engine_messages
+from oepy.errors import OepyError
+from oepy.ike import events as ike
+from oepy.ike.algorithms import Offer, parse_esp_proposal, parse_ike_proposal
+from oepy.ike.settings import ChildRequest, IkeSettings, Initiate, Lifetimes
+from oepy.interfaces import ConfiguredRule, Way
+from oepy.keys import HostKey
+from oepy.model import (
+    IKE_PORT,
+    Authenticated,
+    Endpoint,
+    IpAddress,
+    IpNetwork,
+    PeerIdentity,
+    Secret,
+    TrafficSelector,
+    Verdict,
+)
+
+if TYPE_CHECKING:
+    from oepy.daemon.core import Core
+
+NEVER_SECONDS = 10 * 365 * 86400.0
+RESOLVE_SECONDS = 60.0  # between two looks at the names in remote_addrs
+RESOLVE_LIMIT = 10.0
+_AUTHENTICATED = {
+    "psk": Authenticated.PSK,
+    "pubkey": Authenticated.MANUAL,
+    "null": Authenticated.NULL,
+}
+_PERMANENT = (ike.FailureKind.REJECTED, ike.FailureKind.PROOF_FAILED, ike.FailureKind.REFUSED)
+_ANYWHERE = {4: ip_network("0.0.0.0/0"), 6: ip_network("::/0")}
+
+
+class Prefixes:
+    """Networks with counts: whether an address is in one of them, and of which label, one probe a length in use."""
+
+    def __init__(self) -> None:
+        self._tables: dict[tuple[int, int], dict[int, list[str]]] = {}
+
+    def add(self, network: IpNetwork, label: str) -> None:
+        key, bits = _key(network)
+        self._tables.setdefault(key, {}).setdefault(bits, []).append(label)
+
+    def remove(self, network: IpNetwork, label: str) -> None:
+        key, bits = _key(network)
+        labels = self._tables.get(key, {}).get(bits, [])
+        if label in labels:
+            labels.remove(label)
+            if not labels:
+                del self._tables[key][bits]
+                if not self._tables[key]:
+                    del self._tables[key]
+
+    def find(self, address: IpAddress) -> str | None:
+        best: tuple[int, str] | None = None
+        for (version, length), table in self._tables.items():
+            if version == address.version and (best is None or length > best[0]):
+                labels = table.get(int(address) >> address.max_prefixlen - length)
+                if labels:
+                    best = length, labels[0]
+        return None if best is None else best[1]
+
+
+def _key(network: IpNetwork) -> tuple[tuple[int, int], int]:
+    bits = int(network.network_address) >> network.max_prefixlen - network.prefixlen
+    return (network.version, network.prefixlen), bits
+
+
+@dataclass(frozen=True, slots=True)
+class NotOurs:
+    """The peer belongs to no connection: opportunistic encryption decides."""
+
+
+NOT_OURS = NotOurs()
+
+
+class Conventional:
+    """One for the daemon. Answers come at once: nothing here waits for a network but the names in remote_addrs."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self.configured: ConnectionSet = EMPTY
+        self.matcher = Matcher(EMPTY)
+        self.resolved: dict[str, frozenset[IpAddress]] = {}
+        self._keys: dict[str, HostKey] = {}
+        self._connection_of: dict[int, Connection] = {}  # by IKE session
+        self._rejected: set[int] = set()
+        self._claimed = Prefixes()  # all fixed remote selectors: opportunistic peers get none of it
+        self._settled = Prefixes()  # what connections carry or hold now: the engine keeps off
+        self._joined: dict[int, tuple[str, frozenset[IpNetwork]]] = {}
+        self._contacted: set[tuple[str, IpAddress]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._resettle: bool | None = None
+        self.updown = Updown(core.journal.add)
+
+    def wire(self) -> None:
+        given = self._core.given
+        self.manager = Manager(given.random)
+        self._settings_of = functools.lru_cache(maxsize=4096)(self._make_settings)
+        self._offers_of = functools.lru_cache(maxsize=4096)(_esp_offers)
+
+    # ------------------------------------------------------------ configuration
+
+    def load(self, configured: ConnectionSet, keys: dict[str, HostKey]) -> None:
+        """Only the difference takes effect. `keys`: the private keys that local sides name, by file."""
+        touched = self._touched(configured, keys)
+        self._keys = keys
+        self.configured = configured
+        self.matcher = Matcher(configured)
+        self._settings_of.cache_clear()
+        self._claimed = Prefixes()
+        for connection in configured.connections:
+            for child in connection.children:
+                for selector in child.remote_ts:
+                    if selector.network is not None and not selector.protocol:
+                        self._claimed.add(selector.network, connection.label(child))
+        self.feed(m.Load(configured, touched))
+
+    def _touched(self, configured: ConnectionSet, keys: dict[str, HostKey]) -> frozenset[str]:
+        """The connections whose secret or key is another, although they read the same."""
+        matcher = Matcher(configured)
+        found = set()
+        for connection in configured.connections:
+            name = connection.local.key
+            if name and name in self._keys and self._keys[name].public != keys[name].public:
+                found.add(connection.name)
+            if connection.local.auth == "psk" and self.secret_of(connection, self.matcher) != self.secret_of(
+                connection, matcher
+            ):
+                found.add(connection.name)
+        return frozenset(found)
+
+    def secret_of(self, connection: Connection, matcher: Matcher) -> Secret | None:
+        """By what the configuration names; addresses that are not known before are left out."""
+        ours, theirs = (
+            _names(connection.local.id, connection.local_addrs),
+            _names(connection.remote.id.exact(), connection.remote_addrs),
+        )
+        return matcher.secret(ours, theirs)
+
+    def rules(self) -> tuple[ConfiguredRule, ...]:
+        """For the trap: narrower destinations first, then in the order of the file."""
+        found: list[tuple[tuple[int, ...], ConfiguredRule]] = []
+        for order, state in enumerate(self.manager.children.values()):
+            found += [((*_rank(rule), order), rule) for rule in self._rules_of(state)]
+        return tuple(rule for _, rule in sorted(found, key=lambda item: item[0]))
+
+    def _rules_of(self, state: ChildState) -> Iterable[ConfiguredRule]:
+        here, there = self._fixed(state.connection)
+        for local in state.child.local_ts:
+            for remote in state.child.remote_ts:
+                for version in (4, 6):
+                    ours = local.network or (ip_network(here) if here else _ANYWHERE[version])
+                    theirs = remote.network or (ip_network(there) if there else _ANYWHERE[version])
+                    both = local.protocol and remote.protocol and local.protocol != remote.protocol
+                    if ours.version != version or theirs.version != version or both:
+                        continue
+                    yield from _both_ways(
+                        *(ours, theirs, local.protocol or remote.protocol, local.port, remote.port),
+                        number=state.number,
+                        required=state.trapped,
+                    )
+
+    def _fixed(self, connection: Connection) -> tuple[IpAddress | None, IpAddress | None]:
+        """The outer addresses, where each can be one only."""
+        remotes = [place.address for place in connection.remote_addrs]
+        there = remotes[0] if len(remotes) == 1 else None
+        locals_ = [place.address for place in connection.local_addrs]
+        here = locals_[0] if len(locals_) == 1 else None
+        if here is None and there is not None:
+            here = self._core.given.source_towards(there)
+        return here, there
+
+    def settles(self, address: IpAddress) -> str | None:
+        """Which child has this destination now, so that the engine has nothing to do with it."""
+        return self._settled.find(address)
+
+    def claims(self, address: IpAddress) -> str | None:
+        """Which child names this destination, up or not."""
+        return self._claimed.find(address) or self._settled.find(address)
+
+    # ------------------------------------------------------------ the manager
+
+    def feed(self, message: m.ManagerInput) -> None:
+        for action in self.manager.handle(message, self._core.given.monotonic()):
+            self._core.steps.do(functools.partial(self._act, action))
+        self._arm()
+
+    def _arm(self) -> None:
+        when = self.manager.next_timer()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if when is not None:
+            delay = max(when - self._core.given.monotonic(), 0.0)
+            self._timer = asyncio.get_running_loop().call_later(delay, self.feed, m.Tick())
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self.updown.stop()
+
+    def _act(self, action: m.ManagerAction) -> Any:
+        """Carry out one action; what is returned is awaited before the next."""
+        core = self._core
+        match action:
+            case m.Begin():
+                core.spawn(self._begin(action))
+            case m.AddChild(session, connection, child):
+                self._add_child(session, connection, child)
+            case m.Install(pair, outbound):
+                return self._install(pair, outbound)
+            case m.Remove(spi_in):
+                return core.datapath.remove(spi_in)
+            case m.Join(number, remotes):
+                self._join(number, remotes)
+            case m.RefuseHeld(number):
+                core.trap.refuse(number)
+            case m.Resettle(rules):
+                self._settle(rules=rules)
+            case m.CloseChild(spi_in):
+                core.negotiator.close(spi_in)
+            case m.CloseSession(session):
+                core.negotiator.end_session(session)
+            case m.ReadUse(spis):
+                core.spawn(self._read_use(spis))
+            case m.RunUpdown():
+                core.spawn(self._run_updown(action))
+            case m.Tell(event, fields, alert):
+                core.journal.add(event, alert, **fields)
+        return None
+
+    async def _install(self, pair: Any, outbound: bool) -> None:
+        core = self._core
+        if core.given.key_log is not None:
+            core.given.key_log.write_esp(pair)
+        try:
+            await core.datapath.install(pair, outbound=outbound)
+        except OepyError as error:
+            core.journal.add("install-failed", True, connection=pair.connection, reason=str(error))
+            self.feed(m.ChildWent(pair.spi_in, f"the datapath refused it: {error}"))
+            core.negotiator.close(pair.spi_in)
+
+    def _join(self, number: int, remotes: tuple[tuple[IpAddress, IpAddress], ...]) -> None:
+        self._core.trap.join(number, remotes)
+        label, before = self._joined.pop(number, ("", frozenset()))
+        state = next((s for s in self.manager.children.values() if s.number == number), None)
+        label = state.label if state else label
+        after = frozenset(net for first, last in remotes for net in summarize_address_range(first, last))
+        for network in before - after:
+            self._settled.remove(network, label)
+        for network in after - before:
+            self._settled.add(network, label)
+        if after:
+            self._joined[number] = (label, after)
+        if after != before:
+            self._later(rules=False)
+
+    def _settle(self, *, rules: bool) -> None:
+        if rules:
+            self._settled = Prefixes()
+            known = {state.number for state in self.manager.children.values()}
+            self._joined = {number: item for number, item in self._joined.items() if number in known}
+            for label, networks in self._joined.values():
+                for network in networks:
+                    self._settled.add(network, label)
+            for state in self.manager.children.values():
+                for rule in self._rules_of(state) if state.trapped else ():
+                    if rule.way is Way.OUT and not rule.protocol:
+                        self._settled.add(rule.destination, state.label)
+            self._core.reload_trap()
+        self._later(rules=rules)
+
+    def _later(self, *, rules: bool) -> None:
+        """The engine looks through all its destinations: once for what happens together."""
+        if self._resettle is None:
+            asyncio.get_running_loop().call_soon(self._now)
+        self._resettle = True
+
+    def _now(self) -> None:
+        self._resettle = None
+        if self._core.engine.entries:
+            self._core.feed(engine_messages.Reloaded())
+
+    async def _read_use(self, spis: tuple[int, ...]) -> None:
+        try:
+            counters = await self._core.datapath.counters(spis)
+        except OepyError:
+            return  # the process has ended, and all tunnels with it
+        self.feed(m.Use({c.spi_in: c.packets_in + c.packets_out for c in counters}))
+
+    async def _run_updown(self, action: m.RunUpdown) -> None:
+        await self._core.steps.idle()  # the answer is sent, the SA is there
+        await self.updown.run(action)
+
+    # ------------------------------------------------------------ as initiator
+
+    async def _begin(self, action: m.Begin) -> None:
+        connection, child = action.connection, action.child
+        problem = ""
+        request: Initiate | None = None
+        await self._resolve(connection)
+        ends = self._ends(connection)
+        if ends is None:
+            wanted = ", ".join(str(place) for place in connection.remote_addrs)
+            problem = f"no route to {wanted}, or the name is not known now"
+        else:
+            request, problem = self._request(connection, child, *ends)
+        if request is None:
+            self.feed(m.Failed(action.attempt, 0, problem, permanent=False))
+            return
+        session = self._core.negotiator.initiate(request)
+        self._connection_of[session] = connection
+        if len(self._contacted) < 100_000:
+            self._contacted.add((connection.name, request.remote.address))
+        self.feed(m.Began(action.attempt, session))
+        self._core.negotiator.pump()
+
+    def _ends(self, connection: Connection) -> tuple[IpAddress, IpAddress] | None:
+        """The first remote address that there is a way to, and ours towards it."""
+        for place in connection.remote_addrs:
+            addresses = (
+                [place.address] if place.address else sorted(self.resolved.get(place.name, ()), key=str)
+            )
+            for remote in addresses:
+                local = self._local_towards(connection, remote)
+                if local is not None:
+                    return local, remote
+        return None
+
+    def _local_towards(self, connection: Connection, remote: IpAddress) -> IpAddress | None:
+        named = [place.address for place in connection.local_addrs if place.address]
+        for address in named:
+            if address.version == remote.version and self._core.given.is_own(address):
+                return address
+        if named:
+            return None
+        local = self._core.given.source_towards(remote)
+        fits = local is not None and any(
+            place.network is None or local in place.network for place in connection.local_addrs
+        )
+        return local if fits else None
+
+    def _request(
+        self, connection: Connection, child: Child, local: IpAddress, remote: IpAddress
+    ) -> tuple[Initiate | None, str]:
+        local_ts = _selectors(child.local_ts, local)
+        remote_ts = _selectors(child.remote_ts, remote)
+        psk = None
+        if connection.local.auth == "psk":
+            ours = {connection.local.id or PeerIdentity.address(local), PeerIdentity.address(local)}
+            theirs = {PeerIdentity.address(remote)} | {connection.remote.id.exact()} - {None}
+            psk = self.matcher.secret(ours, [one for one in theirs if one is not None])
+            if psk is None:
+                return None, f"no secret for {_text(ours)} and {_text(theirs)} is configured"
+        return Initiate(
+            local=Endpoint(local, IKE_PORT),
+            remote=Endpoint(remote, IKE_PORT),
+            local_ts=local_ts,
+            remote_ts=remote_ts,
+            remote_keys=connection.remote.pubkeys,
+            psk=psk,
+            accept_null=connection.remote.auth == "null",
+            own_auth=connection.local.auth,
+            identity=connection.local.id,
+            expected_identity=None if connection.remote.auth == "null" else connection.remote.id.exact(),
+            ike_offers=_ike_offers(connection),
+            esp_offers=self._offers_of(child.esp_proposals),
+            initial_contact=(connection.name, remote) not in self._contacted,
+            authenticated_by="manual",
+            connection=connection.label(child),
+            lifetimes=_lifetimes(child),
+            settings=self._settings_of(connection),
+            mode=child.mode,
+        ), ""
+
+    def _add_child(self, session: int, connection: Connection, child: Child) -> None:
+        info = self._core.negotiator.endpoint.session(session)
+        if info is None:
+            self.feed(m.ChildRefused(connection.label(child), "the IKE SA has just gone", permanent=False))
+            return
+        self._core.negotiator.create_child(
+            session,
+            ChildRequest(
+                _selectors(child.local_ts, info.local.address),
+                _selectors(child.remote_ts, info.remote.address),
+                self._offers_of(child.esp_proposals),
+                child.mode,
+                connection=connection.label(child),
+                lifetimes=_lifetimes(child),
+            ),
+        )
+
+    async def _resolve(self, connection: Connection) -> None:
+        names = [place.name for place in connection.remote_addrs if place.name]
+        for name in names:
+            with contextlib.suppress(OSError, TimeoutError):
+                async with asyncio.timeout(RESOLVE_LIMIT):
+                    found = await asyncio.get_running_loop().getaddrinfo(name, None, type=socket.SOCK_DGRAM)
+                addresses = frozenset(ip_address(str(entry[4][0]).partition("%")[0]) for entry in found)
+                if addresses != self.resolved.get(name):
+                    self._core.journal.add(
+                        "name-resolved", subject=name, reason=", ".join(sorted(map(str, addresses)))
+                    )
+                self.resolved[name] = addresses
+
+    async def watch_names(self) -> None:
+        """Peers known by a name may begin from a new address, and are followed to it."""
+        while True:
+            for connection in self.configured.connections:
+                if not any(place.name for place in connection.remote_addrs):
+                    continue
+                await self._resolve(connection)
+                for session in self.manager.session_of(connection.name):
+                    info = self._core.negotiator.endpoint.session(session)
+                    moved = info is not None and not self.matcher.by_address(
+                        info.local.address, info.remote.address, self.resolved
+                    )
+                    if moved:
+                        self._core.journal.add(
+                            "connection-moved",
+                            connection=connection.name,
+                            reason="its name leads elsewhere now",
+                        )
+                        self._core.negotiator.check_liveness(session)
+            await asyncio.sleep(RESOLVE_SECONDS)
+
+    # ------------------------------------------------------------ IKE's questions
+
+    def settings_for(self, local: Endpoint, remote: Endpoint) -> IkeSettings:
+        """Of a peer that begins: by the addresses alone, as its identity is not known yet. Where the peer may
+        belong to several connections, or to none, the proposals of all are acceptable; by its identity it is
+        checked again."""
+        base = self._core.given.ike_settings
+        if not self.configured.connections:
+            return base
+        found = self.matcher.by_address(local.address, remote.address, self.resolved)
+        if not found:
+            return base
+        best = self._settings_of(found[0])
+        certain = all(self._known_address(connection, remote.address) for connection in found)
+        offers = tuple(dict.fromkeys(map(_Same, (o for c in found for o in self._settings_of(c).ike_offers))))
+        others = () if certain else tuple(map(_Same, base.ike_offers))
+        unique = dict.fromkeys((*offers, *others))
+        return replace(best if certain else base, ike_offers=tuple(item.offer for item in unique))
+
+    def _known_address(self, connection: Connection, remote: IpAddress) -> bool:
+        return any(
+            place.address == remote or (place.name and remote in self.resolved.get(place.name, ()))
+            for place in connection.remote_addrs
+        )
+
+    def psk(self, event: ike.NeedPsk) -> Secret | ike.Known:
+        """A secret in any case: where there is none, one that nobody knows, so that the peer sees no difference
+        in what comes back nor in when."""
+        local = self._local_of(event.session)
+        own = event.own_identity
+        candidates = [
+            connection
+            for connection in self._by_identity(local, event.remote.address, event.identity, own)
+            if connection.remote.auth == "psk"
+        ]
+        ours = {PeerIdentity.address(local)}
+        for connection in candidates:
+            ours = {connection.local.id or PeerIdentity.address(local), PeerIdentity.address(local)}
+            secret = self.matcher.secret(ours, (event.identity, PeerIdentity.address(event.remote.address)))
+            if secret is not None:
+                self._connection_of[event.session] = connection
+                return ike.Known(
+                    psk=secret, authenticated=Authenticated.PSK, settings=self._settings_of(connection)
+                )
+        what = "no secret" if candidates else "no connection"
+        pair = f"{_text(ours if candidates else {own} if own else ours)} and {event.identity}"
+        self._core.journal.add(
+            "no-secret-for-peer",
+            peer=str(event.remote.address),
+            id=str(event.identity),
+            reason=f"{what} is configured for {pair}",
+        )
+        return Secret(self._core.given.random(32))
+
+    def keys(self, event: ike.NeedPeerKey) -> ike.Known | NotOurs | None:
+        """The keys of the peer's connection; None where its connection knows no keys (so that it cannot come in by
+        another door)."""
+        if not self.configured.connections:
+            return NOT_OURS
+        local = self._local_of(event.session)
+        found = self._by_identity(local, event.remote.address, event.identity, event.own_identity)
+        named = [connection for connection in found if connection.remote.id.text != "%any"]
+        by_key = [connection for connection in found if connection.remote.auth == "pubkey"]
+        if by_key:
+            self._connection_of[event.session] = by_key[0]
+            keys = tuple(dict.fromkeys(key for c in by_key for key in c.remote.pubkeys))
+            return ike.Known(keys, None, Authenticated.MANUAL, self._settings_of(by_key[0]))
+        return None if named else NOT_OURS
+
+    def _by_identity(
+        self, local: IpAddress, remote: IpAddress, identity: PeerIdentity, own: PeerIdentity | None
+    ) -> list[Connection]:
+        return self.matcher.by_identity(local, remote, identity, own, self.resolved)
+
+    def _local_of(self, session: int) -> IpAddress:
+        info = self._core.negotiator.endpoint.session(session)
+        assert info is not None
+        return info.local.address
+
+    def key_of(self, session: int) -> HostKey | None:
+        """The private key that our side of this session has, None for the host key."""
+        connection = self._connection_of.get(session)
+        return self._keys.get(connection.local.key) if connection and connection.local.key else None
+
+    def narrow(self, event: ike.NeedNarrowing) -> ike.Narrowed | ike.Refused | NotOurs:
+        """Which child the peer's proposal is for, and what of it is allowed (RFC 7296 §2.9)."""
+        connection = self._connection_of_peer(event)
+        if connection is None:
+            claimed = self._claimed_by(event)
+            return ike.Refused(f"its traffic belongs to the connection {claimed}") if claimed else NOT_OURS
+        if connection.name not in {c.name for c in self.configured.connections}:
+            return ike.Refused("its connection is no longer configured", peer=True)
+        if not self._acceptable(connection, event.session):
+            return ike.Refused(f"the IKE proposal is not one of the connection {connection.name}", peer=True)
+        if event.rekey_of is not None and (tunnel := self._tunnel(event.rekey_of)) is not None:
+            state, pair = tunnel
+            ours = _common(event.local_ts, pair.local_ts)
+            theirs = _common(event.remote_ts, pair.remote_ts)
+            return self._narrowed(connection, state.child, ours, theirs)
+        found = []
+        for order, child in enumerate(connection.children):
+            ours = _common(event.local_ts, _selectors(child.local_ts, event.local.address))
+            theirs = _common(event.remote_ts, _selectors(child.remote_ts, event.remote.address))
+            if ours and theirs:
+                whole = set(ours) == set(event.local_ts) and set(theirs) == set(event.remote_ts)
+                found.append(((child.mode != event.mode, not whole, order), child, ours, theirs))
+        if not found:
+            return ike.Refused(
+                f"no child of {connection.name} has {_text(event.local_ts)} and {_text(event.remote_ts)}"
+            )
+        _, child, ours, theirs = min(found, key=lambda item: item[0])
+        return self._narrowed(connection, child, ours, theirs)
+
+    def _connection_of_peer(self, event: ike.NeedNarrowing) -> Connection | None:
+        connection = self._connection_of.get(event.session)
+        if connection is not None:
+            if event.key is not None and event.key not in connection.remote.pubkeys:
+                # The same identity in several connections: the key decides
+                connection = next(
+                    (
+                        other
+                        for other in self._by_identity(
+                            event.local.address, event.remote.address, event.identity, None
+                        )
+                        if event.key in other.remote.pubkeys
+                    ),
+                    connection,
+                )
+                self._connection_of[event.session] = connection
+            return connection
+        if event.authenticated is not Authenticated.NULL:
+            return None
+        for candidate in self.matcher.by_address(event.local.address, event.remote.address, self.resolved):
+            if candidate.remote.auth == "null":
+                self._connection_of[event.session] = candidate
+                return candidate
+        return None
+
+    def _claimed_by(self, event: ike.NeedNarrowing) -> str | None:
+        for selector in event.remote_ts[:16]:
+            single = selector.start if selector.start == selector.end else event.remote.address
+            if selector.contains_address(single) and (claimed := self.claims(single)):
+                return claimed
+        return None
+
+    def _acceptable(self, connection: Connection, session: int) -> bool:
+        """Whether the IKE SA's algorithms are the connection's: by address it may have been taken for another."""
+        info = self._core.negotiator.endpoint.session(session)
+        offers = _ike_offers(connection)
+        if info is None or offers is None:
+            return True
+        try:
+            chosen = parse_ike_proposal(info.suite)
+        except OepyError:
+            return False
+        return any(
+            set(chosen) <= set(offer) and all(set(chosen[kind]) <= set(offer[kind]) for kind in chosen)
+            for offer in offers
+        )
+
+    def _narrowed(
+        self,
+        connection: Connection,
+        child: Child,
+        ours: tuple[TrafficSelector, ...],
+        theirs: tuple[TrafficSelector, ...],
+    ) -> ike.Narrowed:
+        return ike.Narrowed(
+            ours,
+            theirs,
+            offers=self._offers_of(child.esp_proposals),
+            connection=connection.label(child),
+            authenticated=_AUTHENTICATED[connection.remote.auth],
+            mode=child.mode,
+            settings=self._settings_of(connection),
+            lifetimes=_lifetimes(child),
+        )
+
+    def _tunnel(self, spi_in: int) -> tuple[ChildState, Any] | None:
+        for state in self.manager.children.values():
+            if spi_in in state.tunnels:
+                return state, state.tunnels[spi_in].pair
+        return None
+
+    def _make_settings(self, connection: Connection) -> IkeSettings:
+        base = self._core.given.ike_settings
+        rekey = connection.rekey_time
+        return replace(
+            base,
+            identity=connection.local.id,
+            own_auth="null" if connection.local.auth == "null" else "pubkey",
+            allow_null_initiator=connection.remote.auth == "null",
+            ike_offers=_ike_offers(connection) or base.ike_offers,
+            lifetimes=replace(
+                base.lifetimes,
+                ike_rekey=rekey or NEVER_SECONDS,
+                ike_grace=connection.over_time or 600.0,
+                jitter=min(connection.rand_time / rekey, 0.9) if rekey else 0.0,
+            ),
+            liveness_interval=connection.dpd_delay,
+            force_encap=base.force_encap or connection.encap,
+        )
+
+    # ------------------------------------------------------------ IKE's news
+
+    def has_session(self, session: int) -> bool:
+        return session in self._connection_of
+
+    def established(self, event: ike.IkeEstablished) -> None:
+        connection = self._connection_of[event.session]
+        wrong = event.initiator and connection.remote.auth != "null"
+        if wrong and not connection.remote.id.matches(event.identity):
+            text = f"the peer is {event.identity}, not {connection.remote.id.text}"
+            self._core.negotiator.end_session(event.session)
+            self.feed(m.Failed(0, event.session, text, permanent=True))
+            return
+        self.feed(m.Established(event.session, connection.name, str(event.identity), event.initiator))
+
+    def failed(self, event: ike.SessionFailed) -> None:
+        connection = self._connection_of.pop(event.session)
+        text = event.text + (f" ({event.notify})" if event.notify else "")
+        if event.kind is ike.FailureKind.SILENT:
+            self._contacted.discard((connection.name, event.remote.address))
+        if not event.initiator:
+            self._core.journal.add(
+                "connection-refused",
+                connection=connection.name,
+                peer=str(event.remote.address),
+                id=str(event.identity),
+                failure=event.kind.value,
+                reason=text,
+            )
+            return
+        superseded = event.kind is ike.FailureKind.SUPERSEDED
+        self.feed(m.Failed(0, event.session, text, event.kind in _PERMANENT, superseded))
+
+    def down(self, session: int) -> None:
+        self._connection_of.pop(session, None)
+        self.feed(m.Gone(session))
+
+    def child_failed(self, event: ike.ChildFailed) -> None:
+        text = event.text + (f" ({event.notify})" if event.notify else "")
+        temporary = event.notify == "TEMPORARY_FAILURE" or event.kind is not ike.FailureKind.REJECTED
+        self.feed(m.ChildRefused(event.connection, text, permanent=not temporary))
+
+
+# ---- values ------------------------------------------------------------------------------------------------
+
+
+class _Same:
+    """An offer as a key: it is a dictionary."""
+
+    def __init__(self, offer: Offer) -> None:
+        self.offer = offer
+        self._key = tuple(offer.items())
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self._key == other._key
+
+
+def _esp_offers(proposals: tuple[str, ...]) -> tuple[Offer, ...] | None:
+    named = tuple(parse_esp_proposal(text) for text in proposals if text)
+    return named or None
+
+
+@functools.lru_cache(maxsize=4096)
+def _offers(proposals: tuple[str, ...]) -> tuple[Offer, ...] | None:
+    return tuple(parse_ike_proposal(text) for text in proposals if text) or None
+
+
+def _ike_offers(connection: Connection) -> tuple[Offer, ...] | None:
+    return _offers(connection.proposals)
+
+
+def _lifetimes(child: Child) -> Lifetimes:
+    life = child.life
+    return Lifetimes(
+        child_rekey=life.rekey_time,
+        child_hard=life.life_time,
+        child_soft_bytes=life.rekey_bytes,
+        child_hard_bytes=life.life_bytes,
+        child_soft_packets=life.rekey_packets,
+        child_hard_packets=life.life_packets,
+        child_jitter=min(life.rand_time / life.rekey_time, 0.9) if life.rekey_time else 0.0,
+    )
+
+
+def _selectors(configured: Iterable[Any], outer: IpAddress) -> tuple[TrafficSelector, ...]:
+    found = (selector.at(outer) for selector in configured)
+    return tuple(selector for selector in found if selector is not None)
+
+
+def _common(
+    proposed: Iterable[TrafficSelector], allowed: Iterable[TrafficSelector]
+) -> tuple[TrafficSelector, ...]:
+    """What both have, without what lies in others of it."""
+    allowed = tuple(allowed)
+    found = dict.fromkeys(
+        common for one in proposed for other in allowed if (common := one.intersect(other)) is not None
+    )
+    return tuple(one for one in found if not any(other != one and other.covers(one) for other in found))
+
+
+def _names(identity: PeerIdentity | None, places: Iterable[Place]) -> list[PeerIdentity]:
+    named = [identity] if identity is not None else []
+    return named + [PeerIdentity.address(place.address) for place in places if place.address is not None]
+
+
+def _text(items: Iterable[object]) -> str:
+    return ", ".join(sorted(str(item) for item in items if item is not None)[:16])
+
+
+def _both_ways(
+    ours: IpNetwork,
+    theirs: IpNetwork,
+    protocol: int,
+    our_port: int,
+    their_port: int,
+    *,
+    number: int,
+    required: bool,
+) -> Iterable[ConfiguredRule]:
+    common: dict[str, Any] = {"protocol": protocol, "required": required, "number": number}
+    yield ConfiguredRule(
+        *(Way.OUT, ours, theirs, Verdict.PRIVATE),
+        source_port=our_port,
+        destination_port=their_port,
+        **common,
+    )
+    for way in (Way.IN, Way.FORWARD):
+        yield ConfiguredRule(
+            *(way, theirs, ours, Verdict.BLOCK),
+            source_port=their_port,
+            destination_port=our_port,
+            **common,
+        )
+
+
+def _rank(rule: ConfiguredRule) -> tuple[int, ...]:
+    remote, local = (
+        (rule.destination, rule.source) if rule.way is Way.OUT else (rule.source, rule.destination)
+    )
+    return (
+        remote.max_prefixlen - remote.prefixlen,
+        local.max_prefixlen - local.prefixlen,
+        not (rule.source_port or rule.destination_port),
+        not rule.protocol,
+    )
+
+
+__all__ = ["NOT_OURS", "Conventional", "NotOurs"]

@@ -1,0 +1,120 @@
+"""`updown`: a command of the administrator's, run for each tunnel that comes and goes. No shell, one at a time,
+with a limit of time; its environment has strongSwan's names (PLUTO_…), and nothing secret."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterator
+
+from oepy.connections.messages import RunUpdown
+from oepy.model import TrafficSelector
+
+SECONDS = 30.0  # for one run
+MAX_WAITING = 1000
+MAX_RUNS = 32  # of one tunnel: one for each pair of selectors
+_OUTPUT = 400  # characters of a failure that are told
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+class Updown:
+    """`report(event, alert, **fields)`."""
+
+    def __init__(self, report: Callable[..., None]) -> None:
+        self._report = report
+        self._lock = asyncio.Lock()
+        self._waiting = 0
+        self._running: asyncio.subprocess.Process | None = None
+
+    async def run(self, action: RunUpdown) -> None:
+        """For every pair of selectors, in the order of the calls."""
+        if self._waiting >= MAX_WAITING:
+            self._report(
+                "updown-skipped", True, connection=action.connection.name, reason="too many are waiting"
+            )
+            return
+        self._waiting += 1
+        try:
+            async with self._lock:
+                for environment in list(environments(action))[:MAX_RUNS]:
+                    await self._once(action, environment)
+        finally:
+            self._waiting -= 1
+
+    async def _once(self, action: RunUpdown, environment: dict[str, str]) -> None:
+        label = action.connection.label(action.child)
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *action.command,
+                env=environment,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.PIPE,
+                start_new_session=True,
+            )
+        except OSError as error:
+            self._report(
+                "updown-failed", True, connection=label, reason=f"{action.command[0]}: {error.strerror}"
+            )
+            return
+        self._running = process
+        try:
+            async with asyncio.timeout(SECONDS):
+                _, errors = await process.communicate()
+        except TimeoutError:
+            self._kill(process)
+            await process.wait()
+            self._report(
+                "updown-failed", True, connection=label, reason=f"did not end within {SECONDS:.0f} s"
+            )
+            return
+        finally:
+            self._running = None
+        if process.returncode:
+            text = " ".join(errors.decode(errors="replace").split())[:_OUTPUT]
+            reason = f"{action.command[0]} ended with {process.returncode}: {text}"
+            self._report("updown-failed", True, connection=label, reason=reason)
+
+    def _kill(self, process: asyncio.subprocess.Process) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+
+    def stop(self) -> None:
+        """With the daemon: what runs is ended."""
+        if self._running is not None:
+            self._kill(self._running)
+
+
+def environments(action: RunUpdown) -> Iterator[dict[str, str]]:
+    """One for each pair of selectors of one family."""
+    pair = action.pair
+    for ours in pair.local_ts:
+        for theirs in pair.remote_ts:
+            if ours.start.version != theirs.start.version:
+                continue
+            host = ours.start == ours.end == pair.local.address
+            family = "-v6" if ours.start.version == 6 else ""
+            yield {
+                "PATH": _PATH,
+                "PLUTO_VERSION": "1.1",
+                "PLUTO_VERB": f"{'up' if action.up else 'down'}-{'host' if host else 'client'}{family}",
+                "PLUTO_CONNECTION": action.child.name,
+                "PLUTO_IKE_CONNECTION": action.connection.name,
+                "PLUTO_PROTO": pair.protocol,
+                "PLUTO_MODE": pair.mode,
+                "PLUTO_ME": str(pair.local.address),
+                "PLUTO_MY_ID": str(action.connection.local.id or pair.local.address),
+                "PLUTO_MY_CLIENT": _network(ours),
+                "PLUTO_MY_PORT": str(ours.start_port if ours.start_port == ours.end_port else 0),
+                "PLUTO_MY_PROTOCOL": str(ours.protocol),
+                "PLUTO_PEER": str(pair.remote.address),
+                "PLUTO_PEER_ID": str(pair.peer),
+                "PLUTO_PEER_CLIENT": _network(theirs),
+                "PLUTO_PEER_PORT": str(theirs.start_port if theirs.start_port == theirs.end_port else 0),
+                "PLUTO_PEER_PROTOCOL": str(theirs.protocol),
+                **({"PLUTO_UDP_ENC": str(pair.remote.port)} if pair.encap else {}),
+            }
+
+
+def _network(selector: TrafficSelector) -> str:
+    return str(TrafficSelector(selector.start, selector.end))
