@@ -11,6 +11,7 @@ from oepy.ike.flow import ChildRefused, PeerSteps
 from oepy.ike.handshake import GROUP_NAMES, NONCE_SIZE
 from oepy.ike.header import PayloadType
 from oepy.ike.ike_rekey import serve_rekey_ike
+from oepy.ike.informational import creates_child
 from oepy.ike.key_exchange import Share, generate
 from oepy.ike.message import Message
 from oepy.ike.narrowing import ask_narrowing, child_payloads, make_child
@@ -103,6 +104,8 @@ def _rekeyed(session: Session, message: Message) -> ChildSa | None:
         return None
     spi = int.from_bytes(rekey.spi, "big")
     found = next((child for child in session.children.values() if child.spi_out == spi), None)
+    if found is None and creates_child(session):  # perhaps the one that our own exchange is about to make
+        raise ChildRefused(NotifyType.TEMPORARY_FAILURE, f"no child SA {spi:08x} yet")
     if found is None:
         raise ChildRefused(NotifyType.CHILD_SA_NOT_FOUND, f"no child SA {spi:08x} to rekey", rekey.spi)
     if found.deleting or found.replaced:  # §2.25.1

@@ -12,6 +12,7 @@ from oepy.ike.events import ChildFailed, DownReason, FailureKind, NeedSpi
 from oepy.ike.flow import ChildRefused, OwnSteps, Send, Steps
 from oepy.ike.handshake import GROUP_NAMES, NONCE_SIZE
 from oepy.ike.header import Exchange, PayloadType
+from oepy.ike.informational import delete_child
 from oepy.ike.key_exchange import Share, generate
 from oepy.ike.notify import NotifyType, notify_name
 from oepy.ike.payload_sa import PROTOCOL_ESP, SaPayload, TransformType, build_sa
@@ -64,6 +65,10 @@ def create_child(session: Session, request: ChildRequest) -> OwnSteps:
         name = refused.notify.name
         report_failure(session.context, session.number, request, FailureKind.REJECTED, refused.text, name)
         return
+    if _deleted_early(session, child):
+        text = "the peer has deleted it again"
+        report_failure(session.context, session.number, request, FailureKind.REJECTED, text)
+        return
     child.offers = request.offers
     child.connection, child.label = request.connection, request.label
     child.lifetimes = request.lifetimes
@@ -81,6 +86,9 @@ def rekey_child(session: Session, spi_in: int) -> OwnSteps:
     old = session.children.get(spi_in)
     if old is None or old.replaced or old.deleting or session.state is not State.ESTABLISHED:
         return
+    if not old.usable:  # the peer may not have it yet
+        old.rekey_at = session.context.now + session.settings.lifetimes.rekey_retry
+        return
     offers = old.offers or session.settings.esp_offers
     wanted = _Wanted(old.local_ts, old.remote_ts, offers, old.mode, True, old)
     old.rekeying = True
@@ -91,6 +99,9 @@ def rekey_child(session: Session, spi_in: int) -> OwnSteps:
         return
     finally:
         old.rekeying = False
+    if _deleted_early(session, child):  # the peer wants none: then the old one goes as well
+        yield from delete_child(session, spi_in, DownReason.PEER_DELETE)
+        return
     if old.peer_rekey and min(nonces) < old.peer_rekey:
         # §2.8.1: the lowest of the four nonces is ours, so ours is the one too many
         session.context.counters["rekey_collisions_lost"] += 1
@@ -106,6 +117,11 @@ def rekey_child(session: Session, spi_in: int) -> OwnSteps:
     old.deleting = True
     yield _delete(spi_in)
     session.child_down(spi_in, DownReason.REKEYED)
+
+
+def _deleted_early(session: Session, child: ChildSa) -> bool:
+    early, session.early_deletes = session.early_deletes, ()
+    return child.spi_out in early
 
 
 def _delete(spi_in: int) -> Send:

@@ -42,6 +42,7 @@ def next_deadline(session: Session) -> float:
             deadline = min(
                 deadline, session.childless_since + settings.childless_lifetime, session.keepalive_at
             )
+            deadline = min(deadline, session.reauth_at)
             for child in session.children.values():
                 deadline = min(deadline, child.rekey_at, child.expires_at)
     return deadline

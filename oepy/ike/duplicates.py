@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from oepy.ike.events import DownReason
 from oepy.ike.flow import OwnSteps, Send
 from oepy.ike.header import Exchange
+from oepy.ike.reauthentication import are_successive
 from oepy.ike.states import State
 from oepy.model import Authenticated, TrafficSelector
 
@@ -39,7 +40,7 @@ def _children_alike(one: Session, two: Session) -> bool:
 def after_establishment(session: Session) -> None:
     """A child just came up in `session`: if another session has the same, one of them is too many."""
     for other in list(_others(session)):
-        if not _children_alike(session, other):
+        if not _children_alike(session, other) or are_successive(session, other):
             continue
         winner, loser = sorted((session, other), key=rank)
         session.context.counters["duplicates"] += 1

@@ -22,7 +22,6 @@ from oepy.ike.header import (
     parse_header,
 )
 from oepy.ike.inbound import receive
-from oepy.ike.initiator import initiate
 from oepy.ike.lifetimes import (
     handle_timer,
     start_delete_child,
@@ -35,6 +34,7 @@ from oepy.ike.message import Message, build_plain
 from oepy.ike.notify import NotifyType
 from oepy.ike.payloads import notify as notify_payload
 from oepy.ike.payloads import parse_chain
+from oepy.ike.reauthentication import begin, reauthenticate
 from oepy.ike.responder import receive_init
 from oepy.ike.session import Session
 from oepy.ike.settings import ChildRequest, IkeSettings, Initiate
@@ -204,19 +204,8 @@ class IkeEndpoint:
         selectors = (request.local_ts or request.want_addresses) and request.remote_ts
         if not request.childless and not selectors:
             raise MisuseError("a child SA needs traffic selectors on both sides")
-        context = self._context
-        context.now = now
-        session = Session(
-            *(context, context.new_number(), request.local, request.remote),
-            initiator=True,
-            settings=request.settings,
-        )
-        session.label = request.label
-        session.connection = request.connection
-        session.retransmission = request.retransmission
-        session.start("initiate", lambda it: initiate(it, request))
-        session.reschedule()
-        return session.number
+        self._context.now = now
+        return begin(self._context, request).number
 
     def create_child(self, session: int, request: ChildRequest, now: float) -> None:
         """A further child SA of an established IKE SA: ChildUp or ChildFailed follows (see there)."""
@@ -255,6 +244,18 @@ class IkeEndpoint:
     def rekey_ike(self, session: int, now: float) -> None:
         for found in self._with_number(session, now):
             start_rekey_ike(found)
+
+    def reauthenticate(self, session: int, now: float, request: Initiate | None = None) -> int:
+        """A new IKE SA with new proofs and all children takes the place of an established one, which is deleted
+        after (RFC 7296 §2.8.3). The number of the new one; where it fails (SessionFailed) the old one stays.
+        Without `request` the one of last time counts. 0 where nothing is begun: it is under way already, or the
+        peer began the session and there is no request."""
+        self._context.now = now
+        number = 0
+        for found in self._with_number(session, now):
+            new = reauthenticate(found, request)
+            number = new.number if new is not None else 0
+        return number
 
     def terminate(self, session: int, now: float) -> None:
         """Children go at once, the peer is told; a handshake under way simply ends."""

@@ -153,9 +153,10 @@ def establish(session: Session) -> None:
         session.half_open_key = None
     session.established_at = context.now
     session.childless_since = context.now
-    session.rekey_at = context.now + context.jitter(
-        session.settings.lifetimes.ike_rekey, session.settings.lifetimes.jitter
-    )
+    lifetimes = session.settings.lifetimes
+    session.rekey_at = context.now + context.jitter(lifetimes.ike_rekey, lifetimes.jitter)
+    if lifetimes.ike_reauth and session.initiator:
+        session.reauth_at = context.now + context.jitter(lifetimes.ike_reauth, lifetimes.jitter)
     if session.nat_local:
         session.keepalive_at = context.now + session.settings.keepalive_interval
     context.established(session)

@@ -111,6 +111,10 @@ INHERITED = (
     "nat_remote",
     "own_proof",
     "peer_fragments",
+    "reauth_at",
+    "reauthenticated_by",
+    "reauthenticates",
+    "request",
     "settings",
 )
 

@@ -18,6 +18,14 @@ if TYPE_CHECKING:
     from oepy.ike.session import Session
 
 
+MAX_EARLY_DELETES = 8
+
+
+def creates_child(session: Session) -> bool:
+    """Whether an exchange of ours is under way, at whose end there is a child that the peer has already."""
+    return session.own is not None and session.own.what.startswith(("rekey ", "create-child", "carry-over"))
+
+
 def serve_informational(session: Session, message: Message) -> PeerSteps:
     yield from ()  # a generator like the others, which asks nothing
     answer: list[Payload] = []
@@ -54,6 +62,9 @@ def _peer_deletes(session: Session, delete: Delete) -> list[bytes]:
     """The peer's inbound SPIs are our outbound ones; ours of the same pairs go back (RFC 7296 §1.4.1)."""
     ours: list[bytes] = []
     gone = {int.from_bytes(spi, "big") for spi in delete.spis}
+    if creates_child(session):
+        unknown = gone - {child.spi_out for child in session.children.values()}
+        session.early_deletes = tuple(unknown)[:MAX_EARLY_DELETES]
     for child in [child for child in session.children.values() if child.spi_out in gone]:
         if not child.deleting:  # both sides delete at once: the answer then names nothing
             ours.append(child.spi_in.to_bytes(4, "big"))
@@ -81,6 +92,7 @@ def send_last_delete(session: Session) -> None:
 
 def delete_ike(session: Session, reason: DownReason) -> OwnSteps:
     session.move(Happening.DELETE_SENT)
+    session.leaving = reason
     for spi_in in list(session.children):
         session.child_down(spi_in, reason)
     yield Send(Exchange.INFORMATIONAL, [(PayloadType.DELETE, build_delete(Delete(PROTOCOL_IKE)))])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from oepy.ike import aggregation, configuration, ppk, transport
+from oepy.ike import aggregation, configuration, ppk, reauthentication, transport
 from oepy.ike.algorithms import accepted, esp_suite, to_proposals, without_groups
 from oepy.ike.authentication import AuthMethod, matches, null_auth, psk_auth, verify_auth
 from oepy.ike.child import ChildSa, install, read_selectors, spi_of, within
@@ -146,6 +146,7 @@ def _establish_with_child(
         from oepy.ike.duplicates import after_establishment
 
         after_establishment(session)
+    reauthentication.after_establishment(session)
 
 
 def _known(session: Session) -> bool:

@@ -11,6 +11,7 @@ from oepy.ike.events import Datagram, DownReason, FailureKind
 from oepy.ike.header import Exchange
 from oepy.ike.ike_rekey import rekey_ike
 from oepy.ike.informational import delete_child, delete_ike, liveness
+from oepy.ike.reauthentication import reauthenticate
 from oepy.ike.states import LIVE, State
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def _silent(session: Session) -> None:
         session.last_error = "the peer is silent"
         session.end(DownReason.LIVENESS)
     elif session.state is State.DELETING:
-        session.end(DownReason.LOCAL)
+        session.end(session.leaving)  # the peer has forgotten it, and no longer answers
     else:
         assert session.window.outstanding is not None
         refusal = session.handshake.refusal if session.handshake else None
@@ -93,6 +94,9 @@ def live_timers(session: Session) -> None:
             elif now >= child.rekey_at:
                 child.rekey_at = float("inf")
                 start_rekey_child(session, child.spi_in)
+        if now >= session.reauth_at:
+            session.reauth_at = now + settings.lifetimes.rekey_retry  # where it comes to nothing
+            reauthenticate(session)
         if now >= session.rekey_at:
             session.rekey_at = float("inf")
             start_rekey_ike(session)

@@ -36,7 +36,7 @@ from oepy.ike.message import (
 )
 from oepy.ike.notify import NotifyType, ProtocolError
 from oepy.ike.payloads import Delete, Payload, build_chain, build_delete, notify
-from oepy.ike.settings import IkeSettings, Retransmission
+from oepy.ike.settings import IkeSettings, Initiate, Retransmission
 from oepy.ike.states import HANDSHAKE, LIVE, NEEDS_EVIDENCE, TRANSITIONS, Happening, State
 from oepy.ike.window import MAX_MESSAGE_ID, Window
 from oepy.model import Authenticated, Endpoint, PeerIdentity, PublicKey
@@ -67,6 +67,7 @@ class Session:
         "connection",
         "context",
         "created",
+        "early_deletes",
         "encap",
         "established_at",
         "followup",
@@ -79,6 +80,7 @@ class Session:
         "key",
         "label",
         "last_error",
+        "leaving",
         "local",
         "moved_to",
         "nat_local",
@@ -90,8 +92,12 @@ class Session:
         "predecessors",
         "queue",
         "reassembly",
+        "reauth_at",
+        "reauthenticated_by",
+        "reauthenticates",
         "rekey_at",
         "remote",
+        "request",
         "retransmission",
         "serving",
         "settings",
@@ -142,17 +148,19 @@ class Session:
         self.authenticated: Authenticated | None = None
         self.key: PublicKey | None = None
         self.own_proof = False  # we proved a key too (not NULL)
-        self.label = ""
-        self.connection = ""
+        self.early_deletes: tuple[int, ...] = ()
+        """Outbound SPIs that the peer deleted before we had its answer that makes them."""
+        self.label = self.connection = self.last_error = ""
         self.encap = False
-        self.nat_local = False
-        self.nat_remote = False
+        self.nat_local = self.nat_remote = False
         self.created = context.now
         self.established_at = NEVER
         self.heard_at = context.now
         self.childless_since = NEVER
-        self.rekey_at = NEVER
-        self.keepalive_at = NEVER
+        self.rekey_at = self.reauth_at = self.keepalive_at = NEVER
+        self.request: Initiate | None = None  # ours, with which it began: for a reauthentication
+        self.reauthenticates = self.reauthenticated_by = 0
+        """Numbers of the session that this one is to replace, and of the one that is to replace this."""
         self.candidate: tuple[Session, bytes] | None = None
         """The SA that the peer's simultaneous rekey made, and the lower nonce of that exchange."""
         self.followup: Followup | None = None  # a rekey of the peer's that waits for its IKE_FOLLOWUP_KE
@@ -161,8 +169,8 @@ class Session:
         self.predecessors: tuple[Session, ...] = ()  # replaced ones that await their Delete
         self.half_open_key: HalfOpenKey | None = None
         self.retransmission: Retransmission | None = None
-        self.last_error = ""
         self.closing: DownReason | None = None  # ends with this reason once the answer is sent
+        self.leaving = DownReason.LOCAL  # why we delete it
         self.wake = NEVER
         context.add(self)
 
