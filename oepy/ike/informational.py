@@ -112,6 +112,8 @@ def delete_child(session: Session, spi_in: int, reason: DownReason) -> OwnSteps:
     child.deleting = True
     spis = (spi_in.to_bytes(4, "big"),)
     yield Send(Exchange.INFORMATIONAL, [(PayloadType.DELETE, build_delete(Delete(PROTOCOL_ESP, spis)))])
+    if child.replaced:  # by the peer's rekey: it finds no old one to delete any more, which would have told us
+        make_usable(session, child)
     session.child_down(spi_in, reason)
 
 

@@ -448,6 +448,8 @@ class Session:
         if self.half_open_key is not None:
             self.context.drop_half_open(self.half_open_key)
             self.half_open_key = None
+        if self.candidate_for is not None and self.candidate_for.candidate is not None:
+            self.candidate_for.candidate = None
         self.context.forget(self)
         if was_established and not replaced:
             self.context.emit(SessionDown(self.number, reason, self.remote, self.label))
