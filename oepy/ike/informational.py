@@ -112,7 +112,7 @@ def delete_child(session: Session, spi_in: int, reason: DownReason) -> OwnSteps:
     child.deleting = True
     spis = (spi_in.to_bytes(4, "big"),)
     yield Send(Exchange.INFORMATIONAL, [(PayloadType.DELETE, build_delete(Delete(PROTOCOL_ESP, spis)))])
-    if child.replaced:  # by the peer's rekey: it finds no old one to delete any more, which would have told us
+    if child.replaced:  # by the peer's rekey, whose end would have told us that it can be used
         make_usable(session, child)
     session.child_down(spi_in, reason)
 

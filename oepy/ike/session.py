@@ -231,7 +231,7 @@ class Session:
         header = self._header(exchange, message_id, response=response)
         if exchange == Exchange.IKE_SA_INIT:
             return [build_plain(header, payloads)]
-        if exchange == Exchange.IKE_INTERMEDIATE:
+        if exchange == Exchange.IKE_INTERMEDIATE and self.handshake is not None:
             from oepy.ike.intermediate import note
 
             note(self, header, *build_chain(payloads))

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 import dns.message
 import dns.name
@@ -32,7 +33,15 @@ from oepy.dns.transport import NoReply
 from oepy.dns.validator import Outcome, Validator
 from oepy.errors import KeyFormatError, OepyError, ParseError, RemoteError
 from oepy.ike.endpoint import SessionInfo
-from oepy.ike.header import FLAG_INITIATOR, FLAG_RESPONSE, VERSION_2, Exchange, Header, PayloadType
+from oepy.ike.header import (
+    FLAG_INITIATOR,
+    FLAG_RESPONSE,
+    VERSION_2,
+    Exchange,
+    Header,
+    PayloadType,
+    parse_header,
+)
 from oepy.ike.message import _seal
 from oepy.ike.session import Session
 from oepy.ike.settings import IkeSettings
@@ -50,18 +59,25 @@ from tests.fakes.datapath import esp_of, pairs, sealed_plaintext
 from tests.fakes.network_card import cut, transport_sum
 from tests.fakes.signed_tree import NOW, standard_tree
 from tests.sim.ike_net import Host, Net, request, two_hosts
+from tests.sim.test_ike_collisions import COMMANDS, HYBRID, SETTINGS, Run
 
 # ---- IKE ---------------------------------------------------------------------------------------------------
 
 _QUIET = IkeSettings(liveness_interval=0.0)
-SCENES = ("fresh", "init-sent", "half-open", "auth-sent", "established", "responder")
+_CLASSIC = replace(_QUIET, ike_offers=_QUIET.ike_offers[1:])  # no further key exchanges before IKE_AUTH
+SCENES = (
+    *("fresh", "init-sent", "half-open", "auth-sent", "established", "responder"),
+    *("hybrid half-open", "hybrid auth-sent", "hybrid established", "hybrid rekeyed"),
+)
+_MAX_STEPS = 24
 
 
 class Scene:
     """`host` is attacked, `peer` holds the other end. Rebuilt when an attack has changed anything."""
 
     def __init__(self, name: str, seed: int = 1) -> None:
-        a, b = two_hosts(_QUIET)
+        hybrid, name = name.startswith("hybrid"), name.removeprefix("hybrid ")
+        a, b = two_hosts(_QUIET if hybrid else _CLASSIC)
         for host in (a, b):  # other keys and nonces than those of the seeds, whose proofs must not fit
             host.random.seed(f"{seed} {name} {host.name}")
         self.net = Net([a, b])
@@ -71,6 +87,11 @@ class Scene:
         if name != "fresh":
             a.ike.initiate(request(a, b), self.net.now)
         self.net.run(0.3)
+        if name == "rekeyed":  # the peer's rekey waits for IKE_FOLLOWUP_KE
+            lost = Exchange.IKE_FOLLOWUP_KE
+            self.net.filter = lambda _, __, data: parse_header(data).exchange != lost
+            b.ike.rekey_ike(b.ike.sessions()[0].session, self.net.now)
+            self.net.run(0.1)
         self.net.filter = lambda *_: False
         self.was = self.look()
 
@@ -111,7 +132,7 @@ def ike(data: bytes) -> None:
     if data[1] & 1 and session is not None:
         body = session.spi_i + session.spi_r + body
     scene.throw(body)
-    if name in ("auth-sent", "established", "responder", "half-open"):
+    if name.split()[-1] in ("auth-sent", "established", "responder", "half-open", "rekeyed"):
         sessions, children = scene.look()
         assert all(info in sessions for info in scene.was[0])
         assert children == scene.was[1]
@@ -121,6 +142,37 @@ def ike(data: bytes) -> None:
         del _scenes[name]
 
 
+_EXCHANGES = (
+    *(Exchange.IKE_AUTH, Exchange.CREATE_CHILD_SA, Exchange.INFORMATIONAL, 99),
+    *(Exchange.IKE_INTERMEDIATE, Exchange.IKE_FOLLOWUP_KE),
+)
+
+
+def ike_session(data: bytes) -> None:
+    """Two honest peers, any commands of theirs at any time, datagrams that get lost, doubled and reordered: no
+    exception, and in the end both have the same tunnels and nothing is left over.
+
+    Each byte is a step: a command, or what becomes of one of the datagrams on their way."""
+    if not data:
+        return
+    run = Run(HYBRID if data[0] & 1 else SETTINGS, ((), ()))
+    for step in data[1 : 1 + _MAX_STEPS]:
+        side, kind = step >> 3 & 1, step & 7
+        waiting = run.net.waiting[side]
+        if kind < len(COMMANDS):
+            run.commands[side].append(COMMANDS[kind])
+            run.take(("command", side, 0))
+        elif waiting:
+            at = (step >> 4) % len(waiting)
+            if kind == 5:
+                waiting.pop(at)
+            elif kind == 6:
+                waiting[at]()
+            else:
+                waiting.pop(at)()
+    run.finish(ending=True)
+
+
 def ike_sealed(data: bytes) -> None:
     """Messages by a hostile peer that holds the keys of the session, so that all inside of SK is its choice: no
     exception, and no IKE SA is established without proof.
@@ -128,9 +180,9 @@ def ike_sealed(data: bytes) -> None:
     State, exchange, flags, type of the first payload; then the bytes inside."""
     if len(data) < 4:
         return
-    name, scene = _scene(2 + data[0] % 4)
+    name, scene = _scene(2 + data[0] % (len(SCENES) - 2))
     ours, theirs = scene.session(scene.host), scene.session(scene.peer)
-    exchange = (Exchange.IKE_AUTH, Exchange.CREATE_CHILD_SA, Exchange.INFORMATIONAL, 99)[data[1] & 3]
+    exchange = _EXCHANGES[data[1] % len(_EXCHANGES)]
     is_response = bool(data[2] & 1)
     if ours is None or ours.unprotect is None or ours.suite is None:
         return
@@ -142,7 +194,7 @@ def ike_sealed(data: bytes) -> None:
     header = Header(ours.spi_i, ours.spi_r, 0, VERSION_2, exchange, flags, number)
     scene.throw(_seal(header, keys, kind=PayloadType.SK, first=data[3], fields=b"", plain=data[4:]))
     for info in scene.host.ike.sessions():
-        if name in ("half-open", "auth-sent"):
+        if name.split()[-1] in ("half-open", "auth-sent"):
             assert info.state != "established"
     if scene.look() != scene.was:
         del _scenes[name]
@@ -499,6 +551,7 @@ def manual_section(data: bytes) -> None:
 HARNESSES: dict[str, Callable[[bytes], None]] = {
     "ike": ike,
     "ike_sealed": ike_sealed,
+    "ike_session": ike_session,
     "records": records,
     "dns_reply": dns_reply,
     "dns_chain": dns_chain,

@@ -14,9 +14,11 @@ from oepy.datapath.esp.aggfrag import Packer, offload_block
 from oepy.datapath.esp.offload import GSO_TCP4, GSO_TCP6, GSO_UDP, NEEDS_CHECKSUM, Offload
 from oepy.datapath.xfrm import plan
 from oepy.dns.records import IpsecKey, OeText, build_ipseckey, build_oe_text
-from oepy.ike.header import parse_header
+from oepy.ike.header import PayloadType, parse_header
+from oepy.ike.key_exchange import generate
 from oepy.ike.message import open_sealed
-from oepy.ike.payloads import parse_chain
+from oepy.ike.notify import NotifyType
+from oepy.ike.payloads import build_chain, build_ke, notify, parse_chain
 from oepy.keys import to_public_key
 from oepy.model import EspSuite
 from oepy.netlink import frame
@@ -29,6 +31,7 @@ from tests.fakes.xfrm import acquire_body, expire_body, mapping_body, policy_exp
 from tests.fuzz.harnesses import SCENES, Scene
 from tests.sim.ike_net import rsa_key, two_hosts
 
+_BOTH = ((0, 0), (1, 1), (0, 2), (1, 3), (4, 4), (2, 1))
 CORPUS = pathlib.Path(__file__).parent / "corpus"
 
 
@@ -50,12 +53,20 @@ def seeds() -> dict[str, list[bytes]]:
         assert encrypted is not None
         plain = open_sealed(data, encrypted, (host if header.is_response else peer).unprotect)  # type: ignore[arg-type]
         assert isinstance(plain, bytes)
-        for state in range(4):
+        for state in range(len(SCENES) - 2):
             response = int(header.is_response)
             made["ike_sealed"].append(bytes((state, 0, response, encrypted.first_inner)) + plain)
             made["ike_sealed"].append(bytes((state, 1, response, encrypted.first_inner)) + plain)
     for exchange, first, plain in ((2, 42, "0000000801000000"), (2, 42, "0000000c0304000100001001")):
         made["ike_sealed"] += [bytes((s, exchange, 0, first)) + bytes.fromhex(plain) for s in range(4)]
+    shares = [
+        build_chain([(PayloadType.KE, build_ke(36, generate("mlkem768", bytes).public)), *more])
+        for more in ((), (notify(NotifyType.ADDITIONAL_KEY_EXCHANGE, bytes(16)),))
+    ]
+    for first, plain in shares:
+        for state in range(4, 8):
+            made["ike_sealed"] += [bytes((state, exchange, 0, first)) + plain for exchange in (4, 5)]
+    made["ike_session"] = [bytes((hybrid, a, 8 + b, 7, 15, 23, 31)) for hybrid in (0, 1) for a, b in _BOTH]
     _records(made)
     _configurations(made)
     for packet in (ipv4_packet("192.0.2.2", "192.0.2.1"), ipv6_packet("2001:db8::2", "2001:db8::1")):
