@@ -122,6 +122,10 @@ class TrustAnchors:
     def at(self, zone: dns.name.Name) -> Anchor | None:
         return self._by_zone.get(name_key(zone))
 
+    def at_key(self, key: NameKey) -> Anchor | None:
+        """As `at`, by the key of the zone's name."""
+        return self._by_zone.get(key)
+
 
 def parse_anchors(text: str, source: str) -> dict[dns.name.Name, list[dns.rdata.Rdata]]:
     """Zone-file lines (with comments, parentheses, optional TTL and class), or BIND's blocks.

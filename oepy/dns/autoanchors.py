@@ -21,12 +21,11 @@ import dns.name
 
 from oepy.dns.anchors import Anchor
 from oepy.dns.limits import Budget
-from oepy.dns.message import RRset
+from oepy.dns.message import RRset, Signature
 from oepy.dns.signatures import (
     REVOKE,
     Dnskey,
     Policy,
-    Rrsig,
     SignatureFailure,
     ZoneKey,
     usable_keys,
@@ -116,7 +115,7 @@ def retry_later(point: TrustPoint, now: int) -> TrustPoint:
     return replace(point, due=now + HOUR)
 
 
-def _interval(signature: Rrsig, now: int) -> int:
+def _interval(signature: Signature, now: int) -> int:
     """§2.3: half of the TTL or of what the signature has left, between an hour and 15 days."""
     left = (signature.expiration - now) & 0xFFFFFFFF
     return int(max(HOUR, min(15 * DAY, signature.original_ttl // 2, left // 2)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import dns.name
 import dns.rcode
@@ -86,6 +86,16 @@ class Verdict(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class ChainEntry:
+    """One zone of the chain as shown to people."""
+
+    zone: str
+    algorithm: str
+    key_tags: tuple[int, ...]
+    status: str
+
+
+@dataclass(frozen=True, slots=True)
 class ZoneState:
     """A zone with its validated keys, or the point below which nothing is signed."""
 
@@ -95,20 +105,19 @@ class ZoneState:
     reason: str = ""
     parent: ZoneState | None = None
     ttl: float = 0.0
+    key: NameKey = field(default=(), init=False, repr=False, compare=False)  # of the zone's name
+    entry: ChainEntry = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", name_key(self.zone))
+        algorithms = dict.fromkeys(ALGORITHM_NAMES[int(key.dnskey.algorithm)] for key in self.keys)
+        tags = tuple(dict.fromkeys(key.tag for key in self.keys))
+        entry = ChainEntry(str(self.zone), ", ".join(algorithms), tags, self.status.value)
+        object.__setattr__(self, "entry", entry)
 
     @property
     def is_secure(self) -> bool:
         return self.status is Security.SECURE
-
-
-@dataclass(frozen=True, slots=True)
-class ChainEntry:
-    """One zone of the chain as shown to people."""
-
-    zone: str
-    algorithm: str
-    key_tags: tuple[int, ...]
-    status: str
 
 
 @dataclass(slots=True)
@@ -185,9 +194,11 @@ class Chain:
 
     def foresee(self, name: Name) -> None:
         """Ask now for what the chain to `name` will most likely need, where little of it is known."""
+        known = self.nearest_known(name)
+        if known is not None and (not known.is_secure or len(known.key) >= 4):
+            return
         if self.excuse(name) is not None:
             return
-        known = self.nearest_known(name)
         if known is None:
             anchor = self.shared.anchors.closest(name)
             if anchor is None:
@@ -221,7 +232,7 @@ class Chain:
             state = self.shared.zones.get(key[depth:], now)
             if state is not None:
                 return state
-            if self.shared.anchors.at(Name(name.labels[depth:])) is not None:
+            if self.shared.anchors.at_key(key[depth:]) is not None:
                 return None
         return None
 
@@ -257,8 +268,8 @@ class Chain:
 
     def rely_on(self, state: ZoneState | None) -> None:
         """Name the zone and those above it in the outcome."""
-        while state is not None and (key := name_key(state.zone)) not in self.touched:
-            self.touched[key] = state
+        while state is not None and state.key not in self.touched:
+            self.touched[state.key] = state
             state = state.parent
 
     async def _build_zone_or_verdict(self, name: Name) -> ZoneState | Verdict:
@@ -515,22 +526,16 @@ class Chain:
                 self.shared.ranges.put(state.zone, owner, rdata, ttl, now)
         return Denial(state.zone, records, self.budget), ttl
 
-    def known_denial(self, name: Name, state: ZoneState) -> tuple[Denial, float]:
+    def known_denial(self, name: Name, state: ZoneState) -> tuple[Denial, float] | None:
         """What is kept of earlier denials of the zone that may speak of `name`, and its seconds left."""
         records, ttl = self.shared.ranges.around(state.zone, name, self.shared.monotonic())
-        return Denial(state.zone, records, self.budget), ttl
+        return (Denial(state.zone, records, self.budget), ttl) if records else None
 
     def entries(self, failed: Name | None = None) -> tuple[ChainEntry, ...]:
         """The zones that this lookup relied on, from the top."""
-        states = sorted(self.touched.values(), key=lambda state: (len(state.zone.labels), state.zone))
         found = [
-            ChainEntry(
-                str(state.zone),
-                ", ".join(dict.fromkeys(ALGORITHM_NAMES[int(key.dnskey.algorithm)] for key in state.keys)),
-                tuple(dict.fromkeys(key.tag for key in state.keys)),
-                state.status.value if state.zone != failed else Security.BOGUS.value,
-            )
-            for state in states
+            replace(state.entry, status=Security.BOGUS.value) if state.zone == failed else state.entry
+            for _, state in sorted(self.touched.items(), key=lambda item: (len(item[0]), item[0][::-1]))
         ]
         if failed is not None and name_key(failed) not in self.touched:
             found.append(ChainEntry(str(failed), "", (), Security.BOGUS.value))
@@ -563,6 +568,9 @@ def _denials(reply: Reply) -> list[RRset]:
 
 def deepest_signer(rrsets: list[RRset], name: Name, *, strict: bool) -> Name | None:
     """The deepest zone among the signers that can hold `name` (`strict`: as the zone above it)."""
+    if len(rrsets) == 1 and len(rrsets[0].signatures) == 1:  # as nearly always
+        signer = rrsets[0].signatures[0].signer
+        return signer if name.is_subdomain(signer) and not (strict and name == signer) else None
     signers = {
         signature.signer
         for rrset in rrsets

@@ -22,7 +22,7 @@ import dns.rdatatype
 import dns.tsig
 import dns.update
 
-from oepy.dns.publish import CNAME, KINDS, Change, Found, FoundSet
+from oepy.dns.publish import CNAME, KINDS, Change, Found, FoundSet, Wanted, ancestors
 from oepy.errors import OepyError
 from oepy.model import IpAddress
 
@@ -110,9 +110,18 @@ class Server:
                     )
         return Found(sets)
 
-    async def update(self, zone: dns.name.Name, changes: Sequence[Change]) -> None:
-        """All changes or none (RFC 2136 §3.7). Raises StaleError, LostError, ServerError."""
-        (answer,) = await self._exchange([build_update(zone, changes)])
+    async def update(self, zone: dns.name.Name, changes: Sequence[Change], *, unread: bool = False) -> None:
+        """All changes or none (RFC 2136 §3.7). `unread`: planned on the assumption that there are no key records at
+        these names, which the message then demands. Raises StaleError, LostError, ServerError."""
+        await self._send_update(zone, build_first(zone, changes) if unread else build_update(zone, changes))
+
+    async def demand(self, wanted: Sequence[Wanted]) -> None:
+        """Nothing is changed; StaleError unless each name has exactly the key records wanted (their TTL does not
+        count, RFC 2136 §2.4.2). Raises LostError, ServerError."""
+        await self._send_update(wanted[0].zone, build_demand(wanted))
+
+    async def _send_update(self, zone: dns.name.Name, message: dns.update.UpdateMessage) -> None:
+        (answer,) = await self._exchange([message])
         if isinstance(answer, str):
             raise ServerError(f"{self}: {answer}")
         rcode = answer.rcode()
@@ -250,6 +259,43 @@ def build_update(zone: dns.name.Name, changes: Sequence[Change]) -> dns.update.U
             if rrset.added:
                 message.add(change.owner, rrset.ttl, *_rdatas(rrset.type, rrset.added))
     return message
+
+
+def build_first(zone: dns.name.Name, changes: Sequence[Change]) -> dns.update.UpdateMessage:
+    """An update of names that nobody has read: they must have no key records, and be in this very zone."""
+    message = dns.update.UpdateMessage(zone)
+    _demand_place(message, zone, [change.owner for change in changes])
+    for change in changes:
+        for kind in KINDS:
+            message.absent(change.owner, dns.rdatatype.RdataType.make(kind))
+        for rrset in change.sets:
+            message.add(change.owner, rrset.ttl, *_rdatas(rrset.type, rrset.added))
+    return message
+
+
+def build_demand(wanted: Sequence[Wanted]) -> dns.update.UpdateMessage:
+    """Prerequisites alone: a question about many names in one message."""
+    zone = wanted[0].zone
+    message = dns.update.UpdateMessage(zone)
+    _demand_place(message, zone, [one.owner for one in wanted])
+    for one in wanted:
+        for kind in KINDS:
+            datas = sorted(record.data for record in one.records if record.type == kind)
+            if datas:
+                message.present(one.owner, *_rdatas(kind, datas))
+            else:
+                message.absent(one.owner, dns.rdatatype.RdataType.make(kind))
+    return message
+
+
+def _demand_place(
+    message: dns.update.UpdateMessage, zone: dns.name.Name, owners: Sequence[dns.name.Name]
+) -> None:
+    """No alias, and no delegation at the names or above them: records below one would be in another zone."""
+    for owner in owners:
+        message.absent(owner, dns.rdatatype.CNAME)
+    for name in (*ancestors(owners, zone), *(owner for owner in owners if owner != zone)):
+        message.absent(name, dns.rdatatype.NS)
 
 
 def _rdatas(kind: int, datas: Sequence[bytes]) -> list[dns.rdata.Rdata]:

@@ -244,6 +244,18 @@ def _set_change(
     return SetChange(kind, ttl, before, tuple(sorted(gone)), tuple(sorted(new)))
 
 
+def ancestors(owners: Iterable[Name], zone: Name) -> list[Name]:
+    """The names between these and the apex of their zone, each once: a delegation at one of them would mean that
+    the names below are not in this zone."""
+    seen: dict[NameKey, Name] = {}
+    for owner in owners:
+        name = owner.parent() if owner != zone else zone
+        while len(name.labels) > len(zone.labels) and name_key(name) not in seen:
+            seen[name_key(name)] = name
+            name = name.parent()
+    return list(seen.values())
+
+
 def batches(
     changes: Sequence[Change], max_bytes: int = MAX_BATCH_BYTES, max_changes: int = MAX_BATCH_CHANGES
 ) -> Iterator[list[Change]]:

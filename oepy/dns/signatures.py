@@ -19,18 +19,16 @@ import dns.rdata
 import dns.rdataclass
 import dns.rdtypes.ANY.DNSKEY
 import dns.rdtypes.ANY.DS
-import dns.rdtypes.ANY.RRSIG
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from dns.dnssecalgs.base import GenericPublicKey
 
 from oepy.dns.limits import MAX_KEYS_PER_ZONE, MAX_SIGNATURES_PER_SET, Budget
-from oepy.dns.message import RRset
+from oepy.dns.message import NameKey, RRset, Signature, labels_wire, name_key
 from oepy.errors import KeyFormatError, ParseError
 from oepy.keys import parse_rsa
 
 Dnskey = dns.rdtypes.ANY.DNSKEY.DNSKEY
 Ds = dns.rdtypes.ANY.DS.DS
-Rrsig = dns.rdtypes.ANY.RRSIG.RRSIG
 
 MAX_CLOCK_LAG = 300
 RSA_ALGORITHMS = frozenset({5, 7, 8, 10})
@@ -48,6 +46,8 @@ ALGORITHM_NAMES = {
 _FLAG_ZONE = 0x0100
 REVOKE = 0x0080  # RFC 5011 §2.1: good for nothing any more
 _SERIAL_HALF = 1 << 31
+_IN = int(dns.rdataclass.IN)
+_RECORD_HEAD = struct.Struct("!HHI")  # type, class, TTL
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +142,7 @@ def digest_fits(key: Dnskey, zone: dns.name.Name, ds: Ds) -> bool:
     return DIGESTS[int(ds.digest_type)](data + (key.to_wire() or b"")).digest() == ds.digest
 
 
-def check_time(signature: Rrsig, now: int) -> str:
+def check_time(signature: Signature, now: int) -> str:
     """Why the signature does not hold at `now` (seconds since 1970), or an empty text. The fields are
     serial numbers of 32 bits (RFC 4034 §3.1.5)."""
     if _serial_less(signature.expiration, now):
@@ -192,7 +192,7 @@ def verify(rrset: RRset, zone: dns.name.Name, keys: Iterable[ZoneKey], now: int,
     raise SignatureFailure(f"{rrset}: {'; '.join(dict.fromkeys(reasons))}")
 
 
-def _check_form(rrset: RRset, signature: Rrsig, zone: dns.name.Name) -> str:
+def _check_form(rrset: RRset, signature: Signature, zone: dns.name.Name) -> str:
     if signature.signer != zone:
         return f"is not by {zone}"
     if not rrset.name.is_subdomain(zone):
@@ -209,7 +209,7 @@ def _label_count(name: dns.name.Name) -> int:
     return len(name.labels) - 1 - (1 if name.labels[0] == b"*" else 0)
 
 
-def _holds(key: ZoneKey, signature: Rrsig, data: bytes, budget: Budget) -> bool:
+def _holds(key: ZoneKey, signature: Signature, data: bytes, budget: Budget) -> bool:
     budget.spend_signature()
     try:
         key.public.verify(signature.signature, data)
@@ -219,7 +219,7 @@ def _holds(key: ZoneKey, signature: Rrsig, data: bytes, budget: Budget) -> bool:
     return True
 
 
-def _verified(rrset: RRset, signature: Rrsig, now: int) -> Verified:
+def _verified(rrset: RRset, signature: Signature, now: int) -> Verified:
     remaining = (signature.expiration - now) & 0xFFFFFFFF
     ttl = min(rrset.ttl, signature.original_ttl, remaining)
     encloser = None
@@ -230,29 +230,18 @@ def _verified(rrset: RRset, signature: Rrsig, now: int) -> Verified:
 
 def canonical(rrset: RRset) -> list[bytes]:
     """The data of the records in canonical form (RFC 4034 §6.2) and order (§6.3)."""
+    if len(rrset.rdatas) == 1:
+        return [rrset.rdatas[0].to_digestable()]
     return sorted({rdata.to_digestable() for rdata in rrset.rdatas})
 
 
-def signed_data(rrset: RRset, signature: Rrsig, wires: list[bytes]) -> bytes:
+def signed_data(rrset: RRset, signature: Signature, wires: list[bytes]) -> bytes:
     """What was signed: RFC 4034 §3.1.8.1. `wires` are the set's canonical ones, dear enough to be made once."""
-    owner = rrset.name
-    if signature.labels < len(owner.labels) - 1:
-        owner = dns.name.Name((b"*", *owner.labels[-(signature.labels + 1) :]))
-    head = owner.canonicalize().to_wire() or b""
-    head += struct.pack("!HHI", rrset.type, dns.rdataclass.IN, signature.original_ttl)
-    parts = [
-        struct.pack(
-            "!HBBIIIH",
-            int(signature.type_covered),
-            int(signature.algorithm),
-            signature.labels,
-            signature.original_ttl,
-            signature.expiration,
-            signature.inception,
-            signature.key_tag,
-        ),
-        signature.signer.canonicalize().to_wire() or b"",
-    ]
+    owner: NameKey = rrset.key
+    if signature.labels < len(owner) - 1:
+        owner = (b"*", *owner[-(signature.labels + 1) :])
+    head = labels_wire(owner) + _RECORD_HEAD.pack(rrset.type, _IN, signature.original_ttl)
+    parts = [signature.head, labels_wire(name_key(signature.signer))]
     for wire in wires:
-        parts += (head, struct.pack("!H", len(wire)), wire)
+        parts += (head, len(wire).to_bytes(2, "big"), wire)
     return b"".join(parts)

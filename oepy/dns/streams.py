@@ -54,11 +54,10 @@ class _Waiting:
     sent: float
 
 
-class _Connection(asyncio.Protocol):
+class Connection(asyncio.Protocol):
     """One stream. All methods run in its event loop."""
 
-    def __init__(self, resolver: Resolver, random16: Callable[[], int], on_close: Callable[[], None]) -> None:
-        self._resolver = resolver
+    def __init__(self, random16: Callable[[], int], on_close: Callable[[], None]) -> None:
         self._random16 = random16
         self._on_close = on_close
         self._loop = asyncio.get_running_loop()
@@ -74,6 +73,11 @@ class _Connection(asyncio.Protocol):
         if self._link is None or self._link.is_closing():
             return False
         return len(self.waiting) < MAX_PIPELINED and len(self._abandoned) < MAX_ABANDONED
+
+    @property
+    def held(self) -> int:
+        """Octets of messages that are not complete yet."""
+        return len(self._buffer)
 
     def oldest(self) -> float:
         """When the longest waiting question was sent; the far future where none waits."""
@@ -146,6 +150,7 @@ class _Connection(asyncio.Protocol):
             if not waiting.reply.done():
                 waiting.reply.set_exception(ConnectionLost("the resolver closed the connection early"))
         self.waiting.clear()
+        self._buffer.clear()
 
 
 class StreamPool:
@@ -163,8 +168,8 @@ class StreamPool:
         self._context = context
         self._open_socket = open_socket
         self._random16 = random16
-        self.connections: list[_Connection] = []
-        self._opening: asyncio.Task[_Connection] | None = None
+        self.connections: list[Connection] = []
+        self._opening: asyncio.Task[Connection] | None = None
 
     async def ask(self, question: Question) -> Reply:
         """Raises as `exchange` does."""
@@ -197,7 +202,7 @@ class StreamPool:
         for connection in tuple(self.connections):
             connection.close()
 
-    def _choose(self) -> _Connection | None:
+    def _choose(self) -> Connection | None:
         """None where one should be opened."""
         usable = [each for each in self.connections if each.takes_questions]
         patience = asyncio.get_running_loop().time() - STUCK_SECONDS
@@ -206,25 +211,25 @@ class StreamPool:
             return None
         return min(fluent or usable, key=lambda each: len(each.waiting), default=None)
 
-    async def _opened(self) -> _Connection:
+    async def _opened(self) -> Connection:
         """Whoever comes while one is being opened waits for that one."""
         if self._opening is None:
             self._opening = asyncio.ensure_future(self._open())
             self._opening.add_done_callback(self._forget_opening)
         return await asyncio.shield(self._opening)
 
-    def _forget_opening(self, task: asyncio.Task[_Connection]) -> None:
+    def _forget_opening(self, task: asyncio.Task[Connection]) -> None:
         self._opening = None
         if not task.cancelled():
             task.exception()  # those who wait were told, or nobody waits any more
 
-    async def _open(self) -> _Connection:
+    async def _open(self) -> Connection:
         loop = asyncio.get_running_loop()
         channel = self._open_socket()
         try:
             channel.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             await loop.sock_connect(channel, (str(self._resolver.address), self._resolver.port))
-            connection = _Connection(self._resolver, self._random16, lambda: self._forget(connection))
+            connection = Connection(self._random16, lambda: self._forget(connection))
             link, _ = await loop.create_connection(
                 lambda: connection,
                 sock=channel,
@@ -240,7 +245,7 @@ class StreamPool:
         self.connections.append(connection)
         return connection
 
-    def _forget(self, connection: _Connection) -> None:
+    def _forget(self, connection: Connection) -> None:
         if connection in self.connections:
             self.connections.remove(connection)
 

@@ -239,14 +239,15 @@ class _Lookup:
 
     def _from_ranges(self, name: Name, rdtype: int) -> Outcome | None:
         """RFC 8198: absence that validated NSEC or NSEC3 of earlier answers prove, without a question."""
-        if rdtype == _DS or self._chain.excuse(name) is not None:
+        if rdtype == _DS:
             return None
         state = self._chain.nearest_known(name)
         if state is None or not state.is_secure:
             return None
-        denial, ttl = self._chain.known_denial(name, state)
-        if not denial:
+        known = self._chain.known_denial(name, state)
+        if known is None or self._chain.excuse(name) is not None:
             return None
+        denial, ttl = known
         for proof, rcode in (
             (denial.no_data(name, rdtype), dns.rcode.NOERROR),
             (denial.no_name(name), dns.rcode.NXDOMAIN),

@@ -27,11 +27,13 @@ from oepy.datapath.esp.mss import clamp
 from oepy.datapath.esp.offload import NONE, SIZE, Offload, parse
 from oepy.datapath.esp.sa import EspPair
 from oepy.datapath.esp.segment import segments
-from oepy.dns.message import Question, Reply, parse_reply
+from oepy.dns.anchorfile import format_points, parse_points
+from oepy.dns.message import Question, Reply, build_query, parse_reply
 from oepy.dns.records import build_ipseckey, build_oe_text, is_oe_text, parse_ipseckey, parse_oe_text
+from oepy.dns.streams import Connection, ConnectionLost
 from oepy.dns.transport import NoReply
 from oepy.dns.validator import Outcome, Validator
-from oepy.errors import KeyFormatError, OepyError, ParseError, RemoteError
+from oepy.errors import ConfigError, KeyFormatError, OepyError, ParseError, RemoteError
 from oepy.ike.endpoint import SessionInfo
 from oepy.ike.header import (
     FLAG_INITIATOR,
@@ -202,7 +204,7 @@ def ike_sealed(data: bytes) -> None:
 
 # ---- DNS ---------------------------------------------------------------------------------------------------
 
-_QUESTION = Question(dns.name.from_text("1.2.0.192.in-addr.arpa."), int(dns.rdatatype.IPSECKEY))
+QUESTION = Question(dns.name.from_text("1.2.0.192.in-addr.arpa."), int(dns.rdatatype.IPSECKEY))
 
 
 def records(data: bytes) -> None:
@@ -235,10 +237,10 @@ def dns_reply(data: bytes) -> None:
     wire = data[1:]
     if data[0] & 1:
         wire = b"\x12\x34\x81\x80\x00\x01" + wire[:6].ljust(6, b"\0")
-        wire += (_QUESTION.name.to_wire() or b"") + b"\x00\x2d\x00\x01" + data[7:]
+        wire += (QUESTION.name.to_wire() or b"") + b"\x00\x2d\x00\x01" + data[7:]
     with contextlib.suppress(ParseError):
-        reply = parse_reply(wire, _QUESTION, 0x1234)
-        assert reply.question == _QUESTION
+        reply = parse_reply(wire, QUESTION, 0x1234)
+        assert reply.question == QUESTION
         for rrset in (*reply.answer, *reply.authority):
             for rdata in rrset.rdatas:
                 rdata.to_digestable()
@@ -338,6 +340,82 @@ def dns_chain(data: bytes) -> None:
     if outcome.status is Security.SECURE:
         assert (outcome.rdatas, outcome.rcode) == (truth.rdatas, truth.rcode), (outcome, truth)
         assert outcome.ttl <= truth.ttl
+
+
+class _Link(asyncio.Transport):
+    """What a connection writes to goes nowhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.closed = False
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        pass
+
+    def abort(self) -> None:
+        self.closed = True
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+
+def dns_stream(data: bytes) -> None:
+    """A resolver's TCP stream, cut anywhere: each question ends in a Reply to itself, in ParseError, or with the
+    connection; nothing is kept of what was not asked. First byte: how long the pieces are."""
+    if not data:
+        return
+
+    async def run() -> None:
+        numbers = iter((0x1234, 0x1234, 0x1235, 0x1236))  # the first of equal ones is taken
+        lost: list[int] = []
+        connection = Connection(lambda: next(numbers), lambda: lost.append(1))
+        connection.connection_made(_Link())
+
+        def read(wire: bytes, identifier: int) -> Reply:
+            return parse_reply(wire, QUESTION, identifier)
+
+        asked = [
+            asyncio.ensure_future(connection.exchange(lambda number: build_query(QUESTION, number), read))
+            for _ in range(3)
+        ]
+        await asyncio.sleep(0)
+        size = data[0] + 1
+        for start in range(1, len(data), size):
+            connection.data_received(data[start : start + size])
+            assert connection.held <= 65537 + size
+        await asyncio.sleep(0)
+        asked[0].cancel()
+        connection.connection_lost(None)
+        for result in await asyncio.gather(*asked, return_exceptions=True):
+            if not isinstance(result, Reply | asyncio.CancelledError):
+                assert isinstance(result, ParseError | ConnectionLost), result
+        assert not connection.waiting
+        connection.close()
+
+    asyncio.run(run())
+
+
+def anchor_file(data: bytes) -> None:
+    """A file of automatic trust anchors: points that are written as they were read, or ConfigError. First byte: odd
+    puts a good head and key before the rest."""
+    if not data:
+        return
+    text = data[1:].decode("utf-8", "replace")
+    if data[0] & 1:
+        text = _POINTS + text
+    try:
+        points = parse_points(text, "anchors.auto")
+    except ConfigError:
+        return
+    assert parse_points(format_points(points), "again") == points
+    for point in points:
+        assert all(key.state.is_trusted for key in point.keys if key.key in point.anchor().keys)
+
+
+_POINTS = (
+    ";zone . checked 20270115080000 due 20270116080000\n"
+    ". IN DNSKEY 257 3 15 l02Woi0iS8Aa25FQkUd9RMzZHJpBoRQwAQEX1SxZJA4= ;VALID since 20270115080000\n"
+)
 
 
 # ---- ESP ---------------------------------------------------------------------------------------------------
@@ -555,6 +633,8 @@ HARNESSES: dict[str, Callable[[bytes], None]] = {
     "records": records,
     "dns_reply": dns_reply,
     "dns_chain": dns_chain,
+    "dns_stream": dns_stream,
+    "anchor_file": anchor_file,
     "esp": esp,
     "trap": trap,
     "xfrm": xfrm,

@@ -13,6 +13,7 @@ import dns.rdatatype
 from oepy.datapath.esp.aggfrag import Packer, offload_block
 from oepy.datapath.esp.offload import GSO_TCP4, GSO_TCP6, GSO_UDP, NEEDS_CHECKSUM, Offload
 from oepy.datapath.xfrm import plan
+from oepy.dns.message import build_query
 from oepy.dns.records import IpsecKey, OeText, build_ipseckey, build_oe_text
 from oepy.ike.header import PayloadType, parse_header
 from oepy.ike.key_exchange import generate
@@ -28,7 +29,7 @@ from tests.fakes.datapath import ipv4_packet, ipv6_packet, pairs
 from tests.fakes.manual import section
 from tests.fakes.network_card import cut, with_checksums
 from tests.fakes.xfrm import acquire_body, expire_body, mapping_body, policy_expire_body
-from tests.fuzz.harnesses import SCENES, Scene
+from tests.fuzz.harnesses import QUESTION, SCENES, Scene
 from tests.sim.ike_net import rsa_key, two_hosts
 
 _BOTH = ((0, 0), (1, 1), (0, 2), (1, 3), (4, 4), (2, 1))
@@ -68,6 +69,7 @@ def seeds() -> dict[str, list[bytes]]:
             made["ike_sealed"] += [bytes((state, exchange, 0, first)) + plain for exchange in (4, 5)]
     made["ike_session"] = [bytes((hybrid, a, 8 + b, 7, 15, 23, 31)) for hybrid in (0, 1) for a, b in _BOTH]
     _records(made)
+    _streams_and_anchors(made)
     _configurations(made)
     for packet in (ipv4_packet("192.0.2.2", "192.0.2.1"), ipv6_packet("2001:db8::2", "2001:db8::1")):
         version = 4 if packet[0] >> 4 == 4 else 41
@@ -137,6 +139,25 @@ def _xfrm(made: dict[str, list[bytes]]) -> None:
         )
         made.setdefault("xfrm", []).extend(bytes((kind,)) + body for kind, body in bodies)
         made["xfrm"].append(b"\0" + b"".join(frame(*request) for request in asked[:3]))
+
+
+def _streams_and_anchors(made: dict[str, list[bytes]]) -> None:
+    """Answers to the three questions in order, out of order, in pieces and short; files of trust anchors."""
+    reply = build_query(QUESTION, 0)[2:]
+    reply = bytes((reply[0] | 0x80,)) + reply[1:]
+    answers = [
+        (len(reply) + 2).to_bytes(2, "big") + number.to_bytes(2, "big") + reply
+        for number in range(0x1234, 0x1238)
+    ]
+    in_order, backwards = b"".join(answers), b"".join(answers[::-1])
+    made["dns_stream"] = [b"\xff" + in_order, b"\0" + in_order, b"\6" + backwards, b"\x40" + answers[1][:20]]
+    made["dns_stream"] += [b"\1\0\0\0\1x" + answers[2], b"\2\xff\xff" + bytes(40)]
+    zone = ";zone example. checked 20270115080000 due 20270116080000\n"
+    key = "example. IN DNSKEY 257 3 15 l02Woi0iS8Aa25FQkUd9RMzZHJpBoRQwAQEX1SxZJA4= "
+    times = "since 20270115080000"
+    lines = [f"{key};MISSING {times}\n", f";{key};ADDPEND {times} until 20270214080000\n"]
+    lines += [f";{key};REVOKED {times} until 20270214080000\n", f";{key};REMOVED {times}\n", "; a comment\n"]
+    made["anchor_file"] = [b"\1", b"\0" + zone.encode(), *(b"\1" + (zone + line).encode() for line in lines)]
 
 
 def _records(made: dict[str, list[bytes]]) -> None:

@@ -46,6 +46,7 @@ RECORDS = {
         'p1.oe.example. 1234 IN TXT "v=spf1 -all"',
         f"p2.oe.example. IN IPSECKEY 10 0 {int(OTHER.algorithm)} . {encode(OTHER)}",
         "aliased.oe.example. IN CNAME alpha.oe.example.",
+        "away.oe.example. IN NS ns.elsewhere.example.",
     ],
 }
 ZONES = ["oe.example.", "19.198.in-addr.arpa.", "0.0.0.0.2.0.0.0.1.0.0.2.ip6.arpa."]
@@ -179,6 +180,21 @@ def test_foreign_records_are_left_alone(lab):
     status, record = lab.oepy("publish", aliased)
     assert (status, record["conflict_count"]) == (1, 1)
     assert "alias of alpha.oe.example." in record["conflicts"][0]["reason"]
+
+
+def test_names_below_a_delegation_are_left_alone(lab):
+    """They are in another zone, which this primary does not have, however many are sent in one message."""
+    hosts = [
+        ExtraHost(
+            f"h{i}.away.oe.example", IPv4Address("203.0.113.0") + i, IPv6Address("2001:db8::") + i, None
+        )
+        for i in range(1, 13)
+    ]
+    before = lab.content()
+    status, record = lab.oepy("publish", lab.inventory("away.yaml", hosts))
+    assert (status, record["names"], record["changed"], record["conflict_count"]) == (1, 12, 0, 12)
+    assert "delegated" in record["conflicts"][0]["reason"]
+    assert lab.content() == before
 
 
 def test_refusals_name_the_mend(lab):

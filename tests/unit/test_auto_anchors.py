@@ -21,7 +21,7 @@ from oepy.dns.anchorfile import format_points, parse_points, read_points, write_
 from oepy.dns.anchorkeeper import AnchorKeeper
 from oepy.dns.anchors import Anchor
 from oepy.dns.autoanchors import DAY, HOUR, KeyState, TrustPoint, changes, observe
-from oepy.dns.message import RRset
+from oepy.dns.message import RRset, Signature
 from oepy.dns.signatures import REVOKE, STRICT, SignatureFailure
 from oepy.errors import ConfigError
 from oepy.model import Security
@@ -44,7 +44,7 @@ def key_set(now: int, present, signers, revoked=()) -> RRset:
         zone.signature(rrset, key=(KEYS[n], keys[n]), inception=now - HOUR, expiration=now + 10 * DAY)
         for n in signers
     ]
-    return RRset(ROOT, DNSKEY, TTL, tuple(keys.values()), tuple(signatures))
+    return RRset(ROOT, DNSKEY, TTL, tuple(keys.values()), tuple(map(Signature.of, signatures)))
 
 
 def look(point: TrustPoint, now: int, present, signers, revoked=()) -> TrustPoint:
@@ -136,7 +136,7 @@ def test_questions_are_as_far_apart_as_the_rfc_says():
         zone = Zone(ROOT, private=KEYS[0], ttl=ttl)
         rrset = dns.rrset.from_rdata(ROOT, ttl, make_dnskey(KEYS[0], 15))
         signature = zone.signature(rrset, inception=NOW, expiration=NOW + 10 * DAY)
-        seen = RRset(ROOT, DNSKEY, ttl, tuple(rrset), (signature,))
+        seen = RRset(ROOT, DNSKEY, ttl, tuple(rrset), (Signature.of(signature),))
         assert observe(TrustPoint(ROOT), seen, INITIAL, NOW, STRICT).due - NOW == gap
 
 
@@ -148,7 +148,7 @@ def test_a_configured_key_without_the_sep_flag_keeps_its_trust():
     rrset = dns.rrset.from_rdata(
         ROOT, TTL, zone.dnskey, make_dnskey(KEYS[1], 15), make_dnskey(KEYS[2], 15, 256)
     )
-    seen = RRset(ROOT, DNSKEY, TTL, tuple(rrset), (zone.signature(rrset),))
+    seen = RRset(ROOT, DNSKEY, TTL, tuple(rrset), (Signature.of(zone.signature(rrset)),))
     point = observe(TrustPoint(ROOT), seen, initial, NOW, STRICT)
     assert sorted(each.state.value for each in point.keys) == ["ADDPEND", "VALID"]
 

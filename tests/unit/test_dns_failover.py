@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import time
+from collections.abc import Callable
 from contextlib import asynccontextmanager
 from ipaddress import ip_address
 
@@ -40,10 +40,10 @@ async def asking(*resolvers: Resolver):
         await asyncio.sleep(0)
 
 
-async def timed(stub: StubTransport, owner: str) -> tuple[float, Reply | NoReply]:
-    begun = time.monotonic()
-    reply = await stub.ask(question(owner))
-    return time.monotonic() - begun, reply
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - nothing here tells when
+            await asyncio.sleep(0.01)
 
 
 def refusing(query):
@@ -59,18 +59,14 @@ async def test_a_dead_resolver_costs_the_first_lookup_only():
         FakeResolver(host="127.0.0.2") as good,
         asking(dead.at(), good.at()) as stub,
     ):
-        first, reply = await timed(stub, "0.example.")
-        assert isinstance(reply, Reply)
-        assert first >= transport.TRY_SECONDS[0]
-        for number in range(1, 6):
-            took, reply = await timed(stub, f"{number}.example.")
-            assert isinstance(reply, Reply)
-            assert took < transport.TRY_SECONDS[0] / 2
+        for number in range(6):
+            assert isinstance(await stub.ask(question(f"{number}.example.")), Reply)
         bad, fine = stub.states()
-        assert (bad.state, fine.state) == ("suspect", "up")
+        assert bad.state in ("suspect", "down")
+        assert fine.state == "up"
         assert bad.reason
         assert fine.replies == 6
-    assert dead.names().count("0.example.") == 1
+    assert dead.names().count("0.example.") == 1  # and of the others it did not hear at all
     assert [name for name in dead.names() if name not in ("0.example.", ".")] == []
 
 
@@ -86,13 +82,11 @@ async def test_a_resolver_that_comes_back_is_used_again(monkeypatch):
     ):
         await stub.ask(question("0.example."))
         await stub.ask(question("1.example."))  # sends the first probe
-        await asyncio.sleep(0.15)
-        assert stub.states()[0].state == "down"
+        await until(lambda: stub.states()[0].state == "down")
         first.udp = plain
         await asyncio.sleep(0.1)
         await stub.ask(question("2.example."))
-        await asyncio.sleep(0.05)
-        assert stub.states()[0].state == "up"
+        await until(lambda: stub.states()[0].state == "up")
         await stub.ask(question("3.example."))
     assert first.names()[-1] == "3.example."
     assert second.names() == ["0.example.", "1.example.", "2.example."]
@@ -108,16 +102,14 @@ async def test_a_slow_zone_does_not_make_its_resolver_look_dead(monkeypatch):
 
     async with (
         FakeResolver(udp=slow_zone) as first,
-        FakeResolver(udp=slow_zone, host="127.0.0.2") as second,
+        FakeResolver(udp=deaf, host="127.0.0.2") as second,
         asking(first.at(), second.at()) as stub,
     ):
-        took, reply = await timed(stub, "www.slow.")
-        assert isinstance(reply, Reply)
-        assert took < 0.58  # the first try's answer counted, although the second had begun
-        await stub.ask(question("0.quick."))
-        await asyncio.sleep(0.05)
+        reply = await stub.ask(question("www.slow."))
+        assert isinstance(reply, Reply)  # the first try's answer counted, although the second had begun
+        assert "www.slow." in second.names()
+        await until(lambda: stub.states()[0].state == "up")
         await stub.ask(question("1.quick."))
-        assert stub.states()[0].state == "up"
     assert first.names()[-1] == "1.quick."
 
 
@@ -132,25 +124,24 @@ async def test_a_resolver_that_refuses_loses_its_place():
             reply = await stub.ask(question(f"{number}.example."))
             assert isinstance(reply, Reply)
             assert reply.rcode == 0
-            await asyncio.sleep(0.02)
+            await until(lambda number=number: not number or stub.states()[0].state == "down")
         assert (stub.states()[0].state, stub.states()[0].reason) == ("down", "REFUSED")
     assert [name for name in first.names() if name != "."] == ["0.example."]
 
 
-async def test_a_closed_port_is_passed_over_at_once():
-    """ECONNREFUSED needs no waiting."""
+async def test_a_closed_port_is_passed_over_at_once(monkeypatch):
+    """ECONNREFUSED needs no waiting: not the first try's time, which is longer than all the question has."""
+    monkeypatch.setattr(transport, "TRY_SECONDS", (30.0, 30.0))
     async with (
         FakeResolver(host="127.0.0.2") as good,
         asking(Resolver(ip_address("127.0.0.1"), good.port), good.at()) as stub,
     ):
-        took, reply = await timed(stub, "www.example.")
-        assert isinstance(reply, Reply)
-        assert took < 0.3
+        assert isinstance(await stub.ask(question("www.example.")), Reply)
         assert "refused" in stub.states()[0].reason
 
 
 async def test_a_slow_zone_leaves_room_for_others(monkeypatch):
-    """All slots taken by questions of one zone that nobody answers: those of another are answered at once."""
+    """All slots taken by questions of one zone that nobody answers: those of another are answered meanwhile."""
     monkeypatch.setattr(transport, "MAX_OPEN", 20)
 
     def slow_zone(query):
@@ -160,14 +151,11 @@ async def test_a_slow_zone_leaves_room_for_others(monkeypatch):
         waiting = [asyncio.ensure_future(stub.ask(question(f"{number}.zone.slow."))) for number in range(100)]
         await asyncio.sleep(slots.YIELD_SECONDS + 0.05)
         for number in range(30):
-            took, reply = await timed(stub, f"{number}.zone.quick.")
-            assert isinstance(reply, Reply)
-            assert took < 2 * slots.YIELD_SECONDS
+            assert isinstance(await stub.ask(question(f"{number}.zone.quick.")), Reply)
         young = [asyncio.ensure_future(stub.ask(question(f"{number}.zone.slow."))) for number in range(20)]
-        begun = time.monotonic()
         replies = await asyncio.gather(*(stub.ask(question(f"{number}.zone.other.")) for number in range(50)))
         assert all(isinstance(reply, Reply) for reply in replies)
-        assert time.monotonic() - begun < 1.0
+        assert not all(task.done() for task in waiting)
         for task in (*waiting, *young):
             task.cancel()
         given_up = [

@@ -18,10 +18,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oepy.dns.primary import build_update
+from oepy.dns.primary import build_demand, build_first, build_update
 from oepy.dns.publish import (
     IPSECKEY,
     MAX_BATCH_BYTES,
+    MAX_BATCH_CHANGES,
     TXT,
     Change,
     Conflict,
@@ -36,6 +37,7 @@ from oepy.dns.publish import (
     plan,
     text_strings,
 )
+from oepy.dns.publishing import pieces
 from oepy.dns.records import IpsecKey, OeText, build_ipseckey, build_oe_text
 from oepy.dns.tsig import parse_tsig
 from oepy.errors import KeyFormatError
@@ -194,6 +196,50 @@ def test_carried_out_the_zone_is_as_wanted_and_nothing_foreign_is_touched(want, 
     # a zone that changed in the meantime is not touched
     other = {IPSECKEY: set(keys) ^ {ipseckey(OTHER, 77)}, TXT: set(texts) ^ {text(b"new")}}
     assert not carry_out(message, other)
+
+
+@given(want=some_keys, keys=some_keys, texts=some_texts)
+@settings(deadline=None)
+def test_a_guess_holds_only_where_it_is_so(want, keys, texts):
+    """Unread names change only where there is no key record nor TXT; a demand holds for the very records."""
+    target = wanted(*want)
+    content = {IPSECKEY: set(keys), TXT: set(texts)}
+    step = plan(target, Found())
+    if isinstance(step, Change):
+        first = dns.message.from_wire(build_first(ZONE, [step]).to_wire())
+        assert isinstance(first, dns.update.UpdateMessage)
+        assert carry_out(first, content) == (not keys and not texts)
+        assert content[IPSECKEY] == (set(keys) if keys or texts else set(want))
+    content = {IPSECKEY: set(keys), TXT: set(texts)}
+    demand = dns.message.from_wire(build_demand([target]).to_wire())
+    assert isinstance(demand, dns.update.UpdateMessage)
+    assert not demand.update
+    assert carry_out(demand, content) == (set(keys) == set(want) and not texts)
+
+
+def test_a_guess_demands_that_the_names_are_in_this_zone():
+    """No delegation at the name or above it, up to the apex, each asked for once; no alias."""
+    owners = [dns.name.from_text(text) for text in ("a.b.c.example.", "d.b.c.example.", "example.")]
+    targets = [replace(wanted(ipseckey(OURS)), owner=owner) for owner in owners]
+    message = dns.message.from_wire(build_demand(targets).to_wire())
+    assert isinstance(message, dns.update.UpdateMessage)
+    asked = [(str(r.name), r.rdtype.name) for r in message.prerequisite if r.deleting == dns.rdataclass.NONE]
+    places = [name for name, kind in asked if kind == "NS"]
+    assert sorted(places) == ["a.b.c.example.", "b.c.example.", "c.example.", "d.b.c.example."]
+    assert [name for name, kind in asked if kind == "CNAME"] == [str(owner) for owner in owners]
+
+
+@given(sizes=st.lists(st.integers(0, 900), max_size=60))
+def test_pieces_are_bounded_and_lose_nothing(sizes):
+    targets = [
+        replace(wanted(b"\0" * size) if size else wanted(), owner=dns.name.from_text(f"n{number}.example."))
+        for number, size in enumerate(sizes * 8)
+    ]
+    found = list(pieces(targets))
+    assert [one for piece in found for one in piece] == targets
+    for piece in found:
+        assert len(build_demand(piece).to_wire()) < 65_000
+        assert len(piece) <= MAX_BATCH_CHANGES
 
 
 @given(sizes=st.lists(st.integers(1, 6), max_size=60), limit=st.integers(200, 3000), most=st.integers(1, 20))

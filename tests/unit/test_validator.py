@@ -12,7 +12,7 @@ from oepy.dns import limits
 from oepy.dns.anchors import TrustAnchors
 from oepy.dns.chain import Chain, Verdict, ZoneState
 from oepy.dns.limits import Budget, LimitExceeded
-from oepy.dns.message import RRset
+from oepy.dns.message import RRset, Signature
 from oepy.dns.signatures import STRICT, WITH_SHA1, ZoneKey, usable_keys, verify
 from oepy.dns.validator import Outcome, Validator
 from oepy.model import Security
@@ -525,7 +525,7 @@ def test_colliding_keys_and_signatures_are_tried_a_bounded_number_of_times():
         for _ in range(30)
         for k in usable_keys([Zone(name("x.")).dnskey], STRICT)
     ]
-    signatures = tuple(good.replace(signature=bytes([n]) * 64) for n in range(16))
+    signatures = tuple(Signature.of(good.replace(signature=bytes([n]) * 64)) for n in range(16))
     rrset = RRset(truth.name, A, 300, tuple(truth), signatures)
     budget = Budget()
     with pytest.raises(LimitExceeded):
