@@ -188,8 +188,11 @@ class _Oepy:
         self._validator = Validator(transport, anchors, time.time, time.monotonic)
 
     def one_by_one(self, owners: Iterable[str]) -> None:
-        for owner in owners:
-            self._loop.run_until_complete(self._ask(owner))
+        async def run() -> None:
+            for owner in owners:
+                await self._ask(owner)
+
+        self._loop.run_until_complete(run())
 
     def at_once(self, owners: Iterable[str]) -> None:
         async def run() -> None:

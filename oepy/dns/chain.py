@@ -133,16 +133,27 @@ class Shared:
     zones: TtlCache[NameKey, ZoneState] = field(default_factory=lambda: TtlCache(MAX_ZONES))
     cuts: TtlCache[NameKey, Cut] = field(default_factory=lambda: TtlCache(MAX_CUTS))
     ranges: Ranges = field(default_factory=Ranges)
-    questions: dict[Question, asyncio.Task[Reply | NoReply]] = field(default_factory=dict)
+    questions: dict[Question, asyncio.Future[Reply | NoReply]] = field(default_factory=dict)
     zones_pending: dict[NameKey, asyncio.Task[ZoneState | Verdict]] = field(default_factory=dict)
 
-    def ask(self, question: Question) -> asyncio.Task[Reply | NoReply]:
+    def ask(self, question: Question) -> asyncio.Future[Reply | NoReply]:
         """Send the question, or join the one that is on its way."""
-        task = self.questions.get(question)
-        if task is None:
-            task = self.questions[question] = asyncio.ensure_future(self.transport.ask(question))
-            task.add_done_callback(lambda _: self.questions.pop(question, None))
-        return task
+        running = self.questions.get(question)
+        if running is None:
+            running = self.questions[question] = asyncio.ensure_future(self.transport.ask(question))
+            running.add_done_callback(lambda _: self.questions.pop(question, None))
+        return running
+
+    async def ask_here(self, question: Question) -> Reply | NoReply:
+        """Send a question that is not on its way, and wait for it without a task; others may join it."""
+        ending = self.questions[question] = asyncio.get_running_loop().create_future()
+        reply: Reply | NoReply = NoReply(question, "given up", given_up=True)
+        try:
+            reply = await self.transport.ask(question)
+            return reply
+        finally:
+            del self.questions[question]
+            ending.set_result(reply)
 
 
 class Chain:
@@ -154,22 +165,25 @@ class Chain:
         self.now = int(shared.clock())
         self.asked = 0
         self.touched: dict[NameKey, ZoneState] = {}
-        self._replies: dict[Question, asyncio.Task[Reply | NoReply]] = {}
+        self._replies: dict[Question, asyncio.Future[Reply | NoReply] | Reply | NoReply] = {}
 
     # ---- questions ---------------------------------------------------------------------------------------
 
-    def start(self, name: Name, rdtype: int) -> asyncio.Task[Reply | NoReply]:
+    def start(self, name: Name, rdtype: int) -> None:
         """Send the question unless it is on its way or answered. Raises LimitExceeded."""
         question = Question(name, rdtype)
         if question not in self._replies:
             self.budget.spend_question()
             self.asked += question not in self.shared.questions
             self.adopt(question, self.shared.ask(question))
-        return self._replies[question]
 
     async def reply(self, name: Name, rdtype: int) -> Reply:
         """Raises Verdict (indeterminate) where no usable reply comes, LimitExceeded."""
-        reply = await asyncio.shield(self.start(name, rdtype))
+        question = Question(name, rdtype)
+        reply = await self._answer(question)
+        while isinstance(reply, NoReply) and reply.given_up:
+            del self._replies[question]
+            reply = await self._answer(question)
         self.budget.check_effort()
         if isinstance(reply, NoReply):
             raise Verdict(
@@ -183,13 +197,29 @@ class Chain:
             )
         return reply
 
-    def adopt(self, question: Question, task: asyncio.Task[Reply | NoReply]) -> None:
-        """Take over a question that was sent earlier."""
-        self._replies[question] = task
-        task.add_done_callback(self._account)
+    async def _answer(self, question: Question) -> Reply | NoReply:
+        """The answer that is there, that comes, or that is asked for now."""
+        if question not in self._replies and question not in self.shared.questions:
+            self.budget.spend_question()
+            self.asked += 1
+            reply = self._replies[question] = await self.shared.ask_here(question)
+            self._account(reply)
+            return reply
+        self.start(question.name, question.type)
+        known = self._replies[question]
+        return await asyncio.shield(known) if isinstance(known, asyncio.Future) else known
 
-    def _account(self, task: asyncio.Task[Reply | NoReply]) -> None:
-        if not task.cancelled() and task.exception() is None and isinstance(reply := task.result(), Reply):
+    def adopt(self, question: Question, asked: asyncio.Future[Reply | NoReply]) -> None:
+        """Take over a question that was sent earlier."""
+        self._replies[question] = asked
+        asked.add_done_callback(self._account_future)
+
+    def _account_future(self, asked: asyncio.Future[Reply | NoReply]) -> None:
+        if not asked.cancelled() and asked.exception() is None:
+            self._account(asked.result())
+
+    def _account(self, reply: Reply | NoReply) -> None:
+        if isinstance(reply, Reply):
             self.budget.effort -= reply.effort
 
     def foresee(self, name: Name) -> None:

@@ -42,10 +42,12 @@ PROBE = Question(dns.name.root, int(dns.rdatatype.NS))  # every resolver has the
 
 @dataclass(frozen=True, slots=True)
 class NoReply:
-    """No usable answer to a question; `reason` says from whom and why."""
+    """No usable answer to a question; `reason` says from whom and why. `given_up`: the lookup that asked was
+    cancelled, and whoever needs the answer has to ask again."""
 
     question: Question
     reason: str
+    given_up: bool = False
 
 
 class Transport(Protocol):

@@ -47,7 +47,7 @@ _DS = int(dns.rdatatype.DS)
 _SOA = int(dns.rdatatype.SOA)
 
 Name = dns.name.Name
-Early = asyncio.Task[Reply | NoReply]
+Early = asyncio.Future[Reply | NoReply]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ class Validator:
     ) -> None:
         self._shared = Shared(transport, anchors, clock, monotonic, policy)
         self._answers: TtlCache[Question, Outcome] = TtlCache(MAX_ANSWERS)
-        self._pending: dict[Question, asyncio.Task[Outcome]] = {}
+        self._pending: dict[Question, asyncio.Future[Outcome | None]] = {}
 
     @property
     def monotonic(self) -> Callable[[], float]:
@@ -134,16 +134,23 @@ class Validator:
         cached = self._answers.get(question, now)
         if cached is not None:
             return replace(cached, ttl=int(self._answers.remaining(question, now)), questions=0)
-        task = self._pending.get(question)
-        if task is None:
-            if len(self._pending) >= MAX_PENDING:
-                return _failed(
-                    question, Verdict(Security.INDETERMINATE, "too many lookups at once", unreachable=True)
-                )
-            task = asyncio.ensure_future(self._run(question, early))
-            self._pending[question] = task
-            task.add_done_callback(lambda _: self._pending.pop(question, None))
-        return await asyncio.shield(task)
+        while (running := self._pending.get(question)) is not None:
+            outcome = await asyncio.shield(running)
+            if outcome is not None:
+                return outcome
+        if len(self._pending) >= MAX_PENDING:
+            return _failed(
+                question, Verdict(Security.INDETERMINATE, "too many lookups at once", unreachable=True)
+            )
+        # Whoever comes first does the work itself: a task for it would cost as much as a signature check
+        ending = self._pending[question] = asyncio.get_running_loop().create_future()
+        outcome = None
+        try:
+            outcome = await self._run(question, early)
+            return outcome
+        finally:
+            del self._pending[question]
+            ending.set_result(outcome)  # None where it was cancelled: then one of those who wait begins anew
 
     async def _run(self, question: Question, early: Early | None) -> Outcome:
         chain = Chain(self._shared, Budget())
@@ -215,7 +222,7 @@ class _Lookup:
         target, rdtype = self._question.name, self._question.type
         if (known := self._from_ranges(target, rdtype)) is not None:
             return known
-        self._chain.start(target, rdtype)
+        # These go out when this lookup begins to wait, which is after its own question was sent
         self._chain.foresee(target.parent() if rdtype == _DS and target != dns.name.root else target)
         reply = await self._chain.reply(target, rdtype)
         seen = {target}
