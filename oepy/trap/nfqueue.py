@@ -250,8 +250,11 @@ class NfqueueTrap:
     def reload(self, policy: TrapPolicy) -> None:
         """See `interfaces.Trap`. Decisions whose destination has changed its group are forgotten, and packets
         held for it dropped (the next one is sorted anew). Blocks while nft works: about 0.1 s for 1,000
-        prefixes."""
+        prefixes. A policy that is in force already is left alone: where a base chain goes, and be it the
+        bracket's, the kernel drops every packet that waits in a queue."""
         running = self._require()
+        if policy == running.policy:
+            return
         running.check_namespace()
         self._flush()
         ruleset = Ruleset(policy)

@@ -328,6 +328,20 @@ async def test_a_reload_changes_the_policy_and_keeps_what_is_still_right(net: Wi
         assert not trap.trap.held()
 
 
+async def test_a_reload_without_a_change_loses_no_held_packet(net: Wired) -> None:
+    """When only a key changes, say. After a change where something is `private` the kernel drops its queues."""
+    chosen = policy(rule(GROUP.PRIVATE, "198.18.0.9/32"))
+    with trapping(net.a, chosen) as trap:
+        listener = listen_udp(net.b, B4, 7000)
+        sender = udp(net.a, B4, 7000)
+        sender.send(b"held")
+        await until(trap.trap.held)
+        trap.reload(policy(rule(GROUP.PRIVATE, "198.18.0.9/32")))
+        trap.decide(GROUP.PRIVATE_OR_CLEAR, B4, Verdict.CLEAR)
+        await asyncio.sleep(0.1)
+        assert received(listener) == [b"held"]
+
+
 async def test_the_private_group_never_takes_a_clear_verdict(net: Wired) -> None:
     """decide(private, CLEAR) is our own mistake and says so."""
     with trapping(net.a, policy(default=GROUP.PRIVATE)) as trap, pytest.raises(MisuseError):
