@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from oepy.errors import KeyFormatError
-from oepy.keys import HostKey, fingerprint
+from oepy.keys import HostKey, fingerprint, is_encrypted, read_passphrase
 from oepy.model import PublicKey
 from oepy.privatefile import read_private_file
 
@@ -99,7 +99,8 @@ class KeyRing:
                 f"{self.retired} is left from an older roll-over", "remove it if nobody uses it"
             )
         if not self.next.exists():
-            HostKey.generate(kind).save(self.next)
+            passphrase = read_passphrase(self.path) if is_encrypted(self.path) else None
+            HostKey.generate(kind).save(self.next, passphrase)
         rotation = Rotation(Step.PUBLISH, fingerprint(HostKey.load(self.next).public))
         self.note(rotation)
         return rotation

@@ -20,10 +20,11 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
 
 from oepy.errors import KeyFormatError, ParseError
-from oepy.model import KeyAlgorithm, PublicKey
+from oepy.model import KeyAlgorithm, PublicKey, Secret
 from oepy.privatefile import MAX_KEY_FILE, read_private_file
 from oepy.wire import Reader, Writer
 
+_ENCRYPTED = b"ENCRYPTED"  # in PKCS#8's PEM label, and in the header of the older form
 MIN_RSA_BITS = 1024
 MAX_RSA_BITS = 8192
 # A long public exponent makes each verification as dear as a signature: 8192 bits with an 8192-bit exponent
@@ -72,21 +73,22 @@ class HostKey:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> HostKey:
-        """From an unencrypted PEM file that only its owner can read. Raises KeyFormatError."""
-        return cls.from_pem(
-            read_private_file(Path(path), f"make it with `oepy key generate {path}`"), str(path)
-        )
+        """From a PEM file that only its owner can read; an encrypted one by its passphrase file. Raises
+        KeyFormatError."""
+        pem = read_private_file(Path(path), f"make it with `oepy key generate {path}`")
+        passphrase = read_passphrase(Path(path)) if _ENCRYPTED in pem else None
+        return cls.from_pem(pem, str(path), passphrase)
 
     @classmethod
-    def from_pem(cls, pem: bytes, source: str = "key") -> HostKey:
+    def from_pem(cls, pem: bytes, source: str = "key", passphrase: Secret | None = None) -> HostKey:
         """From the PEM text itself; `source` names it in errors. Raises KeyFormatError."""
         try:
-            private = serialization.load_pem_private_key(pem, password=None)
+            private = serialization.load_pem_private_key(pem, passphrase.reveal() if passphrase else None)
         except TypeError:
-            raise KeyFormatError(
-                f"{source} is encrypted", f"decrypt it: openssl pkcs8 -in {source}"
-            ) from None
-        except (ValueError, UnsupportedAlgorithm):
+            raise KeyFormatError(f"{source} is encrypted, and no passphrase was given") from None
+        except (ValueError, UnsupportedAlgorithm) as error:
+            if passphrase and not isinstance(error, UnsupportedAlgorithm):
+                raise KeyFormatError(f"the passphrase does not open {source}") from None
             raise KeyFormatError(
                 f"{source} holds no private key in PEM form", "make one with `oepy key generate`"
             ) from None
@@ -94,8 +96,9 @@ class HostKey:
             raise KeyFormatError(f"{source}: a key of this kind is not usable for IPSECKEY")
         return cls(private)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write PKCS#8 PEM with mode 0600, whole or not at all. Raises KeyFormatError where `path` exists."""
+    def save(self, path: str | os.PathLike[str], passphrase: Secret | None = None) -> None:
+        """Write PKCS#8 PEM (encrypted, with a passphrase) with mode 0600, whole or not at all. Raises
+        KeyFormatError where `path` exists."""
         target = Path(path)
         temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}")
         try:
@@ -104,7 +107,7 @@ class HostKey:
             raise KeyFormatError(f"cannot write {target}: {error.strerror}") from None
         try:
             with os.fdopen(descriptor, "wb") as stream:
-                stream.write(self.to_pem())
+                stream.write(self.to_pem(passphrase))
                 stream.flush()
                 os.fsync(stream.fileno())
             os.link(temporary, target)  # unlike rename, fails where the target exists
@@ -115,16 +118,43 @@ class HostKey:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def to_pem(self) -> bytes:
-        """PKCS#8, not encrypted: secret."""
+    def to_pem(self, passphrase: Secret | None = None) -> bytes:
+        """PKCS#8, without a passphrase not encrypted: secret."""
+        encryption = (
+            serialization.BestAvailableEncryption(passphrase.reveal())
+            if passphrase
+            else serialization.NoEncryption()
+        )
         return self.private.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption
         )
 
     def __repr__(self) -> str:
         return f"HostKey({describe(self.public)}, {fingerprint(self.public)})"
+
+
+def is_encrypted(path: Path) -> bool:
+    """Of a private key file. Raises KeyFormatError."""
+    return _ENCRYPTED in read_private_file(path)
+
+
+def read_passphrase(path: Path) -> Secret:
+    """The passphrase of a key: the first line of `KEY.passphrase` beside it (a link to a place that is not on the
+    same disk will do), or what systemd gives as the credential `oepy-passphrase`. Raises KeyFormatError."""
+    base = path.name.removesuffix(".next").removesuffix(".retired")  # those of a roll-over have the same
+    places = [path.with_name(f"{base}.passphrase")]
+    credentials = os.environ.get("CREDENTIALS_DIRECTORY")
+    if credentials:
+        places.insert(0, Path(credentials) / "oepy-passphrase")
+    for place in places:
+        if place.exists():
+            line = read_private_file(place).split(b"\n", 1)[0].rstrip(b"\r")
+            if not line:
+                raise KeyFormatError(f"the first line of {place} is empty", "write the passphrase there")
+            return Secret(line)
+    raise KeyFormatError(
+        f"{path} is encrypted, and there is no passphrase", f"write it to {places[-1]}, mode 0600"
+    )
 
 
 def to_public_key(key: object) -> PublicKey:

@@ -30,26 +30,36 @@ def key() -> None:
 @click.option(
     "--type", "kind", type=click.Choice(KINDS), default="ed25519", show_default=True, help="Kind of key."
 )
+@click.option(
+    "--encrypt",
+    is_flag=True,
+    help="Encrypt it by the passphrase in PATH.passphrase, or systemd's credential.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the public half as JSON.")
 @click.argument("path", default=DEFAULT_PATH)
-def generate(kind: str, as_json: bool, path: str) -> None:
+def generate(*, kind: str, encrypt: bool, as_json: bool, path: str) -> None:
     """Make a private key in PATH (mode 0600, never overwriting) and print its IPSECKEY record.
+
+    With --encrypt the key is useless without its passphrase, which is read from PATH.passphrase
+    (mode 0600; a link to another disk will do) or from systemd's credential `oepy-passphrase`.
 
     \b
     oepy key generate
     oepy key generate --type rsa-3072 ./alpha.key
+    oepy key generate --encrypt ./alpha.key
     """
     from pathlib import Path
 
     from oepy.errors import UsageError
-    from oepy.keys import HostKey
+    from oepy.keys import HostKey, read_passphrase
 
+    passphrase = read_passphrase(Path(path)) if encrypt else None
     made = HostKey.generate(kind)
     try:
         Path(path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"cannot make {Path(path).parent}: {error.strerror}") from None
-    made.save(path)
+    made.save(path, passphrase)
     record = _describe(made.public, None, None, 10) | {"path": path}
     if as_json:
         click.echo(json.dumps(record, indent=2))

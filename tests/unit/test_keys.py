@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+import subprocess
+from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
@@ -13,7 +15,9 @@ from hypothesis import strategies as st
 
 from oepy import keys
 from oepy.errors import KeyFormatError
-from oepy.model import KeyAlgorithm, PublicKey
+from oepy.keyring import KeyRing
+from oepy.keys import HostKey, is_encrypted, parse_public, read_passphrase
+from oepy.model import KeyAlgorithm, PublicKey, Secret
 
 KINDS = ["ed25519", "ed448", "ecdsa-p256", "ecdsa-p384", "rsa-2048"]
 NAMES = {"ed25519": "Ed25519", "ed448": "Ed448", "ecdsa-p256": "ECDSA-P256", "ecdsa-p384": "ECDSA-P384"}
@@ -133,3 +137,75 @@ def test_any_text_is_a_public_key_or_a_key_format_error(data):
     """parse_public raises nothing but KeyFormatError."""
     with contextlib.suppress(KeyFormatError):
         keys.parse_public(data)
+
+
+# ---- encrypted keys -----------------------------------------------------------------------------------------
+
+
+def passphrase_in(path: Path, text: bytes = b"correct horse\n") -> Path:
+    path.write_bytes(text)
+    path.chmod(0o600)
+    return path
+
+
+def test_an_encrypted_key_opens_by_the_file_beside_it(tmp_path):
+    """PKCS#8 that openssl's tools read too; without the passphrase nothing of the key can be had."""
+    path = tmp_path / "host.key"
+    passphrase_in(tmp_path / "host.key.passphrase")
+    made = HostKey.generate("ed25519")
+    made.save(path, read_passphrase(path))
+    assert b"BEGIN ENCRYPTED PRIVATE KEY" in path.read_bytes()
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert HostKey.load(path).public == made.public
+    found = subprocess.run(
+        ["openssl", "pkey", "-in", str(path), "-passin", "pass:correct horse", "-pubout"],
+        capture_output=True,
+        check=True,
+        text=True,
+    )
+    assert parse_public(found.stdout) == made.public
+
+
+@pytest.mark.parametrize(
+    ("text", "mode", "why"),
+    [
+        (None, 0o600, "there is no passphrase"),
+        (b"wrong\n", 0o600, "does not open"),
+        (b"\n", 0o600, "first line of"),
+        (b"correct horse\n", 0o644, "read by others"),
+    ],
+)
+def test_an_encrypted_key_without_its_passphrase_says_what_to_do(tmp_path, text, mode, why):
+    path = tmp_path / "host.key"
+    HostKey.generate("ed25519").save(path, Secret(b"correct horse"))
+    if text is not None:
+        passphrase_in(tmp_path / "host.key.passphrase", text).chmod(mode)
+    with pytest.raises(KeyFormatError, match=why) as caught:
+        HostKey.load(path)
+    assert "correct" not in str(caught.value)
+    assert "wrong" not in str(caught.value)
+
+
+def test_systemds_credential_comes_first(tmp_path, monkeypatch):
+    """`LoadCredential=oepy-passphrase:…` needs no file beside the key."""
+    path = tmp_path / "host.key"
+    HostKey.generate("rsa-2048").save(path, Secret(b"from systemd"))
+    credentials = tmp_path / "credentials"
+    credentials.mkdir()
+    passphrase_in(credentials / "oepy-passphrase", b"from systemd")
+    passphrase_in(tmp_path / "host.key.passphrase")
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(credentials))
+    assert HostKey.load(path)
+
+
+def test_the_next_key_of_an_encrypted_one_is_encrypted_too(tmp_path):
+    path = tmp_path / "host.key"
+    passphrase_in(tmp_path / "host.key.passphrase")
+    HostKey.generate("ed25519").save(path, read_passphrase(path))
+    ring = KeyRing(path)
+    ring.begin("ed25519")
+    assert is_encrypted(ring.next)
+    ring.switch()
+    assert is_encrypted(path)
+    assert len(ring.listed()) == 2
+    assert HostKey.load(path).public != HostKey.load(ring.retired).public
