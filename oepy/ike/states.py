@@ -10,6 +10,8 @@ Initiator:   NEW ─start→ INIT_SENT ─init-answered→ AUTH_SENT ─proven�
 Responder:   NEW ─init-received→ HALF_OPEN ─auth-received→ AUTHENTICATING ─proven→ ESTABLISHED
              (a cookie is demanded before there is any Session; in AUTHENTICATING the session waits for the
              daemon's answers, and the peer's retransmissions are absorbed)
+             (between the two, where both sides agreed on it, IKE_INTERMEDIATE for further key exchanges: the
+             states stay AUTH_SENT and HALF_OPEN, IKE_AUTH is served only after the last of them)
 Both:        ESTABLISHED ─replaced→ REPLACED ─delete-sent→ DELETING ─ended→ CLOSED
              ESTABLISHED ─delete-sent→ DELETING; any state ─ended→ CLOSED
 Rekeyed:     NEW ─born-of-rekey→ ESTABLISHED             (its evidence is inherited from the SA it replaces)
@@ -27,6 +29,9 @@ What keeps the rest simple:
 - Only an authenticated message moves the peer's address, the window, or the liveness clock.
 - A response is kept as bytes until the next request, and sent again only for the identical request.
 - Old SAs stay usable until their Delete: the new one is announced (`ChildUp`) before.
+
+A reauthentication is a session of its own beside the old one, which it ends when it has all the children
+(`reauthentication.py`); it is no duplicate.
 
 Two tunnels where one would do (both ends began at once): both sides rank the two IKE SAs alike, by the number
 of sides that proved a key (AUTH NULL counts 0), then by the lower SPI pair (`duplicates.py`). The *initiator*
