@@ -118,4 +118,7 @@ def _text(seconds: int) -> str:
 
 
 def _seconds(text: str) -> int:
-    return calendar.timegm(time.strptime(text, "%Y%m%d%H%M%S"))
+    seconds = calendar.timegm(time.strptime(text, "%Y%m%d%H%M%S"))
+    if seconds < 0:
+        raise ValueError(f"{text} is before 1970")
+    return seconds
