@@ -1,0 +1,276 @@
+"""From a peer's certificate to a trust anchor: path validation (RFC 5280 §6) with IKE's profile (RFC 4945 §5).
+
+A policy of our own, for cryptography's verifier is that of the Web PKI: it takes no Ed25519 and wants a DNS name.
+What is not understood and marked critical ends the path. Bounded in depth, in certificates looked at and in
+signatures checked, whatever a peer sends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from ipaddress import ip_network
+from typing import TypeVar
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
+from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID
+
+from oepy.x509.certificates import MAX_FROM_PEER, Certificate, alternative_names, subject_of
+
+MAX_DEPTH = 6  # certificates between the peer's and the anchor's
+MAX_CHECKS = 32  # signatures of one path search
+MIN_RSA_BITS = 2048
+IPSEC_IKE = x509.ObjectIdentifier("1.3.6.1.5.5.7.3.17")  # RFC 4945 §5.1.3.12
+_PURPOSES = frozenset(
+    (
+        IPSEC_IKE,
+        ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE,
+        ExtendedKeyUsageOID.SERVER_AUTH,  # what public CAs issue
+        ExtendedKeyUsageOID.CLIENT_AUTH,
+        x509.ObjectIdentifier(
+            "1.3.6.1.5.5.7.3.5"
+        ),  # ipsecEndSystem, ipsecTunnel, ipsecUser: RFC 4945 deprecates
+        x509.ObjectIdentifier("1.3.6.1.5.5.7.3.6"),  # them, and lets them count
+        x509.ObjectIdentifier("1.3.6.1.5.5.7.3.7"),
+    )
+)
+_UNDERSTOOD = frozenset(
+    (
+        ExtensionOID.BASIC_CONSTRAINTS,
+        ExtensionOID.KEY_USAGE,
+        ExtensionOID.EXTENDED_KEY_USAGE,
+        ExtensionOID.SUBJECT_ALTERNATIVE_NAME,
+        ExtensionOID.NAME_CONSTRAINTS,
+        ExtensionOID.SUBJECT_KEY_IDENTIFIER,
+        ExtensionOID.AUTHORITY_KEY_IDENTIFIER,
+        ExtensionOID.CRL_DISTRIBUTION_POINTS,
+        ExtensionOID.AUTHORITY_INFORMATION_ACCESS,
+        ExtensionOID.CERTIFICATE_POLICIES,  # any policy is wanted here, so that they constrain nothing
+    )
+)
+
+
+class PathError(Exception):
+    """No path: the text says at which certificate and why, and holds nothing but what certificates say."""
+
+
+@dataclass(frozen=True, slots=True)
+class Path:
+    """From the peer's certificate (first) to the trust anchor (last)."""
+
+    certificates: tuple[Certificate, ...]
+
+    @property
+    def leaf(self) -> Certificate:
+        return self.certificates[0]
+
+    @property
+    def anchor(self) -> Certificate:
+        return self.certificates[-1]
+
+    def issued(self) -> Iterable[tuple[Certificate, Certificate]]:
+        """(certificate, its issuer), from the leaf on."""
+        return zip(self.certificates, self.certificates[1:], strict=False)
+
+
+@dataclass(slots=True)
+class _Search:
+    now: datetime
+    anchors: Sequence[Certificate]
+    others: Sequence[Certificate]
+    checks: int = 0
+    reasons: list[str] = field(default_factory=list)
+
+    def note(self, certificate: Certificate, reason: str) -> None:
+        text = f"{subject_of(certificate)}: {reason}"
+        if text not in self.reasons and len(self.reasons) < 8:
+            self.reasons.append(text)
+
+    def grow(self, path: tuple[Certificate, ...]) -> Path | None:
+        last = path[-1]
+        for anchor in self.anchors:
+            if last == anchor:
+                return Path(path)
+            if anchor.subject == last.issuer and self._issued(last, anchor, path):
+                return Path((*path, anchor))
+        if len(path) > MAX_DEPTH:
+            self.note(last, f"the path is longer than {MAX_DEPTH}")
+            return None
+        for issuer in self.others:
+            if issuer.subject != last.issuer or issuer in path or not self._issued(last, issuer, path):
+                continue
+            found = self.grow((*path, issuer))
+            if found is not None:
+                return found
+        return None
+
+    def _issued(self, certificate: Certificate, issuer: Certificate, path: tuple[Certificate, ...]) -> bool:
+        """Whether `issuer`, which names itself so, signed it and may."""
+        reason = _unfit_issuer(issuer, len(path) - 1) or _out_of_time(issuer, self.now) or _unknown(issuer)
+        if not reason:
+            reason = next((text for below in path if (text := _constrained(issuer, below))), "")
+        if reason:
+            self.note(issuer, reason)
+            return False
+        self.checks += 1
+        if self.checks > MAX_CHECKS:
+            raise PathError(f"more than {MAX_CHECKS} signatures would have to be checked")
+        try:
+            certificate.verify_directly_issued_by(issuer)
+        except InvalidSignature:
+            self.note(certificate, f"the signature is not by {subject_of(issuer)}")
+            return False
+        except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+            self.note(certificate, f"its signature cannot be checked ({error})")
+            return False
+        return True
+
+
+def validate(
+    leaf: Certificate, others: Sequence[Certificate], anchors: Sequence[Certificate], now: float
+) -> Path:
+    """`others` are what the peer sent beside its own, and intermediate ones that are configured. `now` in seconds
+    since 1970. Raises PathError."""
+    moment = datetime.fromtimestamp(now, UTC)
+    if not anchors:
+        raise PathError("no CA is trusted")
+    reason = _unfit_leaf(leaf) or _out_of_time(leaf, moment) or _unknown(leaf)
+    if reason:
+        raise PathError(f"{subject_of(leaf)}: {reason}")
+    search = _Search(moment, anchors, list(others)[: 4 * MAX_FROM_PEER])
+    found = search.grow((leaf,))
+    if found is None:
+        text = "; ".join(search.reasons) or f"no trusted CA is called {leaf.issuer.rfc4514_string()!r}"
+        raise PathError(f"no path from {subject_of(leaf)} to a trusted CA: {text}")
+    return found
+
+
+def _out_of_time(certificate: Certificate, now: datetime) -> str:
+    if now < certificate.not_valid_before_utc:
+        return f"not valid before {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC"
+    if now > certificate.not_valid_after_utc:
+        return f"expired {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC"
+    return ""
+
+
+def _unknown(certificate: Certificate) -> str:
+    """RFC 5280 §4.2: a critical extension that is not understood."""
+    for extension in certificate.extensions:
+        if extension.critical and extension.oid not in _UNDERSTOOD:
+            return f"the critical extension {extension.oid.dotted_string} is not understood"
+    return ""
+
+
+def _weak(certificate: Certificate) -> str:
+    key = certificate.public_key()
+    if isinstance(key, rsa.RSAPublicKey):
+        return "" if key.key_size >= MIN_RSA_BITS else f"an RSA key of {key.key_size} bits is too short"
+    if isinstance(key, ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey | ed448.Ed448PublicKey):
+        return ""
+    return f"keys of the kind {type(key).__name__} are not used"
+
+
+def _signed_weakly(certificate: Certificate) -> str:
+    try:
+        digest = certificate.signature_hash_algorithm
+    except UnsupportedAlgorithm:
+        return "its signature's algorithm is unknown"
+    if digest is not None and digest.name in ("md5", "sha1"):
+        return f"signed over {digest.name.upper()}, which can be forged"
+    return ""
+
+
+def _unfit_leaf(certificate: Certificate) -> str:
+    usage = _extension(certificate, x509.KeyUsage)
+    if usage is not None and not (usage.digital_signature or usage.content_commitment):
+        return "its key usage allows no signatures (RFC 4945 §5.1.3.2)"
+    purposes = _extension(certificate, x509.ExtendedKeyUsage)
+    if purposes is not None and not _PURPOSES.intersection(purposes):
+        return "its extended key usage does not include IKE (RFC 4945 §5.1.3.12)"
+    return _weak(certificate) or _signed_weakly(certificate)
+
+
+def _unfit_issuer(certificate: Certificate, below: int) -> str:
+    """`below`: CAs between it and the leaf."""
+    constraints = _extension(certificate, x509.BasicConstraints)
+    if constraints is None or not constraints.ca:
+        return "it is no CA"
+    if constraints.path_length is not None and below > constraints.path_length:
+        return f"its path length is {constraints.path_length}"
+    usage = _extension(certificate, x509.KeyUsage)
+    if usage is not None and not usage.key_cert_sign:
+        return "its key usage allows no certificates"
+    weak = _weak(certificate)
+    if (
+        weak or certificate.subject == certificate.issuer
+    ):  # what signs an anchor is itself, and proves nothing
+        return weak
+    return _signed_weakly(certificate)
+
+
+_Kind = TypeVar("_Kind", bound=x509.ExtensionType)
+
+
+def _extension(certificate: Certificate, kind: type[_Kind]) -> _Kind | None:
+    try:
+        return certificate.extensions.get_extension_for_class(kind).value
+    except x509.ExtensionNotFound:
+        return None
+
+
+# ---- name constraints (RFC 5280 §4.2.1.10) ------------------------------------------------------------------
+
+
+def _constrained(issuer: Certificate, below: Certificate) -> str:
+    """Why the issuer may not vouch for the names of a certificate below it."""
+    constraints = _extension(issuer, x509.NameConstraints)
+    if constraints is None:
+        return ""
+    names: list[x509.GeneralName] = list(alternative_names(below) or ())
+    if below.subject:
+        names.append(x509.DirectoryName(below.subject))
+    for name in names:
+        if any(_within(name, tree) for tree in constraints.excluded_subtrees or ()):
+            return f"its name constraints exclude {_shown(name)}"
+        permitted = [tree for tree in constraints.permitted_subtrees or () if type(tree) is type(name)]
+        if permitted and not any(_within(name, tree) for tree in permitted):
+            return f"its name constraints do not permit {_shown(name)}"
+    return ""
+
+
+def _within(name: x509.GeneralName, tree: x509.GeneralName) -> bool:
+    if type(name) is not type(tree):
+        return False
+    if isinstance(name, x509.DNSName) and isinstance(tree, x509.DNSName):
+        wanted = tree.value.lower().strip(".")
+        return not wanted or (f".{name.value.lower().rstrip('.')}").endswith(f".{wanted}")
+    if isinstance(name, x509.RFC822Name) and isinstance(tree, x509.RFC822Name):
+        return _mail_within(name.value, tree.value)
+    if isinstance(name, x509.IPAddress) and isinstance(tree, x509.IPAddress):
+        address, network = ip_network(name.value), ip_network(tree.value)
+        return address.version == network.version and address.subnet_of(network)  # type: ignore[arg-type]
+    if isinstance(name, x509.DirectoryName) and isinstance(tree, x509.DirectoryName):
+        wanted_parts = list(tree.value.rdns)
+        return list(name.value.rdns)[: len(wanted_parts)] == wanted_parts
+    return name == tree
+
+
+def _mail_within(mail: str, tree: str) -> bool:
+    domain = mail.rpartition("@")[2].lower()
+    if "@" in tree:
+        local, _, wanted = tree.rpartition("@")
+        return mail.rpartition("@")[0] == local and domain == wanted.lower()
+    if tree.startswith("."):
+        return domain.endswith(tree.lower())
+    return domain == tree.lower()
+
+
+def _shown(name: x509.GeneralName) -> str:
+    value = name.value
+    return value.rfc4514_string() if isinstance(value, x509.Name) else str(value)
+
+
+__all__ = ["Path", "PathError", "validate"]
