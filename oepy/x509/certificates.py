@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterable
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
+from cryptography.utils import CryptographyDeprecationWarning
 
 from oepy.errors import KeyFormatError, ParseError
 
@@ -24,12 +26,14 @@ def from_der(data: bytes) -> Certificate:
     if len(data) > MAX_CERTIFICATE:
         raise ParseError(f"a certificate of {len(data)} bytes is over the limit of {MAX_CERTIFICATE}")
     try:
-        certificate = x509.load_der_x509_certificate(data)
-        # Each is parsed when it is asked for: here, once, so that the rest need not expect that it fails
-        certificate.extensions, certificate.subject, certificate.issuer, certificate.serial_number  # noqa: B018
-        certificate.not_valid_before_utc, certificate.not_valid_after_utc  # noqa: B018
-        certificate.public_key()
-    except _UNREADABLE as error:
+        # What RFC 5280 forbids and the library only warns of is refused as well
+        with warnings.catch_warnings(action="error", category=CryptographyDeprecationWarning):
+            certificate = x509.load_der_x509_certificate(data)
+            # Each is parsed when it is asked for: here, once, so that the rest need not expect that it fails
+            certificate.extensions, certificate.subject, certificate.issuer, certificate.serial_number  # noqa: B018
+            certificate.not_valid_before_utc, certificate.not_valid_after_utc  # noqa: B018
+            certificate.public_key()
+    except Exception as error:  # noqa: BLE001 - the library has no end of classes for what strangers make up
         raise ParseError(f"a certificate cannot be read: {_text_of(error)}") from None
     return certificate
 
