@@ -301,6 +301,11 @@ class ControlApi:
     async def terminate(self, destination: IpAddress) -> dict[str, Any]:
         """Returns when the peer has confirmed, or after a few seconds without it."""
         engine = self._daemon.engine
+        label = self._daemon.connections.settles(destination)
+        if label is not None:
+            raise OepyError(
+                f"{destination} belongs to the connection {label}", f"use `oepy connection down {label}`"
+            )
         spis = {
             tunnel.spi_in
             for entry in engine.entries.values()
@@ -321,6 +326,11 @@ class ControlApi:
             for entry in self._daemon.engine.entries.values()
             if entry.destination == destination
             for tunnel in entry.tunnels
+        ]
+        spis += [
+            spi_in
+            for spi_in, found in self._daemon.connections.manager.tunnels()
+            if any(selector.contains_address(destination) for selector in found.pair.remote_ts)
         ]
         for spi_in in spis:
             self._daemon.negotiator.rekey(spi_in)

@@ -1,0 +1,179 @@
+"""Conventional connections with strongSwan's charon and its userland ESP: PSK and raw keys, oepy as initiator and as
+responder, subnets, several children, rekeys started by both.
+
+    [oepy 198.18.0.1, lo 10.1.0.1 10.1.1.1] ── veth ── [charon 198.18.0.2, lo 10.2.0.1 10.2.1.1]
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from oepy.keys import HostKey, public_pem
+from oepy.lab.capture import Capture
+from oepy.lab.namespaces import Lab, Namespace
+from oepy.lab.probe import ping
+from tests.interop.charon import Charon, charon
+from tests.net.daemon_host import Host, kinds
+
+pytestmark = [pytest.mark.root, pytest.mark.interop]
+
+OURS, THEIRS = "198.18.0.1", "198.18.0.2"
+SECRET = "of two ends, and of nobody else"
+# name: local_ts, remote_ts as oepy sees them
+CHILDREN = {"first": ("10.1.0.0/24", "10.2.0.0/24"), "second": ("10.1.1.0/24", "10.2.1.0/24")}
+OWN_KEY, PEER_KEY = HostKey.generate("ed25519"), HostKey.generate("ed25519")
+
+_AUTH = {
+    "psk": ("auth = psk", "auth = psk"),
+    "pubkey": ("auth = pubkey\n pubkeys = own.pem", "auth = pubkey\n pubkeys = peer.pem"),
+}
+
+
+def swanctl(auth: str) -> str:
+    local, remote = _AUTH[auth]
+    children = "".join(
+        f"{name} {{ local_ts = {theirs}\n remote_ts = {ours}\n esp_proposals = aes128gcm16-x25519,aes128gcm16 }}\n"
+        for name, (ours, theirs) in CHILDREN.items()
+    )
+    return f"""
+connections {{
+  site {{
+    version = 2
+    local_addrs = {THEIRS}
+    remote_addrs = {OURS}
+    encap = yes
+    local {{
+      {local}
+      id = gw.example
+    }}
+    remote {{
+      {remote}
+      id = alpha.example
+    }}
+    children {{ {children} }}
+  }}
+}}
+secrets {{
+  ike-site {{
+    id-1 = alpha.example
+    id-2 = gw.example
+    secret = "{SECRET}"
+  }}
+}}
+"""
+
+
+def section(auth: str, start: str) -> dict[str, Any]:
+    remote: dict[str, Any] = {"auth": auth, "id": "gw.example"}
+    if auth == "pubkey":
+        remote["pubkeys"] = ["peer.pem"]
+    local = {"auth": auth, "id": "alpha.example", **({"key": "own.key"} if auth == "pubkey" else {})}
+    return {
+        "connections": {
+            "site": {
+                "local_addrs": [OURS],
+                "remote_addrs": [THEIRS],
+                "local": local,
+                "remote": remote,
+                "children": {
+                    name: {"local_ts": [ours], "remote_ts": [theirs], "start_action": start}
+                    for name, (ours, theirs) in CHILDREN.items()
+                },
+            }
+        },
+        "secrets": [{"type": "ike", "id": ["alpha.example", "gw.example"], "secret_file": "psk"}],
+    }
+
+
+@pytest.fixture(scope="module")
+def wire() -> Iterator[tuple[Namespace, Namespace]]:
+    with Lab() as lab:
+        one, two = lab.namespace("oepy"), lab.namespace("swan")
+        lab.veth(one, two, "eth0", "eth0")
+        for number, namespace in enumerate((one, two), 1):
+            namespace.address("eth0", f"198.18.0.{number}/24")
+            namespace.address("lo", f"10.{number}.0.1/24", f"10.{number}.1.1/24")
+            namespace.ip("route", "add", "default", "via", f"198.18.0.{3 - number}")
+        yield one, two
+
+
+@pytest.fixture(params=["psk", "pubkey"])
+def ends(
+    request: pytest.FixtureRequest, wire: tuple[Namespace, Namespace], tmp_path: Path
+) -> Iterator[tuple[Host, Charon, str]]:
+    for parent in (tmp_path, *tmp_path.parents[:2]):
+        parent.chmod(0o755)
+    host = Host(wire[0], tmp_path / "oepy")
+    for name, content in (("psk", SECRET.encode() + b"\n"), ("own.key", OWN_KEY.to_pem())):
+        (host.directory / name).touch(mode=0o600)
+        (host.directory / name).write_bytes(content)
+    (host.directory / "peer.pem").write_text(public_pem(PEER_KEY.public))
+    with charon(wire[1].name, tmp_path / "charon") as daemon:
+        files = {
+            "private/own.pem": PEER_KEY.to_pem(),
+            "pubkey/own.pem": public_pem(PEER_KEY.public).encode(),
+            "pubkey/peer.pem": public_pem(OWN_KEY.public).encode(),
+        }
+        daemon.load(swanctl(request.param), files)
+        try:
+            yield host, daemon, request.param
+        finally:
+            host.stop()
+
+
+def through(host: Host, swan: Namespace, count: int = 3) -> None:
+    """Pings between all the subnets, from both sides; none is lost."""
+    for number in (0, 1):
+        for namespace, here, there in ((host.namespace, 1, 2), (swan, 2, 1)):
+            answers = ping(
+                namespace, f"10.{there}.{number}.1", count=count, timeout=5, source=f"10.{here}.{number}.1"
+            )
+            assert None not in answers, host.log()
+
+
+def test_both_begin_and_both_rekey(
+    ends: tuple[Host, Charon, str], wire: tuple[Namespace, Namespace], tmp_path: Path
+) -> None:
+    """A held first packet brings the first child up, `connection up` the second on the same IKE SA; strongSwan
+    rekeys all, we rekey, pings go on; then strongSwan begins. The wire sees IKE and ESP alone."""
+    host, daemon, auth = ends
+    swan = wire[1]
+    host.start({}, **section(auth, "trap"))
+    with Capture(swan, ["eth0"], tmp_path / "wire.pcap") as capture:
+        first = ping(host.namespace, "10.2.0.1", count=2, timeout=5, source="10.1.0.1")
+        assert None not in first, host.log() + daemon.tail()
+        up = host.oepy("connection", "up", "site/second")
+        assert up.returncode == 0, up.stdout + up.stderr + host.log() + daemon.tail()
+        through(host, swan)
+        sas = host.json("sas")
+        assert {sa["connection"] for sa in sas} == {"site/first", "site/second"}
+        assert {sa["authenticated"] for sa in sas} == {"psk" if auth == "psk" else "manual"}
+        assert daemon.sas().count("ESTABLISHED") == 1
+
+        for what in (("--child", "first"), ("--ike", "site")):
+            daemon.swanctl("--rekey", *what)
+            through(host, swan, 2)
+        assert host.oepy("rekey", "10.2.1.1").returncode == 0
+        through(host, swan, 2)
+        assert len(host.json("sas")) == 2
+
+        daemon.swanctl("--terminate", "--ike", "site")
+        wait_for(lambda: not host.json("sas"))
+        daemon.swanctl("--initiate", "--child", "second", "--timeout", "20")
+        daemon.swanctl("--initiate", "--child", "first", "--timeout", "20")
+        through(host, swan)
+        assert [row["state"] for row in host.json("connection", "list")] == ["up", "up"]
+        capture.flush()
+        assert kinds(capture) == {"ike", "esp"}
+
+
+def wait_for(condition: Any) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
