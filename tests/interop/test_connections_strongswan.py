@@ -1,4 +1,4 @@
-"""Conventional connections with strongSwan's charon and its userland ESP: PSK and raw keys, oepy as initiator and as
+"""Conventional connections with strongSwan's charon and its userland ESP: PSK and raw keys, oepy as initiator and
 responder, subnets, several children, rekeys started by both.
 
     [oepy 198.18.0.1, lo 10.1.0.1 10.1.1.1] ── veth ── [charon 198.18.0.2, lo 10.2.0.1 10.2.1.1]
