@@ -276,3 +276,28 @@ def zone(*, hosts: int, rounds: int, ipv6: bool, shuffled: bool, as_json: bool) 
         raise OepyError(
             f"the goal is at most {benchmark.MEMORY_GOAL / 1e6:.0f} MB, flat from 10,000 hosts on"
         )
+
+
+@bench.command()
+@click.option("--connections", default=10_000, show_default=True, type=click.IntRange(10, 20_000))
+@json_option
+def peers(connections: int, as_json: bool) -> None:
+    """What 10, 1,000, ... configured connections cost: start, memory, and one connection more."""
+    from oepy.bench import peers as benchmark
+
+    need_root()
+    sizes = [size for size in benchmark.SIZES if size < connections] + [connections]
+    result = benchmark.run(sizes, progress).as_dict()
+    if as_json:
+        print_json(result)
+        return
+    click.secho(f"{'connections':>12}{'start':>10}{'one more':>12}{'memory':>10}", bold=True)
+    for row in result["rows"]:
+        click.echo(
+            f"{row['connections']:>12,}{row['start']:>8.2f} s{milliseconds(row['add']):>12}"
+            f"{row['memory'] / 1e6:>7.0f} MB"
+        )
+    click.echo(
+        f"a connection: {result['bytes_a_connection'] / 1000:.1f} kB, "
+        f"{result['milliseconds_a_connection_at_start']:.2f} ms at the start"
+    )

@@ -1,0 +1,138 @@
+"""What configured connections cost: the start of a daemon that has so many, its memory, and one connection more.
+
+A daemon in a namespace of its own, with the userland datapath and `start_action: trap`, so that each connection is
+in the trap's ruleset. One more is added to the file, and `connection load` takes the difference up; ten times.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import Any
+
+from oepy.control import protocol
+from oepy.control.client import ControlClient
+from oepy.errors import DaemonUnreachable, OepyError
+from oepy.lab.namespaces import Lab, Namespace
+
+SIZES = (10, 1_000, 10_000)
+MAX_CONNECTIONS = 20_000
+ADDED = 10
+START_SECONDS = 300.0
+_PEERS, _NETWORKS = int(IPv4Address("198.18.0.0")), int(IPv4Address("10.0.0.0"))
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Times in seconds: `start` until the daemon answers and traps, `add` the median of one connection more.
+    `memory` is the daemon's resident memory in bytes."""
+
+    connections: int
+    start: float
+    add: float
+    memory: int
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    rows: tuple[Row, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        first, last = self.rows[0], self.rows[-1]
+        added = max(last.connections - first.connections, 1)
+        return {
+            "rows": [asdict(row) for row in self.rows],
+            "bytes_a_connection": round((last.memory - first.memory) / added),
+            "milliseconds_a_connection_at_start": round(1000 * (last.start - first.start) / added, 3),
+        }
+
+
+def run(sizes: Sequence[int], on_progress: Callable[[int, int], None]) -> Result:
+    """Raises OepyError."""
+    rows = []
+    with Lab() as lab, tempfile.TemporaryDirectory() as directory:
+        for number, size in enumerate(sizes):
+            namespace = lab.namespace(f"peers{number}")
+            namespace.address("lo", "192.0.2.10/32")
+            place = Path(directory) / str(size)
+            place.mkdir()
+            rows.append(_measure(namespace, place, size))
+            on_progress(number + 1, len(sizes))
+    return Result(tuple(rows))
+
+
+def _measure(namespace: Namespace, place: Path, size: int) -> Row:
+    secret = place / "psk"
+    secret.touch(mode=0o600)
+    secret.write_text("of the bench\n")
+    config = place / "oepy.yaml"
+    config.write_text(_text(place, size))
+    client = ControlClient(place / "oepy.sock")
+    with (place / "log").open("wb") as log:
+        begun = time.monotonic()
+        process = namespace.popen(
+            *[sys.executable, "-m", "oepy", "-c", str(config), "run"], stdout=log, stderr=log
+        )
+        try:
+            _await(client, process, place)
+            start = time.monotonic() - begun
+            times = []
+            for more in range(1, ADDED + 1):
+                config.write_text(_text(place, size + more))
+                begun = time.monotonic()
+                _load(client, size + more)
+                times.append(time.monotonic() - begun)
+            return Row(size, start, statistics.median(times), _resident(process.pid))
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def _text(place: Path, size: int) -> str:
+    children = "children: {net: {local_ts: [192.0.2.10/32], start_action: trap, remote_ts: "
+    lines = [
+        f"identity: {{key: {place}/host.key}}",
+        "dns: {resolvers: [192.0.2.10]}",
+        f"control: {{socket: {place}/oepy.sock}}",
+        "datapath: tun",
+        "policy: {default: clear}",
+        f"secrets: [{{type: ike, secret_file: {place}/psk}}]",
+        "connections:",
+    ]
+    for number in range(size):
+        lines.append(
+            f"  c{number}: {{remote_addrs: [{IPv4Address(_PEERS + number)}], local: {{auth: psk, id: a.example}}, "
+            f"remote: {{auth: psk, id: p{number}.example}}, {children}[{IPv4Address(_NETWORKS + number)}/32]}}}}}}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _await(client: ControlClient, process: Any, place: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if client.get(protocol.STATUS)["ready"]:
+                return
+        except DaemonUnreachable:
+            pass
+        time.sleep(0.02)
+    raise OepyError("the daemon did not start", (place / "log").read_text(errors="replace")[-1000:])
+
+
+def _load(client: ControlClient, expected: int) -> None:
+    body = {"operation": "load", "name": "", "timeout": START_SECONDS}
+    told = client.post(protocol.CONNECTIONS, body, timeout=START_SECONDS)
+    if told["connections"] != expected:
+        raise OepyError(f"{told['connections']} connections are loaded, not {expected}")
+
+
+def _resident(pid: int) -> int:
+    """Bytes, by proc(5) statm."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
