@@ -9,7 +9,7 @@ import contextlib
 import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from ipaddress import ip_address, ip_network
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,7 +26,7 @@ from oepy.manual.model import NOTHING, ManualSet
 from oepy.manual.pairing import userland_problems
 from oepy.manual.reading import KeyFiles, Problem, inline_keys
 from oepy.model import IpAddress, PolicyGroup, PublicKey
-from oepy.policy import PROTOCOL_NUMBERS
+from oepy.policy import PROTOCOL_NUMBERS, parse_prefix
 from oepy.privatefile import MAX_KEY_FILE, read_private_file
 from oepy.resolvers import Resolver, check_all, parse_resolver
 
@@ -93,14 +93,7 @@ def parse_rule(text: object, group: PolicyGroup) -> list[PolicyRule]:
     """The rules of one line of a group. Raises ValueError with the mend."""
     rules = []
     for protocol, port, network in _rule_network(str(text)):
-        try:
-            net = ip_network(network)
-        except ValueError as error:
-            try:
-                mend = f"write {ip_network(network, strict=False)}"
-            except ValueError:
-                mend = "write it like 203.0.113.0/24 or 2001:db8::/32"
-            raise ValueError(f"{network!r} is no prefix ({error}); {mend}") from None
+        net = parse_prefix(network, "203.0.113.0/24 or 2001:db8::/32")
         rules.append(PolicyRule(group, net, protocol, port))
     return rules
 

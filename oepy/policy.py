@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from ipaddress import ip_network
 
 from oepy.interfaces import PolicyRule
-from oepy.model import Flow, IpAddress, PolicyGroup
+from oepy.model import Flow, IpAddress, IpNetwork, PolicyGroup
 
 _Key = tuple[int, int]  # (prefix length, network bits)
 
@@ -35,6 +36,18 @@ class Match:
 
 _PROTOCOL_NAMES = {1: "icmp", 6: "tcp", 17: "udp", 58: "ipv6-icmp", 132: "sctp"}
 PROTOCOL_NUMBERS = {name: number for number, name in _PROTOCOL_NAMES.items()}
+
+
+def parse_prefix(text: str, example: str) -> IpNetwork:
+    """As written in a configuration. Raises ValueError with the mend, of which `example` shows the form."""
+    try:
+        return ip_network(text)
+    except ValueError as error:
+        try:
+            mend = f"write {ip_network(text, strict=False)}"
+        except ValueError:
+            mend = f"write it like {example}"
+        raise ValueError(f"{text[:80]!r} is no prefix ({str(error)[:80]}); {mend}") from None
 
 
 class PolicyTable:

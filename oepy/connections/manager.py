@@ -165,6 +165,12 @@ class Manager:
     def owns(self, spi_in: int) -> bool:
         return spi_in in self._by_spi
 
+    def by_spi(self, spi_in: int) -> ChildState | None:
+        return self.children.get(self._by_spi.get(spi_in, ""))
+
+    def by_number(self, number: int) -> ChildState | None:
+        return self.children.get(self._by_number.get(number, ""))
+
     def find(self, name: str) -> list[ChildState]:
         """By `connection/child`, by the child alone, or all children of a connection."""
         if name in self.children:
@@ -222,9 +228,9 @@ class Manager:
 
     def _unload(self, group: _Group, now: float) -> Iterator[ManagerAction]:
         name = group.connection.name
-        for label, state in list(self.children.items()):
-            if state.connection.name != name:
-                continue
+        for child in group.connection.children:
+            label = group.connection.label(child)
+            state = self.children[label]
             spis = list(state.tunnels)
             for spi in spis:
                 self._by_spi.pop(spi, None)
@@ -274,7 +280,7 @@ class Manager:
         group.attempt = group.session = 0
 
     def _asked(self, message: Asked, now: float) -> Iterator[ManagerAction]:
-        state = self.children.get(self._by_number.get(message.number, ""))
+        state = self.by_number(message.number)
         if state is None:
             yield RefuseHeld(message.number)
             return

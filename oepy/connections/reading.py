@@ -9,7 +9,6 @@ import difflib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from ipaddress import ip_network
 from typing import Any, TypeVar
 
 from oepy.connections.model import (
@@ -28,7 +27,7 @@ from oepy.connections.model import (
 )
 from oepy.errors import OepyError
 from oepy.model import PeerIdentity, PublicKey, Secret
-from oepy.policy import PROTOCOL_NUMBERS
+from oepy.policy import PROTOCOL_NUMBERS, parse_prefix
 
 Path = tuple[str | int, ...]
 T = TypeVar("T")
@@ -239,14 +238,8 @@ def selector(value: object) -> Selector:
                 raise _Refused(f"{text[:80]!r}: a port needs a protocol that has ports, like [tcp/{port}]")
     if head == "dynamic":
         return Selector(None, protocol, port)
-    try:
-        return Selector(ip_network(head), protocol, port)
-    except ValueError as error:
-        try:
-            mend = f"write {ip_network(head, strict=False)}"
-        except ValueError:
-            mend = "write it like 10.1.0.0/16, 2001:db8::/32 or dynamic"
-        raise _Refused(f"{head[:80]!r} is no prefix ({error}); {mend}") from None
+    # Its ValueError is told like a refusal
+    return Selector(parse_prefix(head, "10.1.0.0/16, 2001:db8::/32 or dynamic"), protocol, port)
 
 
 def _protocol(name: str) -> int:

@@ -34,6 +34,7 @@ from oepy.model import (
     TrafficSelector,
     Verdict,
 )
+from oepy.prefixtable import PrefixTable
 
 if TYPE_CHECKING:
     from oepy.daemon.core import Core
@@ -48,41 +49,6 @@ _AUTHENTICATED = {
 }
 _PERMANENT = (ike.FailureKind.REJECTED, ike.FailureKind.PROOF_FAILED, ike.FailureKind.REFUSED)
 _ANYWHERE = {4: ip_network("0.0.0.0/0"), 6: ip_network("::/0")}
-
-
-class Prefixes:
-    """Networks with counts: whether an address is in one of them, and of which label, one probe a length in use."""
-
-    def __init__(self) -> None:
-        self._tables: dict[tuple[int, int], dict[int, list[str]]] = {}
-
-    def add(self, network: IpNetwork, label: str) -> None:
-        key, bits = _key(network)
-        self._tables.setdefault(key, {}).setdefault(bits, []).append(label)
-
-    def remove(self, network: IpNetwork, label: str) -> None:
-        key, bits = _key(network)
-        labels = self._tables.get(key, {}).get(bits, [])
-        if label in labels:
-            labels.remove(label)
-            if not labels:
-                del self._tables[key][bits]
-                if not self._tables[key]:
-                    del self._tables[key]
-
-    def find(self, address: IpAddress) -> str | None:
-        best: tuple[int, str] | None = None
-        for (version, length), table in self._tables.items():
-            if version == address.version and (best is None or length > best[0]):
-                labels = table.get(int(address) >> address.max_prefixlen - length)
-                if labels:
-                    best = length, labels[0]
-        return None if best is None else best[1]
-
-
-def _key(network: IpNetwork) -> tuple[tuple[int, int], int]:
-    bits = int(network.network_address) >> network.max_prefixlen - network.prefixlen
-    return (network.version, network.prefixlen), bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,13 +69,16 @@ class Conventional:
         self.resolved: dict[str, frozenset[IpAddress]] = {}
         self._keys: dict[str, HostKey] = {}
         self._connection_of: dict[int, Connection] = {}  # by IKE session
-        self._rejected: set[int] = set()
-        self._claimed = Prefixes()  # all fixed remote selectors: opportunistic peers get none of it
-        self._settled = Prefixes()  # what connections carry or hold now: the engine keeps off
+        self._claimed: PrefixTable[str] = (
+            PrefixTable()
+        )  # all fixed remote selectors: opportunistic peers get none of it
+        self._settled: PrefixTable[str] = (
+            PrefixTable()
+        )  # what connections carry or hold now: the engine keeps off
         self._joined: dict[int, tuple[str, frozenset[IpNetwork]]] = {}
         self._contacted: set[tuple[str, IpAddress]] = set()
         self._timer: asyncio.TimerHandle | None = None
-        self._resettle: bool | None = None
+        self._resettles = False
         self.updown = Updown(core.journal.add)
 
     def wire(self) -> None:
@@ -122,12 +91,13 @@ class Conventional:
 
     def load(self, configured: ConnectionSet, keys: dict[str, HostKey]) -> None:
         """Only the difference takes effect. `keys`: the private keys that local sides name, by file."""
-        touched = self._touched(configured, keys)
+        matcher = Matcher(configured)
+        touched = self._touched(configured, keys, matcher)
         self._keys = keys
         self.configured = configured
-        self.matcher = Matcher(configured)
+        self.matcher = matcher
         self._settings_of.cache_clear()
-        self._claimed = Prefixes()
+        self._claimed = PrefixTable()
         for connection in configured.connections:
             for child in connection.children:
                 for selector in child.remote_ts:
@@ -135,9 +105,10 @@ class Conventional:
                         self._claimed.add(selector.network, connection.label(child))
         self.feed(m.Load(configured, touched))
 
-    def _touched(self, configured: ConnectionSet, keys: dict[str, HostKey]) -> frozenset[str]:
+    def _touched(
+        self, configured: ConnectionSet, keys: dict[str, HostKey], matcher: Matcher
+    ) -> frozenset[str]:
         """The connections whose secret or key is another, although they read the same."""
-        matcher = Matcher(configured)
         found = set()
         for connection in configured.connections:
             name = connection.local.key
@@ -165,7 +136,7 @@ class Conventional:
         return tuple(rule for _, rule in sorted(found, key=lambda item: item[0]))
 
     def _rules_of(self, state: ChildState) -> Iterable[ConfiguredRule]:
-        here, there = self._fixed(state.connection)
+        here, there = self._fixed(state)
         for local in state.child.local_ts:
             for remote in state.child.remote_ts:
                 for version in (4, 6):
@@ -180,23 +151,25 @@ class Conventional:
                         required=state.trapped,
                     )
 
-    def _fixed(self, connection: Connection) -> tuple[IpAddress | None, IpAddress | None]:
-        """The outer addresses, where each can be one only."""
+    def _fixed(self, state: ChildState) -> tuple[IpAddress | None, IpAddress | None]:
+        """The outer addresses, where each can be one only; a route is asked for only where ours is `dynamic`."""
+        connection = state.connection
         remotes = [place.address for place in connection.remote_addrs]
         there = remotes[0] if len(remotes) == 1 else None
         locals_ = [place.address for place in connection.local_addrs]
         here = locals_[0] if len(locals_) == 1 else None
-        if here is None and there is not None:
+        is_dynamic = any(selector.network is None for selector in state.child.local_ts)
+        if here is None and there is not None and is_dynamic:
             here = self._core.given.source_towards(there)
         return here, there
 
     def settles(self, address: IpAddress) -> str | None:
         """Which child has this destination now, so that the engine has nothing to do with it."""
-        return self._settled.find(address)
+        return _narrowest(self._settled, address)
 
     def claims(self, address: IpAddress) -> str | None:
         """Which child names this destination, up or not."""
-        return self._claimed.find(address) or self._settled.find(address)
+        return _narrowest(self._claimed, address) or _narrowest(self._settled, address)
 
     # ------------------------------------------------------------ the manager
 
@@ -263,7 +236,7 @@ class Conventional:
     def _join(self, number: int, remotes: tuple[tuple[IpAddress, IpAddress], ...]) -> None:
         self._core.trap.join(number, remotes)
         label, before = self._joined.pop(number, ("", frozenset()))
-        state = next((s for s in self.manager.children.values() if s.number == number), None)
+        state = self.manager.by_number(number)
         label = state.label if state else label
         after = frozenset(net for first, last in remotes for net in summarize_address_range(first, last))
         for network in before - after:
@@ -273,13 +246,14 @@ class Conventional:
         if after:
             self._joined[number] = (label, after)
         if after != before:
-            self._later(rules=False)
+            self._later()
 
     def _settle(self, *, rules: bool) -> None:
         if rules:
-            self._settled = Prefixes()
-            known = {state.number for state in self.manager.children.values()}
-            self._joined = {number: item for number, item in self._joined.items() if number in known}
+            self._settled = PrefixTable()
+            self._joined = {
+                number: item for number, item in self._joined.items() if self.manager.by_number(number)
+            }
             for label, networks in self._joined.values():
                 for network in networks:
                     self._settled.add(network, label)
@@ -288,16 +262,16 @@ class Conventional:
                     if rule.way is Way.OUT and not rule.protocol:
                         self._settled.add(rule.destination, state.label)
             self._core.reload_trap()
-        self._later(rules=rules)
+        self._later()
 
-    def _later(self, *, rules: bool) -> None:
+    def _later(self) -> None:
         """The engine looks through all its destinations: once for what happens together."""
-        if self._resettle is None:
+        if not self._resettles:
             asyncio.get_running_loop().call_soon(self._now)
-        self._resettle = True
+        self._resettles = True
 
     def _now(self) -> None:
-        self._resettle = None
+        self._resettles = False
         if self._core.engine.entries:
             self._core.feed(engine_messages.Reloaded())
 
@@ -538,8 +512,9 @@ class Conventional:
             return ike.Refused("its connection is no longer configured", peer=True)
         if not self._acceptable(connection, event.session):
             return ike.Refused(f"the IKE proposal is not one of the connection {connection.name}", peer=True)
-        if event.rekey_of is not None and (tunnel := self._tunnel(event.rekey_of)) is not None:
-            state, pair = tunnel
+        state = self.manager.by_spi(event.rekey_of) if event.rekey_of is not None else None
+        if state is not None and event.rekey_of in state.tunnels:
+            pair = state.tunnels[event.rekey_of].pair
             ours = _common(event.local_ts, pair.local_ts)
             theirs = _common(event.remote_ts, pair.remote_ts)
             return self._narrowed(connection, state.child, ours, theirs)
@@ -622,12 +597,6 @@ class Conventional:
             lifetimes=_lifetimes(child),
         )
 
-    def _tunnel(self, spi_in: int) -> tuple[ChildState, Any] | None:
-        for state in self.manager.children.values():
-            if spi_in in state.tunnels:
-                return state, state.tunnels[spi_in].pair
-        return None
-
     def _make_settings(self, connection: Connection) -> IkeSettings:
         base = self._core.given.ike_settings
         rekey = connection.rekey_time
@@ -691,6 +660,12 @@ class Conventional:
 
 
 # ---- values ------------------------------------------------------------------------------------------------
+
+
+def _narrowest(table: PrefixTable[str], address: IpAddress) -> str | None:
+    """The first label of the longest prefix."""
+    found = max(table.matching(address), key=lambda item: item[0], default=None)
+    return None if found is None else found[1][0]
 
 
 class _Same:

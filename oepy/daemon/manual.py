@@ -17,6 +17,7 @@ from oepy.manual.model import NOTHING, ManualPolicy, ManualSet, SaIndex, SaKey, 
 from oepy.manual.pairing import Pairing, configured_rules, pair_up
 from oepy.manual.presenting import policy_mapping, sa_view
 from oepy.model import IpAddress, SaCounters, SaPair
+from oepy.prefixtable import PrefixTable
 
 if TYPE_CHECKING:
     from oepy.datapath.xfrm.manual import ManualKernel
@@ -281,7 +282,7 @@ class ManualKeying:
         self.backend = backend
         self.effective = NOTHING
         self._configured = NOTHING
-        self._by_prefix: dict[tuple[int, int], dict[int, ManualPolicy]] = {}
+        self._by_prefix: PrefixTable[ManualPolicy] = PrefixTable()
 
     async def start(self, configured: ManualSet) -> None:
         """What commands have made in the kernel before stays, where the configuration has nothing else in its
@@ -353,32 +354,22 @@ def _with_found(configured: ManualSet, found: ManualSet) -> ManualSet:
     return configured if overlaps(list(enumerate(both.policies))) else both
 
 
-_ByPrefix = dict[tuple[int, int], dict[int, ManualPolicy]]
-
-
 def first_match(manual: ManualSet, address: IpAddress) -> ManualPolicy | None:
     """The first outbound policy of a set that can be about this destination."""
     return _first(_by_prefix(manual), address)
 
 
-def _first(by_prefix: _ByPrefix, address: IpAddress) -> ManualPolicy | None:
-    found = []
-    for (version, length), policies in by_prefix.items():
-        if version == address.version:
-            number = int(address) >> address.max_prefixlen - length
-            if number in policies:
-                found.append(policies[number])
+def _first(by_prefix: PrefixTable[ManualPolicy], address: IpAddress) -> ManualPolicy | None:
+    found = (policies[0] for _, policies in by_prefix.matching(address))
     return min(found, key=lambda policy: policy.priority, default=None)
 
 
-def _by_prefix(manual: ManualSet) -> _ByPrefix:
-    """Outbound policies by version and length of their destination, then by its bits: the first of each."""
-    found: dict[tuple[int, int], dict[int, ManualPolicy]] = {}
+def _by_prefix(manual: ManualSet) -> PrefixTable[ManualPolicy]:
+    """Outbound policies by their destination, in their order."""
+    found: PrefixTable[ManualPolicy] = PrefixTable()
     for policy in sorted(manual.policies, key=lambda policy: policy.priority):
-        network = policy.selector.dst
         if policy.direction == "out":
-            bits = int(network.network_address) >> network.max_prefixlen - network.prefixlen
-            found.setdefault((network.version, network.prefixlen), {}).setdefault(bits, policy)
+            found.add(policy.selector.dst, policy)
     return found
 
 

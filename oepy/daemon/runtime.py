@@ -36,7 +36,7 @@ from oepy.engine import messages as engine_messages
 from oepy.errors import ConfigError, OepyError, UsageError
 from oepy.ike.events import Datagram
 from oepy.ike.settings import IkeSettings
-from oepy.interfaces import TrapPolicy
+from oepy.interfaces import ConfiguredRule, TrapPolicy
 from oepy.keylog import KeyLog
 from oepy.keys import HostKey, fingerprint
 from oepy.manual.model import ManualSet
@@ -197,8 +197,11 @@ class Daemon(Core):
             tunnel_device=self.chosen.device,
             kernel_ipsec=self.chosen.kernel_ipsec,
             clamp_mtu=TUNNEL_MTU if self.chosen.kernel_ipsec else 0,  # the userland datapath does it itself
-            configured=(*self.manual.rules(), *self.connections.rules()),
+            configured=self._configured_rules(),
         )
+
+    def _configured_rules(self) -> tuple[ConfiguredRule, ...]:
+        return (*self.manual.rules(), *self.connections.rules())
 
     def reload_trap(self) -> None:
         """The rules of connections are others."""
@@ -285,7 +288,7 @@ class Daemon(Core):
         if hasattr(self, "trap"):
             guard = any(rule.group.fails_closed for rule in self.config.rules)
             guard = guard or self.config.default_group.fails_closed
-            guard = guard or any(rule.required for rule in self._trap_policy(self.config).configured)
+            guard = guard or any(rule.required for rule in self._configured_rules())
             self.trap.stop(guard=guard)
             if guard:
                 self.journal.add(

@@ -23,6 +23,7 @@ import dns.tsig
 import dns.update
 
 from oepy.dns.publish import CNAME, KINDS, Change, Found, FoundSet, Wanted, ancestors
+from oepy.dns.sockets import open_socket
 from oepy.errors import OepyError
 from oepy.model import IpAddress
 
@@ -214,11 +215,7 @@ class Server:
     async def _open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         if self._streams is not None and not self._streams[0].at_eof():
             return self._streams
-        family = socket.AF_INET if self.address.version == 4 else socket.AF_INET6
-        channel = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-        if self._mark:
-            with contextlib.suppress(PermissionError):  # ordinary users ask unmarked
-                channel.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, self._mark)
+        channel = open_socket(self.address, socket.SOCK_STREAM, self._mark)
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
                 await asyncio.get_running_loop().sock_connect(channel, (str(self.address), self.port))

@@ -12,7 +12,7 @@ import secrets
 import socket
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
-from ipaddress import IPv6Address, ip_address
+from ipaddress import ip_address
 from typing import Any
 
 import dns.exception
@@ -24,6 +24,7 @@ import dns.rdtypes.IN.A
 import dns.rdtypes.IN.AAAA
 
 from oepy.dns.message import Question, parse_reply
+from oepy.dns.sockets import open_socket
 from oepy.dns.streams import StreamPool, tls_context
 from oepy.errors import OepyError, ParseError
 from oepy.model import IpAddress
@@ -38,7 +39,6 @@ TRY_SECONDS = (1.0, 2.0, 2.0)  # each resolver in turn
 TCP_SECONDS = 5.0
 IDLE_SECONDS = 10.0  # RFC 7766 §6.2.3
 _HEADER = 12
-_SO_MARK = 36
 _ADDRESSES = frozenset((int(dns.rdatatype.A), int(dns.rdatatype.AAAA)))
 
 OnAnswer = Callable[[str, tuple[IpAddress, ...], int], None]
@@ -68,19 +68,18 @@ class Relay:
         self._streams = {
             resolver: StreamPool(
                 resolver,
-                tls_context(resolver, tls_bundle),
-                lambda resolver=resolver: self._socket(resolver.address, socket.SOCK_STREAM),  # type: ignore[misc]
+                tls_context(resolver, tls_bundle) if resolver.is_tls else None,
+                lambda resolver=resolver: open_socket(resolver.address, socket.SOCK_STREAM, mark),  # type: ignore[misc]
                 lambda: secrets.randbits(16),
             )
             for resolver in self._resolvers
-            if resolver.is_tls
         }
 
     async def start(self) -> None:
         """Raises OepyError where the address cannot be taken."""
         place = (str(self._listen), self._port)
         try:
-            self._udp = self._socket(self._listen, socket.SOCK_DGRAM)
+            self._udp = open_socket(self._listen, socket.SOCK_DGRAM, self._mark)
             self._udp.bind(place)
             self._tcp = await asyncio.start_server(self._serve_connection, *place, limit=1 << 16)
         except OSError as error:
@@ -162,11 +161,11 @@ class Relay:
             identifier = secrets.token_bytes(2)  # and a port of the kernel's choice: RFC 5452
             asked = identifier + query[2:]
             resolver = self._resolvers[index]
+            by_stream = over_tcp or resolver.is_tls
             try:
-                async with asyncio.timeout(TCP_SECONDS if over_tcp or resolver.is_tls else seconds):
-                    ask = self._ask_tcp if over_tcp else self._ask_udp
-                    reply = await (self._ask_tls if resolver.is_tls else ask)(resolver, asked)
-            except (TimeoutError, OSError, ParseError, asyncio.IncompleteReadError):
+                async with asyncio.timeout(TCP_SECONDS if by_stream else seconds):
+                    reply = await (self._ask_stream if by_stream else self._ask_udp)(resolver, asked)
+            except (TimeoutError, OSError, ParseError):
                 continue
             self._preferred = index
             self._learn(asked, reply)
@@ -176,7 +175,7 @@ class Relay:
         self.counters["failed"] += 1
         return _servfail(query)
 
-    async def _ask_tls(self, resolver: Resolver, asked: bytes) -> bytes:
+    async def _ask_stream(self, resolver: Resolver, asked: bytes) -> bytes:
         def read(wire: bytes, identifier: int) -> bytes:
             if not _answers(wire, identifier.to_bytes(2, "big") + asked[2:]):
                 raise ParseError("another question was answered")
@@ -188,34 +187,13 @@ class Relay:
 
     async def _ask_udp(self, resolver: Resolver, asked: bytes) -> bytes:
         loop = asyncio.get_running_loop()
-        with self._socket(resolver.address, socket.SOCK_DGRAM) as channel:
+        with open_socket(resolver.address, socket.SOCK_DGRAM, self._mark) as channel:
             channel.connect((str(resolver.address), resolver.port))
             await loop.sock_sendall(channel, asked)
             while True:
                 reply = await loop.sock_recv(channel, 65_535)
                 if _answers(reply, asked):
                     return reply
-
-    async def _ask_tcp(self, resolver: Resolver, asked: bytes) -> bytes:
-        with self._socket(resolver.address, socket.SOCK_STREAM) as channel:
-            await asyncio.get_running_loop().sock_connect(channel, (str(resolver.address), resolver.port))
-            reader, writer = await asyncio.open_connection(sock=channel)
-            try:
-                writer.write(len(asked).to_bytes(2, "big") + asked)
-                reply = await reader.readexactly(int.from_bytes(await reader.readexactly(2), "big"))
-            finally:
-                writer.close()
-        if not _answers(reply, asked):
-            raise OSError("another question was answered")
-        return reply
-
-    def _socket(self, address: IpAddress, kind: socket.SocketKind) -> socket.socket:
-        family = socket.AF_INET6 if isinstance(address, IPv6Address) else socket.AF_INET
-        channel = socket.socket(family, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-        if self._mark:
-            with contextlib.suppress(PermissionError):
-                channel.setsockopt(socket.SOL_SOCKET, _SO_MARK, self._mark)
-        return channel
 
     def _learn(self, asked: bytes, reply: bytes) -> None:
         """Never lets an odd answer disturb the program that asked for it."""

@@ -1,20 +1,19 @@
 """Asking resolvers: UDP with a random identifier and port for each question, TCP where it is truncated, or TLS.
 
-The room has sockets here, in `streams` and in `primary` only. A question ends within `TOTAL_SECONDS`, whatever the
-resolvers do. One that does not answer soon is not given up: the next is asked beside it, the first reply counts.
+The room has sockets here, in `streams`, `relay` and `primary` only. A question ends within `TOTAL_SECONDS`,
+whatever the resolvers do. One that does not answer soon is not given up: the next is asked beside it, the first
+reply counts.
 """
 
 from __future__ import annotations
 
 import asyncio
-import errno
 import secrets
 import socket
 import ssl
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from ipaddress import IPv6Address
 from typing import Protocol
 
 import dns.name
@@ -24,6 +23,7 @@ import dns.rdatatype
 from oepy.dns.health import Health
 from oepy.dns.message import Question, Reply, build_query, parse_reply
 from oepy.dns.slots import Slots, Ticket, neighbourhood
+from oepy.dns.sockets import open_socket
 from oepy.dns.streams import StreamPool, tls_context
 from oepy.errors import ConfigError, ParseError
 from oepy.resolvers import Resolver, ResolverState, check_all
@@ -157,18 +157,7 @@ class _Server:
         return self._owner.random16()
 
     def socket(self, kind: socket.SocketKind) -> socket.socket:
-        family = socket.AF_INET6 if isinstance(self.resolver.address, IPv6Address) else socket.AF_INET
-        channel = socket.socket(family, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-        if self._owner.mark:
-            try:
-                channel.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, self._owner.mark)
-            except PermissionError:
-                pass  # commands of ordinary users ask unmarked: only the daemon's own trap needs the mark
-            except OSError as error:
-                channel.close()
-                if error.errno != errno.ENOPROTOOPT:
-                    raise
-        return channel
+        return open_socket(self.resolver.address, kind, self._owner.mark)
 
     async def over_stream(self, question: Question) -> Reply:
         async with asyncio.timeout(TCP_SECONDS):

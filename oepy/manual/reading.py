@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from ipaddress import ip_address, ip_network
+from ipaddress import ip_address
 from typing import Any
 
 from oepy.errors import OepyError
@@ -34,6 +34,7 @@ from oepy.manual.model import (
     default_priority,
 )
 from oepy.model import IpAddress, IpNetwork, Lifetime, Secret
+from oepy.policy import parse_prefix
 
 Path = tuple[str | int, ...]
 KeyFiles = Callable[[str], bytes]  # the content of a private file by its name as written; raises OepyError
@@ -145,13 +146,9 @@ def _address(text: str) -> IpAddress:
 
 def _prefix(text: str) -> IpNetwork:
     try:
-        return ip_network(text)
+        return parse_prefix(text, "192.0.2.0/24 or 2001:db8::/32")
     except ValueError as error:
-        try:
-            mend = f"write {ip_network(text, strict=False)}"
-        except ValueError:
-            mend = "write it like 192.0.2.0/24 or 2001:db8::/32"
-        raise _Refused(f"{text[:80]!r} is no prefix ({str(error)[:80]}); {mend}") from None
+        raise _Refused(str(error)) from None
 
 
 def _protocol(text: str) -> int:

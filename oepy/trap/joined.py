@@ -7,6 +7,7 @@ from ipaddress import IPv4Address, IPv6Address
 
 from oepy.interfaces import ConfiguredRule, Way
 from oepy.model import Flow, IpAddress
+from oepy.prefixtable import PrefixTable
 from oepy.trap import tables
 
 Range = tuple[int, int]
@@ -41,27 +42,21 @@ class Asking:
     """Finds the rule by which a queued packet asks: by its destination's prefixes, then the first in order."""
 
     def __init__(self, rules: Iterable[ConfiguredRule]) -> None:
-        self._by_prefix: dict[tuple[int, int], dict[int, list[tuple[int, ConfiguredRule]]]] = {}
+        self._rules: PrefixTable[tuple[int, ConfiguredRule]] = PrefixTable()
         for order, rule in enumerate(rules):
             if rule.number and rule.required and rule.way is Way.OUT:
-                network = rule.destination
-                bits = int(network.network_address) >> network.max_prefixlen - network.prefixlen
-                table = self._by_prefix.setdefault((network.version, network.prefixlen), {})
-                table.setdefault(bits, []).append((order, rule))
+                self._rules.add(rule.destination, (order, rule))
 
     def __bool__(self) -> bool:
-        return bool(self._by_prefix)
+        return bool(self._rules)
 
     def number_of(self, flow: Flow) -> int:
         """0 where no rule with a number asks."""
         return min(self._matching(flow), default=(0, 0))[1]
 
     def _matching(self, flow: Flow) -> Iterator[tuple[int, int]]:
-        address = flow.destination
-        for (version, length), table in self._by_prefix.items():
-            if version != address.version:
-                continue
-            for order, rule in table.get(int(address) >> address.max_prefixlen - length, ()):
+        for _, rules in self._rules.matching(flow.destination):
+            for order, rule in rules:
                 if _matches(rule, flow):
                     yield order, rule.number
 
