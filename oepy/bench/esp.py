@@ -23,6 +23,7 @@ from typing import Any
 from oepy.bench import tunnels
 from oepy.bench.tunnels import INNER_LEFT, Ground, inner_right
 from oepy.errors import OepyError
+from oepy.lab import charon
 from oepy.lab.namespaces import Lab
 
 PEER = "strongswan"  # what ratios are made against
@@ -102,7 +103,7 @@ def run(
     progress: Progress = lambda done, total: None,
 ) -> Result:
     """Raises OepyError without root, without strongSwan, or where a tunnel carries nothing."""
-    missing = tunnels.strongswan_is_missing()
+    missing = charon.is_missing()
     if missing:
         raise OepyError(f"strongSwan is not installed ({missing})", "run scripts/install-system test")
     return asyncio.run(_run(seconds, rounds, measures, progress))

@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from oepy.datapath import TunDatapath
 from oepy.errors import OepyError
+from oepy.lab import charon
 from oepy.lab.namespaces import Lab, Namespace
 from oepy.model import (
     Authenticated,
@@ -40,9 +41,6 @@ INNER_RIGHT = ip_network("10.78.0.0/16")
 SUITE = EspSuite("aes128gcm16", esn=False)
 _KEY_BYTES = 20
 _START_SECONDS = 15.0
-_CHARON = Path("/usr/lib/ipsec/charon")
-_SWANCTL = Path("/usr/sbin/swanctl")
-_LIBIPSEC = Path("/usr/lib/ipsec/plugins/libstrongswan-kernel-libipsec.so")
 
 
 def inner_right(number: int = 0) -> str:
@@ -153,17 +151,11 @@ async def oepy(lab: Lab, label: str, *, sas: int = 1, aggregation: bool = False)
 
 # -- strongSwan ------------------------------------------------------------------------------------------
 
-_STRONGSWAN_CONF = """
-charon {{
-  # OpenSSL's AES-GCM, which oepy uses too: strongSwan's own is ten times slower
-  load = random nonce openssl kdf vici kernel-libipsec kernel-netlink socket-default
-  plugins {{
-    vici {{ socket = unix://{directory}/charon.vici }}
-    kernel-libipsec {{ load = 20 }}
-  }}
-  filelog {{ log {{ path = {directory}/charon.log }} }}
-}}
-"""
+# OpenSSL's AES-GCM, which oepy uses too: strongSwan's own is ten times slower
+_CHARON = charon.Options(
+    "random nonce openssl kdf vici kernel-libipsec kernel-netlink socket-default",
+    plugin_settings="    kernel-libipsec { load = 20 }",
+)
 _SWANCTL_CONF = """
 connections {{
   bench {{
@@ -189,44 +181,6 @@ secrets {{ ike-bench {{ secret = {secret} }} }}
 """
 
 
-def strongswan_is_missing() -> str:
-    """What of it is not installed; "" where all is there."""
-    return ", ".join(str(path) for path in (_CHARON, _SWANCTL, _LIBIPSEC) if not path.exists())
-
-
-class _Charon:
-    def __init__(self, namespace: Namespace, directory: Path) -> None:
-        """Copies of the binaries, since AppArmor confines the originals by path; /run is a private mount."""
-        self._directory = directory
-        (directory / "run").mkdir(parents=True)
-        shutil.copy(_CHARON, directory / "charon")
-        shutil.copy(_SWANCTL, directory / "swanctl")
-        (directory / "strongswan.conf").write_text(_STRONGSWAN_CONF.format(directory=directory))
-        self._environment = os.environ | {"STRONGSWAN_CONF": str(directory / "strongswan.conf")}
-        script = 'mount --bind "$1/run" /run && exec "$1/charon"'
-        self.process = namespace.popen(
-            *["unshare", "-m", "sh", "-c", script, "sh", str(directory)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=self._environment,
-        )
-        _await((directory / "charon.vici").exists, "charon does not start")
-
-    def load(self, **values: str) -> None:
-        path = self._directory / "swanctl.conf"
-        path.write_text(_SWANCTL_CONF.format(**values))
-        self.swanctl("--load-all", "--file", str(path))
-
-    def swanctl(self, *arguments: str) -> None:
-        socket_name = f"unix://{self._directory}/charon.vici"
-        command = [str(self._directory / "swanctl"), *arguments, "--uri", socket_name]
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=30, env=self._environment, check=False
-        )
-        if done.returncode:
-            raise OepyError(f"swanctl {arguments[0]} failed", done.stderr[-500:] or done.stdout[-500:])
-
-
 @contextlib.asynccontextmanager
 async def strongswan(lab: Lab, label: str, directory: Path) -> AsyncIterator[Ground]:
     """Two charons whose ESP is the plugin kernel-libipsec's, over TUN and UDP."""
@@ -234,20 +188,24 @@ async def strongswan(lab: Lab, label: str, directory: Path) -> AsyncIterator[Gro
     secret = secrets.token_hex(16)
     right = str(INNER_RIGHT)
     sides = ((ground.left, LEFT, RIGHT, f"{INNER_LEFT}/32", right), (ground.right, RIGHT, LEFT, right, ""))
-    charons = []
-    for namespace, here, there, local_ts, remote_ts in sides:
-        charon = _Charon(namespace, directory / f"{label}-{namespace.label}")
-        ground.processes.append(charon.process.pid)
-        charon.load(
-            here=here,
-            there=there,
-            local_ts=local_ts,
-            remote_ts=remote_ts or f"{INNER_LEFT}/32",
-            secret=secret,
-        )
-        charons.append(charon)
-    charons[0].swanctl("--initiate", "--child", "net", "--timeout", "10")
-    yield ground
+    with contextlib.ExitStack() as running:
+        daemons = []
+        for namespace, here, there, local_ts, remote_ts in sides:
+            place = directory / f"{label}-{namespace.label}"
+            daemon = running.enter_context(charon.charon(namespace.name, place, _CHARON))
+            ground.processes.append(daemon.pid)
+            daemon.load(
+                _SWANCTL_CONF.format(
+                    here=here,
+                    there=there,
+                    local_ts=local_ts,
+                    remote_ts=remote_ts or f"{INNER_LEFT}/32",
+                    secret=secret,
+                )
+            )
+            daemons.append(daemon)
+        daemons[0].swanctl("--initiate", "--child", "net", "--timeout", "10")
+        yield ground
 
 
 # -- wireguard-go ----------------------------------------------------------------------------------------
@@ -307,7 +265,6 @@ __all__ = [
     "inner_right",
     "oepy",
     "strongswan",
-    "strongswan_is_missing",
     "wireguard",
     "wireguard_is_missing",
 ]
