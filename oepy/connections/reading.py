@@ -5,12 +5,28 @@ from __future__ import annotations
 
 import base64
 import binascii
-import difflib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
 
+from oepy.connections.fields import (
+    Fields,
+    Path,
+    Problem,
+    Refused,
+    action,
+    command,
+    duration,
+    flag,
+    identity,
+    number,
+    one_of,
+    pattern,
+    place,
+    selector,
+    start_action,
+    text_of,
+)
 from oepy.connections.model import (
     ANY,
     Action,
@@ -26,31 +42,14 @@ from oepy.connections.model import (
     SharedSecret,
 )
 from oepy.errors import OepyError
-from oepy.model import PeerIdentity, PublicKey, Secret
-from oepy.policy import PROTOCOL_NUMBERS, parse_prefix
+from oepy.model import PublicKey, Secret
 
-Path = tuple[str | int, ...]
-T = TypeVar("T")
 MAX_CONNECTIONS = 20_000
 MAX_CHILDREN = 32
 MAX_SECRETS = 20_000
-MAX_LIST = 64
-MAX_TEXT = 4096
 MIN_SECRET = 1
 RESERVED = ("manual",)  # what `sas` calls SAs keyed by hand
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z")
-_DURATION = re.compile(r"(\d{1,9})([smhd]?)\Z")
-_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
-_MAX_SECONDS = 10 * 365 * 86400
-_PORTED = (6, 17, 33, 132, 136)
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """`path` begins with the section's name."""
-
-    path: Path
-    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,199 +114,6 @@ _NOT_YET_SIDE = {
 }
 
 
-class _Refused(Exception):
-    """One value is wrong; the text says how to mend it."""
-
-
-class _Fields:
-    """The fields of one mapping, each taken once; what is wrong is remembered."""
-
-    def __init__(self, value: object, path: Path, problems: list[Problem]) -> None:
-        self.path, self._problems = path, problems
-        self.left: dict[str, Any] = {}
-        self.right = isinstance(value, dict) and all(isinstance(key, str) for key in value)
-        self._known: list[str] = []
-        if self.right:
-            assert isinstance(value, dict)
-            self.left = dict(value)
-        elif value is not None:
-            self.wrong("a mapping is expected, such as `{auth: psk}`")
-
-    def wrong(self, text: str, *below: str | int) -> None:
-        self._problems.append(Problem((*self.path, *below), text))
-
-    def take(self, name: str, default: T, convert: Callable[[Any], T]) -> T:
-        self._known.append(name)
-        value = self.left.pop(name, None)
-        if value is None:
-            return default
-        try:
-            return convert(value)
-        except (_Refused, ValueError, OepyError) as error:
-            self.wrong(str(error), name)
-            return default
-
-    def take_list(self, name: str, default: tuple[T, ...], convert: Callable[[Any], T]) -> tuple[T, ...]:
-        self._known.append(name)
-        value = self.left.pop(name, None)
-        if value is None:
-            return default
-        items = value if isinstance(value, list) else [value]
-        if len(items) > MAX_LIST:
-            self.wrong(f"{len(items)} entries; at most {MAX_LIST}", name)
-            return default
-        found = []
-        for index, item in enumerate(items):
-            try:
-                found.append(convert(item))
-            except (_Refused, ValueError, OepyError) as error:
-                self.wrong(str(error), name, index)
-        return tuple(found)
-
-    def take_raw(self, name: str) -> object:
-        self._known.append(name)
-        return self.left.pop(name, None)
-
-    def finish(self, not_yet: dict[str, str] | None = None) -> None:
-        for name in self.left:
-            if not_yet and name in not_yet:
-                mend = not_yet[name] or "remove it"
-                self.wrong(f"this version does not have {name}: {mend}", name)
-                continue
-            close = difflib.get_close_matches(name, self._known, 1)
-            mend = f"did you mean {close[0]!r}?" if close else f"known here are {', '.join(self._known)}"
-            self.wrong(f"unknown key; {mend}", name[:64])
-
-
-# ---- values ------------------------------------------------------------------------------------------------
-
-
-def _text(value: object) -> str:
-    if isinstance(value, bool) or not isinstance(value, str | int) or len(str(value)) > MAX_TEXT:
-        raise _Refused(f"{str(value)[:60]!r} is no text")
-    return str(value).strip()
-
-
-def duration(value: object) -> float:
-    """Seconds of `3600`, `60m`, `1h`, `2d`."""
-    found = _DURATION.match(_text(value).lower())
-    seconds = int(found[1]) * _UNITS[found[2]] if found else -1
-    if not found or seconds > _MAX_SECONDS:
-        raise _Refused(f"{str(value)[:60]!r} is no time; write it like 3600, 60m, 1h or 2d")
-    return float(seconds)
-
-
-def _number(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 63:
-        raise _Refused(f"{str(value)[:60]!r} is no number from 0 on")
-    return value
-
-
-def _flag(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise _Refused(f"{str(value)[:60]!r}: write yes or no")
-    return value
-
-
-def _one_of(*words: str) -> Callable[[object], str]:
-    def convert(value: object) -> str:
-        text = {True: "yes", False: "no"}.get(value, "") if isinstance(value, bool) else _text(value).lower()
-        if text not in words:
-            raise _Refused(f"{text[:60]!r}: one of {', '.join(words)}")
-        return text
-
-    return convert
-
-
-def selector(value: object) -> Selector:
-    """`10.1.0.0/16`, `dynamic`, and either with `[tcp/80]`, `[udp]`, `[/53]`, as in swanctl.conf."""
-    text = _text(value)
-    head, bracket, rest = text.partition("[")
-    head = head.strip()
-    protocol = port = 0
-    if bracket:
-        if not rest.endswith("]"):
-            raise _Refused(f"{text[:80]!r}: the bracket is not closed; write it like 10.1.0.0/16[tcp/80]")
-        name, _, number = rest[:-1].strip().lower().partition("/")
-        protocol = _protocol(name)
-        if number not in ("", "any"):
-            if not number.isdigit() or not 0 < int(number) < 65536:
-                raise _Refused(f"{number[:20]!r}: one port from 1 to 65535, or none for all")
-            port = int(number)
-            if protocol not in _PORTED:
-                raise _Refused(f"{text[:80]!r}: a port needs a protocol that has ports, like [tcp/{port}]")
-    if head == "dynamic":
-        return Selector(None, protocol, port)
-    # Its ValueError is told like a refusal
-    return Selector(parse_prefix(head, "10.1.0.0/16, 2001:db8::/32 or dynamic"), protocol, port)
-
-
-def _protocol(name: str) -> int:
-    if name in ("", "any"):
-        return 0
-    if name in PROTOCOL_NUMBERS:
-        return PROTOCOL_NUMBERS[name]
-    if name.isdigit() and 0 < int(name) < 256:
-        return int(name)
-    raise _Refused(f"{name[:20]!r} is no protocol; known are {', '.join(PROTOCOL_NUMBERS)}, or its number")
-
-
-def _place(value: object) -> Place:
-    text = _text(value)
-    try:
-        return Place.of(text)
-    except ValueError:
-        raise _Refused(
-            f"{text[:80]!r}: write an address, a prefix, a name or {ANY}; no ranges, and no bits beyond a prefix"
-        ) from None
-
-
-def _identity(value: object) -> PeerIdentity:
-    text = _text(value)
-    if not text or "*" in text or text == ANY or "=" in text or not text.isascii():
-        raise _Refused(f"{text[:80]!r}: one identity: a name, an address or an e-mail address")
-    return PeerIdentity.parse(text)
-
-
-def _pattern(value: object) -> IdPattern:
-    text = _text(value).rstrip(".").lower()
-    bad = not text or "=" in text or not text.isascii() or any(letter in text for letter in "?[]")
-    if bad or text.count("*") > 1 or ("*" in text and text[0] != "*" and text[-1] != "*"):
-        raise _Refused(
-            f"{text[:80]!r}: a name, an address, an e-mail address, one with * at an end (*.example), or {ANY}"
-        )
-    return IdPattern(ANY if text == "*" else text)
-
-
-def _command(value: object) -> tuple[str, ...]:
-    words = tuple(value) if isinstance(value, list) else (value,)
-    if not words or len(words) > MAX_LIST or not all(isinstance(w, str) and "\0" not in w for w in words):
-        raise _Refused("a list: the program with its path, then its arguments; no shell is run")
-    if not words[0].startswith("/"):
-        raise _Refused(f"{words[0][:80]!r}: the program needs its whole path; no shell is run")
-    return words
-
-
-def _start_action(value: object) -> frozenset[str]:
-    words = frozenset(_text(value).lower().replace("|", " ").split())
-    if not words or not words <= {"none", "trap", "start"} or ("none" in words and len(words) > 1):
-        raise _Refused(f"{str(value)[:60]!r}: none, trap, start, or trap|start")
-    return words
-
-
-def _action(**older: str) -> Callable[[object], Action]:
-    """The older names of swanctl.conf mean the same."""
-
-    def convert(value: object) -> Action:
-        word = _text(value).lower()
-        word = older.get(word, word)
-        if word not in ("none", "trap", "start"):
-            raise _Refused(f"{word[:60]!r}: none, trap or start")
-        return Action(word)
-
-    return convert
-
-
 # ---- sections ----------------------------------------------------------------------------------------------
 
 
@@ -338,7 +144,7 @@ def read_connections(
 
 
 def _connection(name: str, value: object, path: Path, problems: list[Problem], files: Files) -> Connection:
-    fields = _Fields(value, path, problems)
+    fields = Fields(value, path, problems)
     _version(fields)
     rekey = fields.take("rekey_time", 4 * 3600.0, duration)
     over = fields.take("over_time", rekey / 10 or 1440.0, duration)
@@ -347,16 +153,16 @@ def _connection(name: str, value: object, path: Path, problems: list[Problem], f
         local=_local(fields.take_raw("local"), (*path, "local"), problems, files),
         remote=_remote(fields.take_raw("remote"), (*path, "remote"), problems, files),
         children=_children(fields.take_raw("children"), (*path, "children"), problems, files),
-        local_addrs=fields.take_list("local_addrs", (Place(),), _place) or (Place(),),
-        remote_addrs=fields.take_list("remote_addrs", (Place(),), _place) or (Place(),),
+        local_addrs=fields.take_list("local_addrs", (Place(),), place) or (Place(),),
+        remote_addrs=fields.take_list("remote_addrs", (Place(),), place) or (Place(),),
         proposals=fields.take_list("proposals", (), _checked(files.proposal_ike)),
         rekey_time=rekey,
         over_time=over,
         rand_time=fields.take("rand_time", over, duration),
-        unique=fields.take("unique", "no", _one_of("no", "replace", "keep")),
-        encap=fields.take("encap", False, _flag),
+        unique=fields.take("unique", "no", one_of("no", "replace", "keep")),
+        encap=fields.take("encap", False, flag),
         dpd_delay=fields.take("dpd_delay", 30.0, duration),
-        keyingtries=fields.take("keyingtries", 0, _number),
+        keyingtries=fields.take("keyingtries", 0, number),
     )
     for key, only in (("mobike", "no"), ("fragmentation", "yes"), ("reauth_time", "0")):
         fields.take(key, only, _only(key, only))
@@ -365,13 +171,13 @@ def _connection(name: str, value: object, path: Path, problems: list[Problem], f
     return made
 
 
-def _version(fields: _Fields) -> None:
+def _version(fields: Fields) -> None:
     def convert(value: object) -> int:
-        number = _number(value)
-        if number == 1:
-            raise _Refused("IKEv1 is not in this version; the peer should speak IKEv2 (version: 2)")
-        if number not in (0, 2):
-            raise _Refused(f"{number}: 2 is the version of IKE that is spoken")
+        wanted = number(value)
+        if wanted == 1:
+            raise Refused("IKEv1 is not in this version; the peer should speak IKEv2 (version: 2)")
+        if wanted not in (0, 2):
+            raise Refused(f"{wanted}: 2 is the version of IKE that is spoken")
         return 2
 
     fields.take("version", 2, convert)
@@ -381,9 +187,11 @@ def _only(key: str, only: str) -> Callable[[object], str]:
     """A key with one value that can be had."""
 
     def convert(value: object) -> str:
-        text = {True: "yes", False: "no"}.get(value, "") if isinstance(value, bool) else _text(value).lower()
+        text = (
+            {True: "yes", False: "no"}.get(value, "") if isinstance(value, bool) else text_of(value).lower()
+        )
         if text != only and text not in (f"{only}s", f"{only}m"):
-            raise _Refused(f"{text[:40]!r}: this version has {key}: {only} alone")
+            raise Refused(f"{text[:40]!r}: this version has {key}: {only} alone")
         return only
 
     return convert
@@ -391,7 +199,7 @@ def _only(key: str, only: str) -> Callable[[object], str]:
 
 def _checked(check: Callable[[str], object]) -> Callable[[object], str]:
     def convert(value: object) -> str:
-        text = _text(value)
+        text = text_of(value)
         if text.lower() == "default":
             return ""
         check(text)
@@ -400,28 +208,28 @@ def _checked(check: Callable[[str], object]) -> Callable[[object], str]:
     return convert
 
 
-def _auth(fields: _Fields) -> str:
+def _auth(fields: Fields) -> str:
     def convert(value: object) -> str:
-        word = _text(value).lower()
+        word = text_of(value).lower()
         family = word.partition("-")[0]
         if family in NOT_YET_AUTH:
-            raise _Refused(
+            raise Refused(
                 f"{NOT_YET_AUTH[family]} are not in this version; use `auth: pubkey` with raw keys, or psk"
             )
         if word not in ("psk", "pubkey", "null"):
-            raise _Refused(f"{word[:40]!r}: psk, pubkey or null")
+            raise Refused(f"{word[:40]!r}: psk, pubkey or null")
         return word
 
     return fields.take("auth", "pubkey", convert)
 
 
 def _local(value: object, path: Path, problems: list[Problem], files: Files) -> LocalAuth:
-    fields = _Fields(value, path, problems)
+    fields = Fields(value, path, problems)
 
     def key_file(name: object) -> str:
-        return files.own_key(_text(name))
+        return files.own_key(text_of(name))
 
-    made = LocalAuth(_auth(fields), fields.take("id", None, _identity), fields.take("key", "", key_file))
+    made = LocalAuth(_auth(fields), fields.take("id", None, identity), fields.take("key", "", key_file))
     if made.key and made.auth != "pubkey":
         fields.wrong("a key is for `auth: pubkey`", "key")
     if made.auth == "null" and made.id is not None:
@@ -431,12 +239,12 @@ def _local(value: object, path: Path, problems: list[Problem], files: Files) -> 
 
 
 def _remote(value: object, path: Path, problems: list[Problem], files: Files) -> RemoteAuth:
-    fields = _Fields(value, path, problems)
+    fields = Fields(value, path, problems)
     auth = _auth(fields)
     made = RemoteAuth(
         auth,
-        fields.take("id", IdPattern(ANY), _pattern),
-        fields.take_list("pubkeys", (), lambda name: files.public(_text(name))),
+        fields.take("id", IdPattern(ANY), pattern),
+        fields.take_list("pubkeys", (), lambda name: files.public(text_of(name))),
     )
     if auth == "pubkey" and not made.pubkeys:
         fields.wrong("`auth: pubkey` needs the peer's keys: `pubkeys: [peer.pem]`")
@@ -462,21 +270,21 @@ def _children(value: object, path: Path, problems: list[Problem], files: Files) 
 
 
 def _child(name: str, value: object, path: Path, problems: list[Problem], files: Files) -> Child:
-    fields = _Fields(value, path, problems)
-    started = fields.take("start_action", frozenset({"none"}), _start_action)
+    fields = Fields(value, path, problems)
+    started = fields.take("start_action", frozenset({"none"}), start_action)
     made = Child(
         name=name,
         local_ts=fields.take_list("local_ts", (Selector(None),), selector),
         remote_ts=fields.take_list("remote_ts", (Selector(None),), selector),
         esp_proposals=fields.take_list("esp_proposals", (), _checked(files.proposal_esp)),
-        mode=fields.take("mode", "tunnel", _one_of("tunnel", "transport")),
+        mode=fields.take("mode", "tunnel", one_of("tunnel", "transport")),
         trap="trap" in started,
         start="start" in started,
-        close_action=fields.take("close_action", Action.NONE, _action(clear="none", restart="start")),
-        dpd_action=fields.take("dpd_action", Action.NONE, _action(clear="none", restart="start")),
+        close_action=fields.take("close_action", Action.NONE, action(clear="none", restart="start")),
+        dpd_action=fields.take("dpd_action", Action.NONE, action(clear="none", restart="start")),
         life=_life(fields),
         inactivity=fields.take("inactivity", 0.0, duration),
-        updown=fields.take("updown", (), _command),
+        updown=fields.take("updown", (), command),
     )
     fields.finish(_NOT_YET_CHILD)
     if not made.local_ts or not made.remote_ts:
@@ -484,7 +292,7 @@ def _child(name: str, value: object, path: Path, problems: list[Problem], files:
     return made
 
 
-def _life(fields: _Fields) -> Life:
+def _life(fields: Fields) -> Life:
     life = Life()
     rekey = fields.take("rekey_time", life.rekey_time, duration)
     life = replace(life, rekey_time=rekey, life_time=rekey * 1.1, rand_time=rekey * 0.1)
@@ -492,13 +300,13 @@ def _life(fields: _Fields) -> Life:
         life,
         life_time=fields.take("life_time", life.life_time, duration),
         rand_time=fields.take("rand_time", life.rand_time, duration),
-        rekey_bytes=fields.take("rekey_bytes", 0, _number),
-        rekey_packets=fields.take("rekey_packets", 0, _number),
+        rekey_bytes=fields.take("rekey_bytes", 0, number),
+        rekey_packets=fields.take("rekey_packets", 0, number),
     )
     life = replace(
         life,
-        life_bytes=fields.take("life_bytes", life.rekey_bytes * 11 // 10, _number),
-        life_packets=fields.take("life_packets", life.rekey_packets * 11 // 10, _number),
+        life_bytes=fields.take("life_bytes", life.rekey_bytes * 11 // 10, number),
+        life_packets=fields.take("life_packets", life.rekey_packets * 11 // 10, number),
     )
     for soft, hard, name in (
         (life.rekey_time, life.life_time, "life_time"),
@@ -510,7 +318,7 @@ def _life(fields: _Fields) -> Life:
     return life
 
 
-def _cross_check(connection: Connection, fields: _Fields) -> None:
+def _cross_check(connection: Connection, fields: Fields) -> None:
     if "psk" in (connection.local.auth, connection.remote.auth) and (
         connection.local.auth != connection.remote.auth
     ):
@@ -553,16 +361,16 @@ def _secrets(value: object, problems: list[Problem], files: Files) -> tuple[Shar
         problems.append(Problem(("secrets",), f"{len(value)} secrets; at most {MAX_SECRETS}"))
     found = []
     for index, item in enumerate(value[:MAX_SECRETS]):
-        fields = _Fields(item, ("secrets", index), problems)
-        fields.take("type", "ike", _one_of("ike"))
-        ids = fields.take_list("id", (), _pattern)
-        name = fields.take("secret_file", "", _text)
+        fields = Fields(item, ("secrets", index), problems)
+        fields.take("type", "ike", one_of("ike"))
+        ids = fields.take_list("id", (), pattern)
+        name = fields.take("secret_file", "", text_of)
         if not name:
             fields.wrong("secret_file is missing: a file of mode 0600 with the secret")
         else:
             try:
                 found.append(SharedSecret(ids, _secret(files.private(name))))
-            except (OepyError, _Refused) as error:
+            except (OepyError, Refused) as error:
                 fields.wrong(str(error), "secret_file")
         fields.finish({"secret": "write it into a file of mode 0600 and name that in secret_file"})
     return tuple(found)
@@ -577,9 +385,9 @@ def _secret(content: bytes) -> Secret:
         elif text[:2] == b"0s":
             text = base64.b64decode(text[2:], validate=True)
     except (binascii.Error, ValueError):
-        raise _Refused("the secret after 0x or 0s is no hexadecimal or base64") from None
+        raise Refused("the secret after 0x or 0s is no hexadecimal or base64") from None
     if len(text) < MIN_SECRET:
-        raise _Refused("the file is empty")
+        raise Refused("the file is empty")
     return Secret(text)
 
 
