@@ -25,7 +25,7 @@ from oepy.manual.checks import read_manual
 from oepy.manual.model import NOTHING, ManualSet
 from oepy.manual.pairing import userland_problems
 from oepy.manual.reading import KeyFiles, Problem, inline_keys
-from oepy.model import IpAddress, PolicyGroup, PublicKey
+from oepy.model import IpAddress, PeerIdentity, PolicyGroup, PublicKey
 from oepy.policy import PROTOCOL_NUMBERS, parse_prefix
 from oepy.privatefile import MAX_KEY_FILE, read_private_file
 from oepy.resolvers import Resolver, check_all, parse_resolver
@@ -297,9 +297,11 @@ def _read_connections(
     if data.get("connections") is None and data.get("secrets") is None:
         return EMPTY, []
     from oepy.ike.algorithms import parse_esp_proposal, parse_ike_proposal
-    from oepy.keys import HostKey, parse_public
+    from oepy.keys import HostKey, parse_public, to_public_key
 
     base = Path(source).parent
+    read: dict[str, Any] = {}
+    public_halves: dict[str, PublicKey] = {}
 
     def public(name: str) -> PublicKey:
         try:
@@ -310,13 +312,30 @@ def _read_connections(
             ) from None
 
     def own_key(name: str) -> str:
-        HostKey.load(base / name)
+        public_halves[str(base / name)] = HostKey.load(base / name).public
         return str(base / name)
+
+    def certificates(name: str) -> str:
+        from oepy.x509.certificates import load
+
+        file = str(base / name)
+        if file not in read:
+            read[file] = load(file)
+        return file
+
+    def identities(file: str) -> list[PeerIdentity]:
+        from oepy.x509.identity import identities_of
+
+        return identities_of(read[file][0])
 
     files = Files(
         private=lambda name: read_private_file(base / name, "put the secret there, mode 0600"),
         public=public,
         own_key=own_key,
+        certificates=certificates,
+        proves=lambda file, key: to_public_key(read[file][0].public_key()) == public_halves[key],
+        identities=identities,
+        read=read,
         proposal_ike=parse_ike_proposal,
         proposal_esp=parse_esp_proposal,
     )

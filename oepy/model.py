@@ -10,6 +10,8 @@ import hmac
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 
+from oepy import dn
+
 IpAddress = IPv4Address | IPv6Address
 IpNetwork = IPv4Network | IPv6Network
 
@@ -200,11 +202,14 @@ class PeerIdentity:
 
     @classmethod
     def parse(cls, text: str) -> PeerIdentity:
-        """From configuration text: an address, an e-mail, else an FQDN (lower-cased, no final dot)."""
+        """From configuration text: an address, a distinguished name (`C=CH, CN=gw`), an e-mail, else an FQDN
+        (lower-cased, no final dot). Raises ValueError."""
         try:
             return cls.address(ip_address(text))
         except ValueError:
             pass
+        if "=" in text:
+            return cls(IdType.DER_ASN1_DN, dn.parse(text))
         kind = IdType.RFC822_ADDR if "@" in text else IdType.FQDN
         return cls(kind, text.rstrip(".").lower().encode("ascii"))
 
@@ -215,6 +220,16 @@ class PeerIdentity:
             return IPv6Address(self.data)
         return None
 
+    def same_as(self, other: PeerIdentity) -> bool:
+        """Whether it is the same to people: names in any case, distinguished names by their attributes."""
+        if self.type is not other.type:
+            return False
+        if self.type is IdType.DER_ASN1_DN:
+            return dn.same(self.data, other.data)
+        if self.type is IdType.FQDN:
+            return self.data.lower() == other.data.lower()
+        return self.data == other.data
+
     def __str__(self) -> str:
         address = self.as_address()
         if address is not None:
@@ -223,6 +238,8 @@ class PeerIdentity:
             return "%null"
         if self.type in (IdType.FQDN, IdType.RFC822_ADDR):
             return self.data[:255].decode("ascii", "backslashreplace")
+        if self.type is IdType.DER_ASN1_DN:
+            return dn.to_text(self.data)
         return f"{self.type.name}:{self.data[:64].hex()}"
 
 

@@ -183,17 +183,26 @@ def place(value: object) -> Place:
 
 def identity(value: object) -> PeerIdentity:
     text = text_of(value)
-    if not text or "*" in text or text == ANY or "=" in text or not text.isascii():
-        raise Refused(f"{text[:80]!r}: one identity: a name, an address or an e-mail address")
+    if "=" in text and "*" not in text:
+        return PeerIdentity.parse(text)
+    if not text or "*" in text or text == ANY or not text.isascii():
+        raise Refused(
+            f"{text[:80]!r}: one identity: a name, an address, an e-mail address, or C=CH, O=Acme, CN=gw"
+        )
     return PeerIdentity.parse(text)
 
 
 def pattern(value: object) -> IdPattern:
-    text = text_of(value).rstrip(".").lower()
-    bad = not text or "=" in text or not text.isascii() or any(letter in text for letter in "?[]")
+    text = text_of(value)
+    if "=" in text:
+        PeerIdentity.parse(text)  # its ValueError is told like a refusal
+        return IdPattern(text)
+    text = text.rstrip(".").lower()
+    bad = not text or not text.isascii() or any(letter in text for letter in "?[]")
     if bad or text.count("*") > 1 or ("*" in text and text[0] != "*" and text[-1] != "*"):
         raise Refused(
-            f"{text[:80]!r}: a name, an address, an e-mail address, one with * at an end (*.example), or {ANY}"
+            f"{text[:80]!r}: a name, an address, an e-mail address, one with * at an end (*.example), "
+            f"C=CH, O=Acme, CN=*, or {ANY}"
         )
     return IdPattern(ANY if text == "*" else text)
 

@@ -64,7 +64,7 @@ class Matcher:
             connection
             for connection in self.by_address(local, remote, resolved)
             if connection.remote.id.matches(identity)
-            and (own is None or own == (connection.local.id or PeerIdentity.address(local)))
+            and (own is None or own.same_as(connection.local.id or PeerIdentity.address(local)))
         ]
         return sorted(fitting, key=lambda connection: connection.remote.id.rank)  # stable: then by address
 

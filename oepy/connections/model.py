@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import enum
 import fnmatch
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from ipaddress import ip_address, ip_network
+from typing import TYPE_CHECKING
 
+from oepy import dn
 from oepy.model import IdType, IpAddress, IpNetwork, PeerIdentity, PublicKey, Secret, TrafficSelector
+
+if TYPE_CHECKING:
+    from oepy.x509.certificates import Certificate
 
 ANY = "%any"
 
@@ -23,7 +28,8 @@ class Action(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class IdPattern:
-    """An identity as configured: one, or with `*` at its beginning or end, or %any. `text` is lower case."""
+    """An identity as configured: one, or with `*` at its beginning or end, or %any. `text` is lower case, but for
+    distinguished names, in which a value may be `*`."""
 
     text: str
 
@@ -32,15 +38,23 @@ class IdPattern:
         """The lower, the more exact: 0 is one identity, the last is %any."""
         if self.text == ANY:
             return 1000
+        if self.is_dn:
+            return 50 * dn.wildcards(dn.parse(self.text))
         return 0 if "*" not in self.text else 999 - min(len(self.text), 900)
+
+    @property
+    def is_dn(self) -> bool:
+        return "=" in self.text
 
     def matches(self, identity: PeerIdentity | None) -> bool:
         if self.text == ANY:
             return True
         if identity is None or identity.type is IdType.NULL:
             return False
+        if self.is_dn:
+            return identity.type is IdType.DER_ASN1_DN and dn.matches(dn.parse(self.text), identity.data)
         if self.rank == 0:
-            return identity == PeerIdentity.parse(self.text)
+            return identity.same_as(PeerIdentity.parse(self.text))
         named = identity.type in (IdType.FQDN, IdType.RFC822_ADDR)
         return named and fnmatch.fnmatchcase(str(identity).lower(), self.text)
 
@@ -107,11 +121,13 @@ class Selector:
 
 @dataclass(frozen=True, slots=True)
 class LocalAuth:
-    """How we prove ourselves: psk, pubkey (`key` None: the host key) or null."""
+    """How we prove ourselves: psk, pubkey or x509 (`key` "": the host key), or null. `certs` are files, our own
+    certificate first; their content is `ConnectionSet.certificates`."""
 
     auth: str
-    id: PeerIdentity | None = None  # None: our address
+    id: PeerIdentity | None = None  # None: our address, or (x509) the certificate's subject
     key: str = ""  # file of a private key
+    certs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +135,8 @@ class RemoteAuth:
     auth: str
     id: IdPattern
     pubkeys: tuple[PublicKey, ...] = ()
+    cacerts: tuple[str, ...] = ()  # files, for x509
+    certs: tuple[str, ...] = ()  # files; if there are any, the peer's certificate is one of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +186,8 @@ class Connection:
     encap: bool = False
     dpd_delay: float = 30.0
     keyingtries: int = 0
+    send_cert: str = "ifasked"  # always | ifasked | never
+    send_certreq: bool = True
 
     def child(self, name: str) -> Child | None:
         return next((child for child in self.children if child.name == name), None)
@@ -193,6 +213,11 @@ class SharedSecret:
 class ConnectionSet:
     connections: tuple[Connection, ...] = ()
     secrets: tuple[SharedSecret, ...] = ()
+    certificates: Mapping[str, tuple[Certificate, ...]] = field(default_factory=dict)
+    """By file. They are no part of the connections: a renewed one is a change of content, and ends nothing."""
+
+    def certificates_of(self, files: Iterable[str]) -> tuple[Certificate, ...]:
+        return tuple(one for file in files for one in self.certificates[file])
 
     def labels(self) -> Iterator[str]:
         for connection in self.connections:

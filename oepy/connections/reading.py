@@ -8,6 +8,7 @@ import binascii
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from oepy.connections.fields import (
     Fields,
@@ -42,7 +43,7 @@ from oepy.connections.model import (
     SharedSecret,
 )
 from oepy.errors import OepyError
-from oepy.model import PublicKey, Secret
+from oepy.model import IdType, PeerIdentity, PublicKey, Secret
 
 MAX_CONNECTIONS = 20_000
 MAX_CHILDREN = 32
@@ -59,16 +60,20 @@ class Files:
     private: Callable[[str], bytes]  # content of a file that only its owner may read
     public: Callable[[str], PublicKey]
     own_key: Callable[[str], str]  # where the file of a private key is; it can be used
+    certificates: Callable[[str], str]  # where a file of certificates is; they go into `read`
+    proves: Callable[
+        [str, str], bool
+    ]  # whether the first certificate of a file is of that private key's file
+    identities: Callable[[str], list[PeerIdentity]]  # of the first certificate of a file
+    read: dict[str, Any]  # certificates by file
     proposal_ike: Callable[[str], object]
     proposal_esp: Callable[[str], object]
 
 
 # What swanctl.conf has and this version has not, with what to do about it. Lifted one by one.
-NOT_YET_AUTH = {"x509": "X.509 certificates", "eap": "EAP"}
+NOT_YET_AUTH = {"eap": "EAP"}
 _NOT_YET_CONNECTION = {
     "aggressive": "it is IKEv1's",
-    "cacerts": "X.509 is not in this version; use `auth: pubkey` with raw keys, or psk",
-    "certs": "X.509 is not in this version; use `auth: pubkey` with raw keys, or psk",
     "childless": "",
     "dpd_timeout": "it is IKEv1's; IKEv2 gives up after its retransmissions (20 s)",
     "if_id_in": "",
@@ -80,8 +85,6 @@ _NOT_YET_CONNECTION = {
     "pull": "",
     "reauth_time": "0 is the only value: rekeying makes new keys without it",
     "remote_port": "IKE speaks to ports 500 and 4500",
-    "send_cert": "X.509 is not in this version",
-    "send_certreq": "X.509 is not in this version",
     "vips": "",
 }
 _NOT_YET_CHILD = {
@@ -106,11 +109,11 @@ _NOT_YET_CHILD = {
     "tfc_padding": "",
 }
 _NOT_YET_SIDE = {
-    "cacerts": "X.509 is not in this version; use `auth: pubkey` with `pubkeys`, or psk",
-    "certs": "X.509 is not in this version; use `auth: pubkey` with `pubkeys`, or psk",
+    "ca_id": "",
+    "cert_policy": "",
     "eap_id": "",
     "groups": "",
-    "revocation": "X.509 is not in this version",
+    "revocation": "this version asks no CA",
 }
 
 
@@ -140,7 +143,7 @@ def read_connections(
             Problem(("connections",), f"{len(connections)} connections; at most {MAX_CONNECTIONS}")
         )
     shared = _secrets(secrets, problems, files)
-    return ConnectionSet(tuple(found), shared), problems
+    return ConnectionSet(tuple(found), shared, dict(files.read)), problems
 
 
 def _connection(name: str, value: object, path: Path, problems: list[Problem], files: Files) -> Connection:
@@ -163,6 +166,8 @@ def _connection(name: str, value: object, path: Path, problems: list[Problem], f
         encap=fields.take("encap", False, flag),
         dpd_delay=fields.take("dpd_delay", 30.0, duration),
         keyingtries=fields.take("keyingtries", 0, number),
+        send_cert=fields.take("send_cert", "ifasked", one_of("always", "ifasked", "never")),
+        send_certreq=fields.take("send_certreq", True, flag),
     )
     for key, only in (("mobike", "no"), ("fragmentation", "yes"), ("reauth_time", "0")):
         fields.take(key, only, _only(key, only))
@@ -214,10 +219,10 @@ def _auth(fields: Fields) -> str:
         family = word.partition("-")[0]
         if family in NOT_YET_AUTH:
             raise Refused(
-                f"{NOT_YET_AUTH[family]} are not in this version; use `auth: pubkey` with raw keys, or psk"
+                f"{NOT_YET_AUTH[family]} is not in this version; use x509, pubkey with raw keys, or psk"
             )
-        if word not in ("psk", "pubkey", "null"):
-            raise Refused(f"{word[:40]!r}: psk, pubkey or null")
+        if word not in ("psk", "pubkey", "x509", "null"):
+            raise Refused(f"{word[:40]!r}: psk, pubkey, x509 or null")
         return word
 
     return fields.take("auth", "pubkey", convert)
@@ -229,27 +234,70 @@ def _local(value: object, path: Path, problems: list[Problem], files: Files) -> 
     def key_file(name: object) -> str:
         return files.own_key(text_of(name))
 
-    made = LocalAuth(_auth(fields), fields.take("id", None, identity), fields.take("key", "", key_file))
-    if made.key and made.auth != "pubkey":
-        fields.wrong("a key is for `auth: pubkey`", "key")
+    made = LocalAuth(
+        _auth(fields),
+        fields.take("id", None, identity),
+        fields.take("key", "", key_file),
+        fields.take_list("certs", (), lambda name: files.certificates(text_of(name))),
+    )
+    if made.auth == "pubkey" and made.certs:
+        made = replace(
+            made, auth="x509"
+        )  # as swanctl.conf has it: what a key is proven by follows from what is there
+    if made.key and made.auth not in ("pubkey", "x509"):
+        fields.wrong("a key is for `auth: pubkey` and `auth: x509`", "key")
     if made.auth == "null" and made.id is not None:
         fields.wrong("whoever authenticates with null has no identity (RFC 7619); remove it", "id")
+    if made.certs and made.auth != "x509":
+        fields.wrong("certificates are for `auth: x509`", "certs")
+    if made.auth == "x509":
+        made = _own_certificate(made, fields, files)
     fields.finish(_NOT_YET_SIDE | {"pubkeys": "name the file of the own private key: `key: own.pem`"})
+    return made
+
+
+def _own_certificate(made: LocalAuth, fields: Fields, files: Files) -> LocalAuth:
+    """With the identity that it speaks for, and only if the key is the certificate's."""
+    if not made.certs:
+        fields.wrong("`auth: x509` needs the own certificate: `certs: [own.pem]`", "certs")
+        return made
+    if not made.key:
+        fields.wrong("`auth: x509` needs the certificate's private key: `key: own.key`", "key")
+    elif not files.proves(made.certs[0], made.key):
+        fields.wrong("the first certificate is of another key than the one that `key` names", "certs", 0)
+    speaks = files.identities(made.certs[0])
+    if made.id is None:
+        # swanctl.conf: the subject; of a certificate without one the first alternative name
+        named = [one for one in speaks if one.type is IdType.DER_ASN1_DN] or speaks
+        return replace(made, id=named[0] if named else None)
+    if not any(made.id.same_as(one) for one in speaks):
+        names = "; ".join(str(one) for one in speaks[:8]) or "nobody"
+        fields.wrong(f"the certificate does not speak for {made.id}, but for: {names}", "id")
     return made
 
 
 def _remote(value: object, path: Path, problems: list[Problem], files: Files) -> RemoteAuth:
     fields = Fields(value, path, problems)
-    auth = _auth(fields)
     made = RemoteAuth(
-        auth,
+        _auth(fields),
         fields.take("id", IdPattern(ANY), pattern),
         fields.take_list("pubkeys", (), lambda name: files.public(text_of(name))),
+        fields.take_list("cacerts", (), lambda name: files.certificates(text_of(name))),
+        fields.take_list("certs", (), lambda name: files.certificates(text_of(name))),
     )
-    if auth == "pubkey" and not made.pubkeys:
+    certified = bool(made.cacerts or made.certs)
+    if made.auth == "pubkey" and certified and not made.pubkeys:
+        made = replace(made, auth="x509")
+    if made.auth == "pubkey" and not made.pubkeys:
         fields.wrong("`auth: pubkey` needs the peer's keys: `pubkeys: [peer.pem]`")
-    if auth != "pubkey" and made.pubkeys:
+    if made.auth != "pubkey" and made.pubkeys:
         fields.wrong("keys are for `auth: pubkey`", "pubkeys")
+    if made.auth == "x509" and not certified:
+        fields.wrong(
+            "`auth: x509` needs whom to trust: `cacerts: [ca.pem]`, or the peer's certificate: `certs: [peer.pem]`"
+        )
+    if made.auth != "x509" and certified:
+        fields.wrong("certificates are for `auth: x509`", "cacerts" if made.cacerts else "certs")
     fields.finish(_NOT_YET_SIDE)
     return made
 

@@ -15,6 +15,7 @@ from oepy.connections import messages as m
 from oepy.connections.manager import ChildState, Manager
 from oepy.connections.match import Matcher
 from oepy.connections.model import EMPTY, Child, Connection, ConnectionSet, Place
+from oepy.daemon.trust import CertificateRefused, Trusts, asked_by_all
 from oepy.daemon.updown import Updown
 from oepy.engine import messages as engine_messages
 from oepy.errors import OepyError
@@ -35,6 +36,7 @@ from oepy.model import (
     Verdict,
 )
 from oepy.prefixtable import PrefixTable
+from oepy.x509.path import Path as X509Path
 
 if TYPE_CHECKING:
     from oepy.daemon.core import Core
@@ -45,6 +47,7 @@ RESOLVE_LIMIT = 10.0
 _AUTHENTICATED = {
     "psk": Authenticated.PSK,
     "pubkey": Authenticated.MANUAL,
+    "x509": Authenticated.X509,
     "null": Authenticated.NULL,
 }
 _PERMANENT = (ike.FailureKind.REJECTED, ike.FailureKind.PROOF_FAILED, ike.FailureKind.REFUSED)
@@ -66,6 +69,7 @@ class Conventional:
         self._core = core
         self.configured: ConnectionSet = EMPTY
         self.matcher = Matcher(EMPTY)
+        self.trusts = Trusts(EMPTY, self._wall_clock)
         self.resolved: dict[str, frozenset[IpAddress]] = {}
         self._keys: dict[str, HostKey] = {}
         self._connection_of: dict[int, Connection] = {}  # by IKE session
@@ -75,6 +79,7 @@ class Conventional:
         self._settled: PrefixTable[str] = (
             PrefixTable()
         )  # what connections carry or hold now: the engine keeps off
+        self._path_of: dict[int, X509Path] = {}  # by IKE session: the certificates that prove its peer
         self._joined: dict[int, tuple[str, frozenset[IpNetwork]]] = {}
         self._contacted: set[tuple[str, IpAddress]] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -87,15 +92,20 @@ class Conventional:
         self._settings_of = functools.lru_cache(maxsize=4096)(self._make_settings)
         self._offers_of = functools.lru_cache(maxsize=4096)(_esp_offers)
 
+    def _wall_clock(self) -> float:
+        return self._core.given.wall_clock()
+
     # ------------------------------------------------------------ configuration
 
     def load(self, configured: ConnectionSet, keys: dict[str, HostKey]) -> None:
         """Only the difference takes effect. `keys`: the private keys that local sides name, by file."""
         matcher = Matcher(configured)
-        touched = self._touched(configured, keys, matcher)
+        trusts = Trusts(configured, self._wall_clock)
+        touched = self._touched(configured, keys, matcher, trusts)
         self._keys = keys
         self.configured = configured
         self.matcher = matcher
+        self.trusts = trusts
         self._settings_of.cache_clear()
         self._claimed = PrefixTable()
         for connection in configured.connections:
@@ -106,9 +116,11 @@ class Conventional:
         self.feed(m.Load(configured, touched))
 
     def _touched(
-        self, configured: ConnectionSet, keys: dict[str, HostKey], matcher: Matcher
+        self, configured: ConnectionSet, keys: dict[str, HostKey], matcher: Matcher, trusts: Trusts
     ) -> frozenset[str]:
-        """The connections whose secret or key is another, although they read the same."""
+        """The connections whose secret or key, or whom they trust, is another, although they read the same. An own
+        certificate that was renewed disturbs nobody: it is shown from the next IKE SA on."""
+        before = {connection.name: connection for connection in self.configured.connections}
         found = set()
         for connection in configured.connections:
             name = connection.local.key
@@ -117,6 +129,9 @@ class Conventional:
             if connection.local.auth == "psk" and self.secret_of(connection, self.matcher) != self.secret_of(
                 connection, matcher
             ):
+                found.add(connection.name)
+            same = before.get(connection.name) == connection and connection.remote.auth == "x509"
+            if same and self.trusts.of(connection) != trusts.of(connection):
                 found.add(connection.name)
         return frozenset(found)
 
@@ -354,7 +369,8 @@ class Conventional:
             remote_keys=connection.remote.pubkeys,
             psk=psk,
             accept_null=connection.remote.auth == "null",
-            own_auth=connection.local.auth,
+            own_auth="pubkey" if connection.local.auth == "x509" else connection.local.auth,
+            by_certificate=connection.remote.auth == "x509",
             identity=connection.local.id,
             expected_identity=None if connection.remote.auth == "null" else connection.remote.id.exact(),
             ike_offers=_ike_offers(connection),
@@ -430,12 +446,15 @@ class Conventional:
         found = self.matcher.by_address(local.address, remote.address, self.resolved)
         if not found:
             return base
-        best = self._settings_of(found[0])
+        every = [self._settings_of(connection) for connection in found]
+        best = every[0]
         certain = all(self._known_address(connection, remote.address) for connection in found)
-        offers = tuple(dict.fromkeys(map(_Same, (o for c in found for o in self._settings_of(c).ike_offers))))
+        offers = tuple(dict.fromkeys(map(_Same, (o for one in every for o in one.ike_offers))))
         others = () if certain else tuple(map(_Same, base.ike_offers))
         unique = dict.fromkeys((*offers, *others))
-        return replace(best if certain else base, ike_offers=tuple(item.offer for item in unique))
+        chosen = best if certain else base
+        certificates = replace(chosen.certificates, **asked_by_all(one.certificates for one in every))
+        return replace(chosen, ike_offers=tuple(item.offer for item in unique), certificates=certificates)
 
     def _known_address(self, connection: Connection, remote: IpAddress) -> bool:
         return any(
@@ -472,20 +491,49 @@ class Conventional:
         )
         return Secret(self._core.given.random(32))
 
-    def keys(self, event: ike.NeedPeerKey) -> ike.Known | NotOurs | None:
+    def keys(self, event: ike.NeedPeerKey) -> ike.Known | ike.Refused | NotOurs | None:
         """The keys of the peer's connection; None where its connection knows no keys (so that it cannot come in by
         another door)."""
+        if event.initiator:
+            return self._certified(event, [self._connection_of[event.session]])
         if not self.configured.connections:
             return NOT_OURS
         local = self._local_of(event.session)
         found = self._by_identity(local, event.remote.address, event.identity, event.own_identity)
         named = [connection for connection in found if connection.remote.id.text != "%any"]
         by_key = [connection for connection in found if connection.remote.auth == "pubkey"]
+        by_certificate = [connection for connection in found if connection.remote.auth == "x509"]
+        if by_certificate and (event.certificates or not by_key):
+            answer = self._certified(event, by_certificate)
+            if isinstance(answer, ike.Known) or not by_key:
+                return answer
         if by_key:
             self._connection_of[event.session] = by_key[0]
             keys = tuple(dict.fromkeys(key for c in by_key for key in c.remote.pubkeys))
             return ike.Known(keys, None, Authenticated.MANUAL, self._settings_of(by_key[0]))
         return None if named else NOT_OURS
+
+    def _certified(self, event: ike.NeedPeerKey, connections: list[Connection]) -> ike.Known | ike.Refused:
+        """By the first of the connections that accepts the peer's certificate; the key is still to be proven."""
+        reasons = []
+        for connection in connections:
+            try:
+                key, path = self.trusts.accept(connection, event.certificates, event.identity)
+            except CertificateRefused as refusal:
+                reasons.append(f"{connection.name}: {refusal}")
+                continue
+            self._connection_of[event.session] = connection
+            self._path_of[event.session] = path
+            return ike.Known((key,), None, Authenticated.X509, self._settings_of(connection))
+        reason = f"its certificate is not accepted: {'; '.join(reasons[:4])}"
+        self._core.journal.add(
+            "certificate-refused", peer=str(event.remote.address), id=str(event.identity), reason=reason
+        )
+        return ike.Refused(reason)
+
+    async def status(self, event: ike.NeedStatus) -> bool | ike.Refused:
+        """Whether the certificates that prove this peer are still good, as far as anybody knows."""
+        return event.session in self._path_of or ike.Refused("its connection has just changed")
 
     def _by_identity(
         self, local: IpAddress, remote: IpAddress, identity: PeerIdentity, own: PeerIdentity | None
@@ -535,7 +583,8 @@ class Conventional:
     def _connection_of_peer(self, event: ike.NeedNarrowing) -> Connection | None:
         connection = self._connection_of.get(event.session)
         if connection is not None:
-            if event.key is not None and event.key not in connection.remote.pubkeys:
+            by_key = connection.remote.auth == "pubkey" and event.key is not None
+            if by_key and event.key not in connection.remote.pubkeys:
                 # The same identity in several connections: the key decides
                 connection = next(
                     (
@@ -605,6 +654,7 @@ class Conventional:
             identity=connection.local.id,
             own_auth="null" if connection.local.auth == "null" else "pubkey",
             allow_null_initiator=connection.remote.auth == "null",
+            certificates=self.trusts.settings(connection),
             ike_offers=_ike_offers(connection) or base.ike_offers,
             lifetimes=replace(
                 base.lifetimes,
@@ -633,6 +683,7 @@ class Conventional:
 
     def failed(self, event: ike.SessionFailed) -> None:
         connection = self._connection_of.pop(event.session)
+        self._path_of.pop(event.session, None)
         text = event.text + (f" ({event.notify})" if event.notify else "")
         if event.kind is ike.FailureKind.SILENT:
             self._contacted.discard((connection.name, event.remote.address))
@@ -651,6 +702,7 @@ class Conventional:
 
     def down(self, session: int) -> None:
         self._connection_of.pop(session, None)
+        self._path_of.pop(session, None)
         self.feed(m.Gone(session))
 
     def child_failed(self, event: ike.ChildFailed) -> None:

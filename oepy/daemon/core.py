@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +44,7 @@ LOOKUP_SECONDS = 12.0  # the DNS room bounds itself; this is the belt to its bra
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What a core is given. `monotonic` in seconds; `random` gives bytes."""
+    """What a core is given. `monotonic` and `wall_clock` (since 1970) in seconds; `random` gives bytes."""
 
     keys: KeySource
     trap: Trap
@@ -55,6 +56,7 @@ class Surroundings:
     ike_settings: IkeSettings
     key_log: KeyLog | None = None
     random: Callable[[int], bytes] = os.urandom
+    wall_clock: Callable[[], float] = time.time
     is_own: Callable[[IpAddress], bool] = is_own
     source_towards: Callable[[IpAddress], IpAddress | None] = source_towards
 

@@ -258,6 +258,8 @@ class Negotiator:
                 pass
             case ike.NeedPeerKey() | ike.NeedNarrowing() if len(self._tasks) >= MAX_QUESTIONS:
                 self._answer(event.token, None)
+            case ike.NeedStatus():
+                self._spawn(self._check_status(event))
             case ike.NeedPeerKey():
                 self._spawn(self._find_key(event))
             case ike.NeedNarrowing():
@@ -308,9 +310,9 @@ class Negotiator:
         answer = ask.keys(event) if isinstance(event, ike.NeedPeerKey) else ask.narrow(event)
         if isinstance(answer, NotOurs):
             return False
-        if isinstance(answer, ike.Refused):
+        if isinstance(answer, ike.Refused) and isinstance(event, ike.NeedNarrowing):
             self._ports.report("offer-refused", peer=str(event.remote.address), reason=answer.reason)
-        if answer is None:
+        if answer is None and isinstance(event, ike.NeedPeerKey):
             reason = "its connection knows no key of it"
             self._ports.report(
                 "no-key-for-peer", peer=str(event.remote.address), id=str(event.identity), reason=reason
@@ -389,6 +391,10 @@ class Negotiator:
                 "no-key-for-peer", peer=str(event.remote.address), id=str(event.identity), reason=reason
             )
         self._answer(event.token, keys or None)
+        self.pump()
+
+    async def _check_status(self, event: ike.NeedStatus) -> None:
+        self._answer(event.token, await self._connections.status(event))
         self.pump()
 
     async def _narrow(self, event: ike.NeedNarrowing) -> None:

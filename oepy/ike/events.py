@@ -50,13 +50,26 @@ class Question(IkeEvent):
 
 @dataclass(frozen=True, slots=True)
 class NeedPeerKey(Question):
-    """Responder: which keys does this identity have? Answer: a sequence of PublicKey, all of them are tried;
-    None or an empty one refuses the peer (AUTHENTICATION_FAILED). Or Known."""
+    """Which keys does this identity have? Asked as responder, and as initiator where `Initiate.by_certificate`.
+    Answer: a sequence of PublicKey, all of them are tried; None or an empty one refuses the peer
+    (AUTHENTICATION_FAILED), and so does Refused, with its reason. Or Known. Nothing is proven yet."""
 
     identity: PeerIdentity
     remote: Endpoint
     local: Endpoint | None = None
     own_identity: PeerIdentity | None = None  # the IDr that the peer asks for
+    certificates: tuple[bytes, ...] = ()  # X.509 that it sent, its own first; whatever bytes they are
+    initiator: bool = False  # whether we began
+
+
+@dataclass(frozen=True, slots=True)
+class NeedStatus(Question):
+    """Is the certificate that proved this peer (`Known.authenticated` X509) still good? It has shown that the key
+    is its own, so that fetching for it is worth while. Answer: True, or Refused with the reason."""
+
+    identity: PeerIdentity
+    remote: Endpoint
+    responses: tuple[bytes, ...] = ()  # OCSP responses that it sent (RFC 4806)
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,6 +346,7 @@ __all__ = [
     "NeedPsk",
     "NeedSignature",
     "NeedSpi",
+    "NeedStatus",
     "PeerMoved",
     "Question",
     "Refused",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
+from oepy.ike import certificates
 from oepy.ike.algorithms import GROUPS
 from oepy.ike.authentication import OUR_HASHES, signed_octets
 from oepy.ike.crypto import IkeKeyMaterial, derive_ike_keys, skeyseed_initial
@@ -32,6 +33,7 @@ class Handshake:
     __slots__ = (
         "additional",
         "agreed",
+        "certificates_asked",
         "deferred",
         "int_auth",
         "message_i",
@@ -59,6 +61,7 @@ class Handshake:
         self.peer_hashes: frozenset[int] = frozenset()
         self.peer_ppk = False
         self.peer_childless = False
+        self.certificates_asked = False  # X.509, by the peer
         self.sk_pi: Secret | None = None
         self.sk_pr: Secret | None = None
         self.additional: list[str] = []  # key exchanges that IKE_AUTH waits for, in order (RFC 9370)
@@ -124,6 +127,7 @@ def read_common_notifies(session: Session, handshake: Handshake, message: Messag
         handshake.peer_hashes = frozenset(
             int.from_bytes(data[at : at + 2], "big") for at in range(0, len(data) - 1, 2)
         )
+    handshake.certificates_asked = certificates.are_asked_for(message)
     handshake.peer_ppk = message.notify(NotifyType.USE_PPK) is not None
     handshake.peer_childless = message.notify(NotifyType.CHILDLESS_IKEV2_SUPPORTED) is not None
     session.peer_fragments = message.notify(NotifyType.FRAGMENTATION_SUPPORTED) is not None

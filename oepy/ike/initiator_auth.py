@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from oepy.ike import aggregation, configuration, ppk, reauthentication, transport
+from oepy.ike import aggregation, certificates, configuration, ppk, reauthentication, transport
 from oepy.ike.algorithms import accepted, esp_suite, to_proposals, without_groups
 from oepy.ike.authentication import AuthMethod, matches, null_auth, psk_auth, verify_auth
 from oepy.ike.child import ChildSa, install, read_selectors, spi_of, within
-from oepy.ike.events import FailureKind, NeedSignature, NeedSpi
+from oepy.ike.events import FailureKind, Known, NeedPeerKey, NeedSignature, NeedSpi, Refused
 from oepy.ike.flow import ChildRefused, HandshakeFailed, OwnSteps, Send, Steps
 from oepy.ike.handshake import establish
 from oepy.ike.header import Exchange, PayloadType
@@ -17,7 +17,7 @@ from oepy.ike.payload_sa import PROTOCOL_ESP, SaPayload, build_sa
 from oepy.ike.payload_ts import build_ts
 from oepy.ike.payloads import AuthData, Identification, Payload, build_auth, build_id, notify
 from oepy.ike.rules import first_error
-from oepy.model import Authenticated, PeerIdentity
+from oepy.model import Authenticated, PeerIdentity, PublicKey
 
 if TYPE_CHECKING:
     from oepy.ike.algorithms import Offer
@@ -76,7 +76,7 @@ def authenticate(session: Session, request: Initiate, handshake: Handshake) -> O
         raise HandshakeFailed(FailureKind.REJECTED, text, kind)
     if secret is not None:
         ppk.confirm(session, handshake, secret, keys, answer)
-    _verify_peer(session, request, handshake, answer)
+    yield from _verify_peer(session, request, handshake, answer)
     session.connection = request.connection
     _establish_with_child(session, request, handshake, answer, offers, spi_in)
 
@@ -87,6 +87,9 @@ def _identity_and_proof(
     """IDi, what goes with it, and AUTH. From here on the keys are those with the PPK, where there is one."""
     id_body = build_id(own_identity(session, request.identity, request.own_auth))
     payloads: list[Payload] = [(PayloadType.IDI, id_body)]
+    if request.own_auth == "pubkey":
+        payloads += certificates.own(session.settings.certificates, asked=handshake.certificates_asked)
+    payloads += certificates.requests(session.settings.certificates)
     if secret is not None:
         without = None
         if not secret.required:
@@ -160,7 +163,7 @@ def _say_goodbye(session: Session) -> None:
     send_last_delete(session)
 
 
-def _verify_peer(session: Session, request: Initiate, handshake: Handshake, answer: Message) -> None:
+def _verify_peer(session: Session, request: Initiate, handshake: Handshake, answer: Message) -> Steps[None]:
     """Raises HandshakeFailed(PROOF_FAILED) unless the responder is whom we meant."""
     idr = answer.must(PayloadType.IDR, Identification)
     auth = answer.must(PayloadType.AUTH, AuthData)
@@ -177,22 +180,41 @@ def _verify_peer(session: Session, request: Initiate, handshake: Handshake, answ
         if request.accept_null and right:
             proven = Authenticated.NULL
     else:
+        keys, by = request.remote_keys, Authenticated(request.authenticated_by)
+        if request.by_certificate:
+            keys, by = yield from _certified_keys(session, idr, answer)
         session.key = verify_auth(
-            request.remote_keys,
-            auth.method,
-            auth.data,
-            octets,
-            allow_sha1=session.settings.allow_sha1,
+            *(keys, auth.method, auth.data, octets), allow_sha1=session.settings.allow_sha1
         )
-        if session.key is not None:
-            proven = Authenticated(request.authenticated_by)
+        proven = None if session.key is None else by
     if proven is None:
         raise _unproven(f"its proof (AUTH method {auth.method}) is not by an expected key")
     if idr.identity is None:
         raise _unproven("its identity is of an unknown type")
-    if request.expected_identity is not None and idr.identity != request.expected_identity:
+    if request.expected_identity is not None and not idr.identity.same_as(request.expected_identity):
         raise _unproven(f"it is {idr.identity}, not {request.expected_identity}")
     session.authenticated = proven
+    refusal = yield from certificates.check_status(session, answer)
+    if refusal:
+        raise _unproven(refusal)
+
+
+def _certified_keys(
+    session: Session, idr: Identification, answer: Message
+) -> Steps[tuple[tuple[PublicKey, ...], Authenticated]]:
+    """Those that the certificates in the answer give to this identity."""
+    if idr.identity is None:
+        raise _unproven("its identity is of an unknown type")
+    known = yield NeedPeerKey(
+        *(session.number, 0, idr.identity, session.remote, session.local),
+        certificates=certificates.sent(answer),
+        initiator=True,
+    )
+    if isinstance(known, Refused):
+        raise _unproven(known.reason)
+    if not isinstance(known, Known) or not known.keys:
+        raise _unproven(f"no usable key is known of {idr.identity}")
+    return known.keys, known.authenticated
 
 
 def _unproven(text: str) -> HandshakeFailed:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from oepy.errors import ParseError
 from oepy.ike.header import PayloadType
 from oepy.ike.notify import NotifyType, ProtocolError
+from oepy.ike.payload_cert import parse_cert, parse_certreq
 from oepy.ike.payload_cp import parse_cp
 from oepy.ike.payload_sa import parse_sa
 from oepy.ike.payload_ts import parse_ts
@@ -168,6 +169,8 @@ PARSERS: dict[int, Callable[[Reader], object]] = {
     PayloadType.KE: parse_ke,
     PayloadType.IDI: parse_id,
     PayloadType.IDR: parse_id,
+    PayloadType.CERT: parse_cert,
+    PayloadType.CERTREQ: parse_certreq,
     PayloadType.AUTH: parse_auth,
     PayloadType.NONCE: parse_nonce,
     PayloadType.NOTIFY: parse_notify,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from oepy.ike import aggregation, configuration, ppk, rules, transport
+from oepy.ike import aggregation, certificates, configuration, ppk, rules, transport
 from oepy.ike.algorithms import choose, ike_suite, without_additional, without_groups
 from oepy.ike.authentication import AuthMethod, matches, null_auth, psk_auth, verify_auth
 from oepy.ike.child import ChildSa, install
@@ -15,6 +15,7 @@ from oepy.ike.events import (
     NeedPeerKey,
     NeedPsk,
     NeedSignature,
+    Refused,
 )
 from oepy.ike.flow import ChildRefused, HandshakeFailed, PeerSteps, Questions
 from oepy.ike.handshake import (
@@ -95,6 +96,7 @@ def receive_init(context: Context, message: Message, local: Endpoint, remote: En
         (PayloadType.KE, build_ke(ke.group, share.public)),
         (PayloadType.NONCE, handshake.nonce_r),
         *common_notifies(session, session.spi_own),
+        *certificates.requests(settings.certificates),
     ]
     suite = ike_suite(chosen)
     answer += ppk.announcement(handshake.peer_ppk and settings.ppk != "never")
@@ -157,7 +159,10 @@ def serve_auth(session: Session, message: Message) -> PeerSteps:
     asked = message.get(PayloadType.IDR, Identification)
     wanted = asked.identity if asked else None
     auth, ppk_answer = yield from ppk.serve(session, handshake, message, idi.identity)
-    psk = yield from _verify_peer(session, handshake, auth, idi, wanted)
+    psk = yield from _verify_peer(session, handshake, auth, idi, wanted, certificates.sent(message))
+    bad_status = yield from certificates.check_status(session, message)
+    if bad_status:
+        raise _unproven(bad_status)
     refused: ChildRefused | None = None
     child: tuple[ChildSa, list[Payload]] | None = None
     childless = session.settings.childless and PayloadType.SA not in message.chain.counts
@@ -169,18 +174,7 @@ def serve_auth(session: Session, message: Message) -> PeerSteps:
             child = yield from _child(session, message, leased)
     except ChildRefused as refusal:
         refused = refusal
-    own_auth = "psk" if psk is not None else session.settings.own_auth
-    identity = session.settings.identity or PeerIdentity.address(session.local.address)
-    if own_auth == "psk" and wanted is not None:
-        identity = wanted  # the daemon knew a secret for this very pair of identities
-    if session.authenticated is Authenticated.NULL and not handshake.peer_hashes:
-        # Anonymous itself, and it announces no hash (RFC 7427 §4): no signature of ours proves anything to it
-        own_auth = "null"
-    if own_auth == "null":
-        identity = PeerIdentity.null()
-    id_body = build_id(identity)
-    proof = yield from _own_proof(session, handshake, own_auth, psk, id_body)
-    payloads: list[Payload] = [(PayloadType.IDR, id_body), (PayloadType.AUTH, build_auth(proof))]
+    payloads = yield from _own_identity_and_proof(session, handshake, message, psk, wanted)
     payloads += [*ppk_answer, *lease_answer]
     nonces = (handshake.nonce_i, handshake.nonce_r)
     establish(session)
@@ -216,7 +210,12 @@ def _unproven(text: str) -> HandshakeFailed:
 
 
 def _verify_peer(
-    session: Session, handshake: Handshake, auth: AuthData, idi: Identification, wanted: PeerIdentity | None
+    session: Session,
+    handshake: Handshake,
+    auth: AuthData,
+    idi: Identification,
+    wanted: PeerIdentity | None,
+    sent: tuple[bytes, ...],
 ) -> Questions[Secret | None]:
     """The secret, where it was a PSK. Raises HandshakeFailed unless the initiator proves its identity."""
     octets = handshake.octets_of(session, initiator=True, id_body=idi.body)
@@ -242,7 +241,9 @@ def _verify_peer(
         session.authenticated = Authenticated.PSK
         _go_on_with(session, known)
         return secret
-    known = yield NeedPeerKey(session.number, 0, idi.identity, session.remote, session.local, wanted)
+    known = yield NeedPeerKey(session.number, 0, idi.identity, session.remote, session.local, wanted, sent)
+    if isinstance(known, Refused):
+        raise _refused(known.reason)
     keys = known.keys if isinstance(known, Known) else known
     candidates = [key for key in keys or () if isinstance(key, PublicKey)]
     if not candidates:
@@ -260,6 +261,28 @@ def _verify_peer(
 def _go_on_with(session: Session, known: object) -> None:
     if isinstance(known, Known) and known.settings is not None:
         session.settings = known.settings
+
+
+def _own_identity_and_proof(
+    session: Session, handshake: Handshake, message: Message, psk: Secret | None, wanted: PeerIdentity | None
+) -> Questions[list[Payload]]:
+    """IDr, our certificates, AUTH."""
+    own_auth = "psk" if psk is not None else session.settings.own_auth
+    identity = session.settings.identity or PeerIdentity.address(session.local.address)
+    if own_auth == "psk" and wanted is not None:
+        identity = wanted  # the daemon knew a secret for this very pair of identities
+    if session.authenticated is Authenticated.NULL and not handshake.peer_hashes:
+        # Anonymous itself, and it announces no hash (RFC 7427 §4): no signature of ours proves anything to it
+        own_auth = "null"
+    if own_auth == "null":
+        identity = PeerIdentity.null()
+    id_body = build_id(identity)
+    proof = yield from _own_proof(session, handshake, own_auth, psk, id_body)
+    payloads: list[Payload] = [(PayloadType.IDR, id_body)]
+    if proof.method not in (AuthMethod.PSK, AuthMethod.NULL):
+        is_asked = certificates.are_asked_for(message)
+        payloads += certificates.own(session.settings.certificates, asked=is_asked)
+    return [*payloads, (PayloadType.AUTH, build_auth(proof))]
 
 
 def _own_proof(

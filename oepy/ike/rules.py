@@ -13,6 +13,8 @@ from oepy.ike.notify import FIRST_STATUS, NotifyType, ProtocolError
 from oepy.ike.payloads import Chain, Notify
 
 MAX_NOTIFIES = 24
+MAX_CERTS = 16
+MAX_CERTREQS = 8
 _MANY = (0, MAX_NOTIFIES)
 
 Rule = dict[P, tuple[int, int]]
@@ -23,7 +25,7 @@ _ERROR: Rule = {P.NOTIFY: (1, MAX_NOTIFIES), P.VENDOR: _MANY}
 
 RULES: dict[tuple[int, bool], Rule] = {  # (exchange, is it a response)
     (Exchange.IKE_SA_INIT, False): _INIT,
-    (Exchange.IKE_SA_INIT, True): _INIT | {P.CERTREQ: (0, 8)},
+    (Exchange.IKE_SA_INIT, True): _INIT | {P.CERTREQ: (0, MAX_CERTREQS)},
     (Exchange.IKE_AUTH, False): {
         P.IDI: (1, 1),
         P.IDR: (0, 1),
@@ -31,7 +33,8 @@ RULES: dict[tuple[int, bool], Rule] = {  # (exchange, is it a response)
         P.SA: (0, 1),
         P.TSI: (0, 1),
         P.TSR: (0, 1),
-        P.CERT: (0, 8),
+        P.CERT: (0, MAX_CERTS),
+        P.CERTREQ: (0, MAX_CERTREQS),
         P.CP: (0, 1),
         P.NOTIFY: _MANY,
     },
@@ -41,7 +44,7 @@ RULES: dict[tuple[int, bool], Rule] = {  # (exchange, is it a response)
         P.SA: (0, 1),
         P.TSI: (0, 1),
         P.TSR: (0, 1),
-        P.CERT: (0, 8),
+        P.CERT: (0, MAX_CERTS),
         P.CP: (0, 1),
         P.NOTIFY: _MANY,
     },

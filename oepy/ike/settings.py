@@ -55,6 +55,17 @@ class Ppk:
 
 
 @dataclass(frozen=True, slots=True)
+class Certificates:
+    """X.509, as far as IKE carries it. `chain` and `authorities` are DER and SHA-1 key hashes (RFC 7296 §3.7)."""
+
+    chain: tuple[bytes, ...] = ()  # our own first, then those above it, without the root
+    send: str = "ifasked"  # always | ifasked | never
+    ask: bool = False  # the peer for its own
+    authorities: tuple[bytes, ...] = ()  # whose certificates we take
+    ask_status: bool = False  # the peer for an OCSP response (RFC 4806)
+
+
+@dataclass(frozen=True, slots=True)
 class IkeSettings:
     """Of the endpoint, or of one connection's sessions (`Initiate.settings`, `IkeEndpoint(settings_for=)`,
     `Narrowed.settings`, `Known.settings`). The limits on half-open and all sessions, the ports and the cookies are
@@ -62,6 +73,7 @@ class IkeSettings:
 
     identity: PeerIdentity | None = None  # None: our address towards the peer
     own_auth: str = "pubkey"  # as responder, to a peer that did not use a PSK: pubkey | null
+    certificates: Certificates = Certificates()
     allow_null_initiator: bool = True
     ppk: str = "never"  # as responder: never | accept | require (RFC 8784); NeedPpk asks for it
     childless: bool = False  # as responder: an IKE SA may begin without a child (RFC 6023)
@@ -111,6 +123,7 @@ class Initiate:
     initial_contact: bool = True
     retransmission: Retransmission | None = None
     authenticated_by: str = "dns"  # how remote_keys were learnt: dns | name | manual
+    by_certificate: bool = False  # NeedPeerKey asks for the keys, with the certificates that the peer sends
     connection: str = ""
     label: str = ""
     lifetimes: Lifetimes | None = None  # of the child; None: the settings'

@@ -11,6 +11,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.utils import CryptographyDeprecationWarning
 
+from oepy import dn
 from oepy.errors import KeyFormatError, ParseError
 
 MAX_CERTIFICATE = 16 * 1024  # bytes of one from a peer; real ones have 1 to 3 kB
@@ -51,6 +52,18 @@ def from_pem(data: bytes, source: str) -> list[Certificate]:
         ) from None
 
 
+def load(path: str) -> tuple[Certificate, ...]:
+    """All of a file. Raises KeyFormatError."""
+    try:
+        with open(path, "rb") as stream:
+            data = stream.read(MAX_BUNDLE + 1)
+    except OSError as error:
+        raise KeyFormatError(
+            f"{path}: {error.strerror}", "name a PEM file with one or more certificates"
+        ) from None
+    return tuple(from_pem(data, path))
+
+
 def to_der(certificate: Certificate) -> bytes:
     return certificate.public_bytes(serialization.Encoding.DER)
 
@@ -64,10 +77,9 @@ def key_hash(certificate: Certificate) -> bytes:
 
 
 def subject_of(certificate: Certificate) -> str:
-    """For people: RFC 4514, else the first alternative name."""
-    text = certificate.subject.rfc4514_string()
-    if text:
-        return text
+    """For people: the subject as an IKE identity is written, else the first alternative name."""
+    if certificate.subject.rdns:
+        return dn.to_text(certificate.subject.public_bytes())
     names = alternative_names(certificate)
     return next((str(value) for value in _values(names)), "(no subject)")
 

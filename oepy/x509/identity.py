@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from cryptography import x509
 
+from oepy import dn
 from oepy.model import IdType, PeerIdentity
 from oepy.x509.certificates import Certificate, alternative_names
 
 
 def speaks_for(certificate: Certificate, identity: PeerIdentity) -> bool:
     """FQDN, e-mail and addresses must stand among the alternative names, exactly (no wildcards: RFC 4945 §3.1.2),
-    letters of a domain in any case; a DN must be the subject."""
+    letters of a domain in any case; a DN must be the subject, attribute by attribute."""
     if identity.type is IdType.DER_ASN1_DN:
-        return certificate.subject.public_bytes() == identity.data
+        return dn.same(certificate.subject.public_bytes(), identity.data)
     names = alternative_names(certificate)
     if names is None:
         return False

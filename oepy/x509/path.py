@@ -18,6 +18,7 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID
 
+from oepy import dn
 from oepy.x509.certificates import MAX_FROM_PEER, Certificate, alternative_names, subject_of
 
 MAX_DEPTH = 6  # certificates between the peer's and the anchor's
@@ -99,6 +100,10 @@ class _Search:
         if len(path) > MAX_DEPTH:
             self.note(last, f"the path is longer than {MAX_DEPTH}")
             return None
+        candidates = [issuer for issuer in (*self.anchors, *self.others) if issuer.subject == last.issuer]
+        if not candidates:
+            name = dn.to_text(last.issuer.public_bytes())
+            self.note(last, f"no CA that is trusted or was sent is called {name!r}")
         for issuer in self.others:
             if issuer.subject != last.issuer or issuer in path or not self._issued(last, issuer, path):
                 continue
@@ -109,7 +114,7 @@ class _Search:
 
     def _issued(self, certificate: Certificate, issuer: Certificate, path: tuple[Certificate, ...]) -> bool:
         """Whether `issuer`, which names itself so, signed it and may."""
-        reason = _unfit_issuer(issuer, len(path) - 1) or _out_of_time(issuer, self.now) or _unknown(issuer)
+        reason = _unfit_issuer(issuer, len(path) - 1) or out_of_time(issuer, self.now) or _unknown(issuer)
         if not reason:
             reason = next((text for below in path if (text := _constrained(issuer, below))), "")
         if reason:
@@ -137,18 +142,20 @@ def validate(
     moment = datetime.fromtimestamp(now, UTC)
     if not anchors:
         raise PathError("no CA is trusted")
-    reason = _unfit_leaf(leaf) or _out_of_time(leaf, moment) or _unknown(leaf)
+    reason = _unfit_leaf(leaf) or out_of_time(leaf, moment) or _unknown(leaf)
     if reason:
         raise PathError(f"{subject_of(leaf)}: {reason}")
     search = _Search(moment, anchors, list(others)[: 4 * MAX_FROM_PEER])
     found = search.grow((leaf,))
     if found is None:
-        text = "; ".join(search.reasons) or f"no trusted CA is called {leaf.issuer.rfc4514_string()!r}"
+        text = (
+            "; ".join(search.reasons) or f"no trusted CA is called {dn.to_text(leaf.issuer.public_bytes())!r}"
+        )
         raise PathError(f"no path from {subject_of(leaf)} to a trusted CA: {text}")
     return found
 
 
-def _out_of_time(certificate: Certificate, now: datetime) -> str:
+def out_of_time(certificate: Certificate, now: datetime) -> str:
     if now < certificate.not_valid_before_utc:
         return f"not valid before {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC"
     if now > certificate.not_valid_after_utc:

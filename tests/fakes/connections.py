@@ -10,13 +10,20 @@ from oepy.connections.model import ConnectionSet
 from oepy.connections.reading import Files, Problem, read_connections
 from oepy.errors import UsageError
 from oepy.ike.algorithms import parse_esp_proposal, parse_ike_proposal
-from oepy.keys import HostKey
+from oepy.keys import HostKey, to_public_key
 from oepy.model import PublicKey
+from oepy.x509.certificates import Certificate
+from oepy.x509.identity import identities_of
 
 
 def read(
-    text: str, private: dict[str, bytes] | None = None, public: dict[str, PublicKey] | None = None
+    text: str,
+    private: dict[str, bytes] | None = None,
+    public: dict[str, PublicKey] | None = None,
+    certificates: dict[str, list[Certificate]] | None = None,
 ) -> tuple[ConnectionSet, list[Problem]]:
+    loaded: dict[str, Any] = {}
+
     def of(files: dict[str, Any], name: str) -> Any:
         if name not in files:
             raise UsageError(f"{name} does not exist")
@@ -26,6 +33,13 @@ def read(
         HostKey.from_pem(of(private or {}, name))
         return name
 
+    def certificate_file(name: str) -> str:
+        loaded[name] = tuple(of(certificates or {}, name))
+        return name
+
+    def proves(name: str, key: str) -> bool:
+        return to_public_key(loaded[name][0].public_key()) == HostKey.from_pem(of(private or {}, key)).public
+
     data = yaml.safe_load(text) or {}
     return read_connections(
         data.get("connections"),
@@ -34,6 +48,10 @@ def read(
             private=lambda name: of(private or {}, name),
             public=lambda name: of(public or {}, name),
             own_key=own_key,
+            certificates=certificate_file,
+            proves=proves,
+            identities=lambda name: identities_of(loaded[name][0]),
+            read=loaded,
             proposal_ike=parse_ike_proposal,
             proposal_esp=parse_esp_proposal,
         ),
@@ -41,9 +59,12 @@ def read(
 
 
 def good(
-    text: str, private: dict[str, bytes] | None = None, public: dict[str, PublicKey] | None = None
+    text: str,
+    private: dict[str, bytes] | None = None,
+    public: dict[str, PublicKey] | None = None,
+    certificates: dict[str, list[Certificate]] | None = None,
 ) -> ConnectionSet:
-    found, problems = read(text, private, public)
+    found, problems = read(text, private, public, certificates)
     assert problems == []
     return found
 

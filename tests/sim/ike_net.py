@@ -27,6 +27,7 @@ from oepy.ike.events import (
     NeedPsk,
     NeedSignature,
     NeedSpi,
+    NeedStatus,
     Question,
     Refused,
 )
@@ -99,6 +100,8 @@ class Host:
             return self.keys.get(str(question.identity))
         if isinstance(question, NeedPsk):
             return self.psks.get(str(question.identity))
+        if isinstance(question, NeedStatus):
+            return True
         if isinstance(question, (NeedPpk, NeedLease)):
             return None
         assert isinstance(question, NeedNarrowing)

@@ -71,6 +71,7 @@ class Host:
         rules: tuple[PolicyRule, ...] = (),
         configured: ConnectionSet = EMPTY,
         keys: dict[str, HostKey] | None = None,
+        wall_clock: float = 0.0,
     ) -> None:
         self.address = ip_address(address)
         self.key = key or HostKey.generate("ed25519")
@@ -79,6 +80,7 @@ class Host:
         self.group = group
         self.rules = rules
         self.configured, self.keys = configured, keys or {}
+        self.wall_clock = wall_clock
         self.identity: str | None = None
         self.make_keys: Callable[[], FakeKeys] = lambda: FakeKeys(self.answers)
         self.start()
@@ -108,6 +110,7 @@ class Host:
                     identity=PeerIdentity.parse(self.identity) if self.identity else None, force_encap=True
                 ),
                 random=dice.randbytes,
+                wall_clock=lambda: self.wall_clock,
                 is_own=lambda address: address == self.address,
                 source_towards=lambda _: self.address,
             )

@@ -1,0 +1,63 @@
+"""X.509 in the daemon: which certificates a connection shows, which it accepts, and what it says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from oepy.connections.model import Connection, ConnectionSet
+from oepy.errors import KeyFormatError
+from oepy.ike.settings import Certificates
+from oepy.keys import to_public_key
+from oepy.model import PeerIdentity, PublicKey
+from oepy.x509.certificates import to_der
+from oepy.x509.path import Path, PathError
+from oepy.x509.trust import Trust, accept
+
+
+class CertificateRefused(Exception):
+    """The text says why, and nothing that the peer does not know."""
+
+
+class Trusts:
+    """Of one configuration. `wall_clock` in seconds since 1970."""
+
+    def __init__(self, configured: ConnectionSet, wall_clock: Callable[[], float]) -> None:
+        self._configured = configured
+        self._wall_clock = wall_clock
+        self._trust: dict[tuple[tuple[str, ...], tuple[str, ...]], Trust] = {}
+
+    def of(self, connection: Connection) -> Trust:
+        """Connections that name the same files share one."""
+        key = (connection.remote.cacerts, connection.remote.certs)
+        if key not in self._trust:
+            self._trust[key] = Trust.of(*map(self._configured.certificates_of, key))
+        return self._trust[key]
+
+    def settings(self, connection: Connection) -> Certificates:
+        ask = connection.remote.auth == "x509" and connection.send_certreq
+        return Certificates(
+            chain=tuple(map(to_der, self._configured.certificates_of(connection.local.certs))),
+            send=connection.send_cert,
+            ask=ask,
+            authorities=self.of(connection).key_hashes() if ask else (),
+        )
+
+    def accept(
+        self, connection: Connection, sent: Sequence[bytes], identity: PeerIdentity
+    ) -> tuple[PublicKey, Path]:
+        """The key that the peer must prove. Raises CertificateRefused."""
+        if not connection.remote.id.matches(identity):
+            raise CertificateRefused(f"the peer is {identity}, not {connection.remote.id.text}")
+        try:
+            path = accept(self.of(connection), sent, identity, self._wall_clock())
+            return to_public_key(path.leaf.public_key()), path
+        except (PathError, KeyFormatError) as error:
+            raise CertificateRefused(str(error)) from None
+
+
+def asked_by_all(all_of_them: Iterable[Certificates]) -> dict[str, Any]:
+    """The request for certificates of a peer that may belong to any of several connections."""
+    asking = [one for one in all_of_them if one.ask]
+    authorities = dict.fromkeys(name for one in asking for name in one.authorities)
+    return {"ask": bool(asking), "authorities": tuple(authorities)}
