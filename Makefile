@@ -4,13 +4,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo demo-kernel test test-kernel test-long check dev fuzz clean
+.PHONY: help demo demo-kernel test test-kernel test-long interop-table check dev fuzz clean
 
 help:
 	@echo "make demo       the main job, in a lab on this machine (root)"
 	@echo "make test       all tests that this machine can run (root)"
 	@echo "make test-kernel  those that need kernel ESP, in a second kernel (QEMU)"
 	@echo "make test-long  the slow ones too, in both kernels"
+	@echo "make interop-table  docs/interop.md, from the last runs of both"
 	@echo "make demo-kernel  the main job in the second kernel, with the kernel's ESP"
 	@echo "make fuzz       the fuzzer, SECONDS=600 for each target in FUZZ"
 	@echo "make check      ruff, mypy, import contracts"
@@ -53,13 +54,13 @@ test:
 
 # Where the tests marked `kernel` and `any_kernel` are: to collect all the others takes a minute in there
 KERNEL_TESTS := tests/kernel tests/net/test_trap.py tests/net/test_trap_forward.py tests/net/test_leak.py \
-	tests/interop/test_daemon_strongswan.py
+	tests/interop/test_daemon_strongswan.py tests/interop/matrix
 
 test-kernel:
 	@scripts/install-system kernel
 	@scripts/unpack-peers libreswan
 	@$(MAKE) --no-print-directory $(VENV)/.dev
-	@scripts/second-kernel --time 2700 $(BIN)/python -m pytest -p no:cacheprovider --timeout 900 -m "(kernel or any_kernel) and not long" $(KERNEL_TESTS) $(PYTEST)
+	@scripts/second-kernel --time 3600 --out .interop/kernel $(BIN)/python -m pytest -p no:cacheprovider --timeout 900 -m "(kernel or any_kernel) and not long" $(KERNEL_TESTS) $(PYTEST)
 
 test-long:
 	@scripts/install-system test
@@ -67,7 +68,11 @@ test-long:
 	@scripts/run-tests -m "not kernel" $(PYTEST)
 	@scripts/install-system kernel
 	@scripts/unpack-peers libreswan
-	@scripts/second-kernel --time 3600 $(BIN)/python -m pytest -p no:cacheprovider --timeout 900 -m "kernel or any_kernel" $(KERNEL_TESTS) $(PYTEST)
+	@scripts/second-kernel --time 4500 --out .interop/kernel $(BIN)/python -m pytest -p no:cacheprovider --timeout 900 -m "kernel or any_kernel" $(KERNEL_TESTS) $(PYTEST)
+
+# From what the last `make test` and `make test-kernel` have seen
+interop-table:
+	@$(BIN)/python -m tests.interop.matrix.table .interop/interop.jsonl .interop/kernel/interop.jsonl
 
 # Not part of the tests: SECONDS for each target, one after the other. A finding is a file `crash-…`.
 SECONDS ?= 600
@@ -77,5 +82,5 @@ fuzz: $(VENV)/.dev
 	@for target in $(FUZZ); do $(BIN)/python -m tests.fuzz.run $$target $(SECONDS) || exit 1; done
 
 clean:
-	rm -rf $(VENV) .second-kernel build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .second-kernel build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .interop
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

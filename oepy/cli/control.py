@@ -43,15 +43,17 @@ def terminate(ctx: click.Context, destination: str, as_json: bool) -> None:
 
 @click.command()
 @click.argument("destination")
+@click.option("--ike", is_flag=True, help="The keys of its IKE SA; the tunnel itself keeps its own.")
 @json_option
 @click.pass_context
-def rekey(ctx: click.Context, destination: str, as_json: bool) -> None:
+def rekey(ctx: click.Context, destination: str, ike: bool, as_json: bool) -> None:
     """Negotiate new keys for the tunnel to DESTINATION now; traffic goes on meanwhile."""
-    data = client(ctx).post(protocol.REKEY, {"destination": destination})
+    data = client(ctx).post(protocol.REKEY, {"destination": destination, "ike": ike})
     if as_json:
         print_json(data)
     else:
-        click.echo(f"new keys are asked for in {data['rekeyed']} tunnels to {destination}")
+        what = "IKE SAs" if ike else "tunnels"
+        click.echo(f"new keys are asked for in {data['rekeyed']} {what} to {destination}")
     sys.exit(0 if data["rekeyed"] else 1)
 
 

@@ -13,7 +13,7 @@ EVENTS = "/v1/events"  # ?follow=1 streams one JSON object a line
 EXPLAIN = "/v1/explain"  # ?destination=ADDRESS
 INITIATE = "/v1/initiate"  # POST {"destination": ADDRESS}
 TERMINATE = "/v1/terminate"
-REKEY = "/v1/rekey"
+REKEY = "/v1/rekey"  # POST {"destination": ADDRESS, "ike": true}
 FLUSH = "/v1/flush"  # POST {"destination": ADDRESS or null, "dns": "all", ADDRESS or null}
 MANUAL = "/v1/manual"  # GET ?all=1; POST {"operation": "sa-add", "entry": {…}}: keys travel in it
 CONNECTIONS = "/v1/connections"  # GET; POST {"operation": "up", "name": "office/net", "timeout": 15}

@@ -35,7 +35,8 @@ class Controllable(Protocol):
     async def initiate(self, destination: IpAddress, seconds: float) -> dict[str, Any]: ...
 
     async def terminate(self, destination: IpAddress) -> dict[str, Any]: ...
-    async def rekey(self, destination: IpAddress) -> dict[str, Any]: ...
+
+    async def rekey(self, destination: IpAddress, *, ike: bool) -> dict[str, Any]: ...
 
     async def flush(self, destination: IpAddress | None, dns: IpAddress | str | None) -> dict[str, Any]: ...
 
@@ -132,7 +133,8 @@ class ControlServer:
 
     async def _rekey(self, request: web.Request) -> web.Response:
         body = await _body(request)
-        return web.json_response(await self._target.rekey(_destination(body.get("destination"))))
+        destination, ike = _destination(body.get("destination")), body.get("ike", False) is True
+        return web.json_response(await self._target.rekey(destination, ike=ike))
 
     async def _flush(self, request: web.Request) -> web.Response:
         body = await _body(request)

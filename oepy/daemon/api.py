@@ -228,7 +228,7 @@ class ControlApi:
             session = self._daemon.negotiator.session_with(entry.tunnels[-1].spi_in) if sa else None
             ike = None
             if session is not None:
-                ike = {"state": session.state, "algorithms": session.suite, "peer_id": str(session.identity)}
+                ike = views.ike_view(session)
                 ike["last_error"] = session.last_error or entry.last_error
             data = views.explanation(entry, held, time.monotonic(), sa, ike)
         where = (
@@ -261,12 +261,7 @@ class ControlApi:
                 counters = await daemon.datapath.counters([spi])
                 sa = views.sa_view(tunnel.pair, next(iter(counters), None), tunnel.since, now)
                 session = daemon.negotiator.session_with(spi)
-                if session is not None:
-                    ike = {
-                        "state": session.state,
-                        "algorithms": session.suite,
-                        "peer_id": str(session.identity),
-                    }
+                ike = None if session is None else views.ike_view(session)
         held = daemon.trap.held().get((state.number, destination), 0)
         data = views.connection_explanation(destination, state, sa, ike, held, now)
         data["trap"] = f"{daemon.trap_name}, connections come before the groups"
@@ -319,8 +314,9 @@ class ControlApi:
         await self._daemon.steps.idle()
         return {"destination": str(destination), "closed": len(spis)}
 
-    async def rekey(self, destination: IpAddress) -> dict[str, Any]:
-        """Asks for new SAs; the old ones serve until those are there. Returns at once."""
+    async def rekey(self, destination: IpAddress, *, ike: bool = False) -> dict[str, Any]:
+        """Asks for new SAs (`ike`: for new IKE SAs, which take over the tunnels as they are); the old ones serve
+        until those are there. Returns at once."""
         spis = [
             tunnel.spi_in
             for entry in self._daemon.engine.entries.values()
@@ -332,8 +328,14 @@ class ControlApi:
             for spi_in, found in self._daemon.connections.manager.tunnels()
             if any(selector.contains_address(destination) for selector in found.pair.remote_ts)
         ]
+        negotiator = self._daemon.negotiator
+        if ike:
+            sessions = {info.session for spi_in in spis if (info := negotiator.session_with(spi_in))}
+            for session in sorted(sessions):
+                negotiator.rekey_ike(session)
+            return {"destination": str(destination), "rekeyed": len(sessions)}
         for spi_in in spis:
-            self._daemon.negotiator.rekey(spi_in)
+            negotiator.rekey(spi_in)
         return {"destination": str(destination), "rekeyed": len(spis)}
 
     async def flush(self, destination: IpAddress | None, dns: IpAddress | str | None) -> dict[str, Any]:

@@ -185,6 +185,10 @@ class Negotiator:
         self.endpoint.rekey_child(spi_in, self._ports.monotonic())
         self.pump()
 
+    def rekey_ike(self, session: int) -> None:
+        self.endpoint.rekey_ike(session, self._ports.monotonic())
+        self.pump()
+
     async def shutdown(self, seconds: float) -> int:
         """Send Deletes to everyone, wait a little for the answers. Returns how many sessions there were."""
         self._closing = True

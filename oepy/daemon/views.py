@@ -10,6 +10,7 @@ from oepy.connections.manager import ChildState
 from oepy.connections.model import Selector
 from oepy.engine.entry import Entry
 from oepy.engine.table import State
+from oepy.ike.endpoint import SessionInfo
 from oepy.manual.model import PROTOCOL_NAMES, ManualPolicy
 from oepy.model import Insecure, IpAddress, KeyAnswer, PeerKey, SaCounters, SaPair, Secure
 from oepy.policy import Match
@@ -86,6 +87,19 @@ def sa_view(pair: SaPair, counters: SaCounters | None, since: float, now: float)
         "established": round(now - since, 3),
         "rekey_in": round(since + soft - now, 3) if soft else None,
         "connection": pair.connection,
+    }
+
+
+def ike_view(session: SessionInfo) -> dict[str, Any]:
+    """Of the IKE SA; its SPIs as in the header, in hex: each is the end's that chose it."""
+    return {
+        "state": session.state,
+        "algorithms": session.suite,
+        "peer_id": str(session.identity),
+        "initiator": session.initiator,
+        "spi_i": session.spi_i,
+        "spi_r": session.spi_r,
+        "encap": session.encap,
     }
 
 

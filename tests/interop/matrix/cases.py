@@ -1,0 +1,113 @@
+"""What the interoperation matrix tries: one list of setups, what is done with them, and which peer can't what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+USERLAND, KERNEL = (
+    "userland",
+    "kernel",
+)  # whose ESP; the first is `make test`'s, the second `make test-kernel`'s
+INITIATOR, RESPONDER = "initiator", "responder"  # oepy's part
+STRONGSWAN, LIBRESWAN, OPENIKED = "strongSwan", "libreswan", "OpenIKED"
+ROLES = (INITIATOR, RESPONDER)
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """One configuration of both ends. `natted`: in front of whom an address translator is."""
+
+    name: str
+    title: str
+    auth: str = "psk"  # psk, or the kind of the raw keys
+    mode: str = "tunnel"
+    outer: int = 4
+    inner: str = "subnets"  # or the two hosts themselves
+    inner_version: int = 4
+    natted: frozenset[str] = frozenset()
+    is_fragmented: bool = False  # IKE_AUTH is larger than a fragment, either way
+    asking: frozenset[str] = frozenset()  # who asks after seconds of silence whether the other is there
+
+
+OEPY, PEER = "oepy", "peer"
+
+PLAIN = Setup("psk", "pre-shared key")
+COMING_UP = (
+    PLAIN,
+    Setup("raw-ed25519", "raw keys, Ed25519", auth="ed25519"),
+    Setup("raw-ecdsa-p256", "raw keys, ECDSA P-256", auth="ecdsa-p256"),
+    Setup("raw-ecdsa-p384", "raw keys, ECDSA P-384", auth="ecdsa-p384"),
+    Setup("raw-rsa", "raw keys, RSA 3072", auth="rsa-3072"),
+    Setup("inner-v6", "IPv6 subnets through an IPv4 tunnel", inner_version=6),
+    Setup("outer-v6", "IPv4 subnets through an IPv6 tunnel", outer=6),
+    Setup("hosts", "two hosts, tunnel mode", inner="hosts"),
+    Setup("hosts-v6", "two hosts, tunnel mode, IPv6", inner="hosts", outer=6, inner_version=6),
+    Setup("transport", "transport mode", mode="transport", inner="hosts"),
+    Setup("transport-v6", "transport mode, IPv6", mode="transport", inner="hosts", outer=6, inner_version=6),
+    Setup("nat-oepy", "NAT in front of oepy", natted=frozenset({OEPY})),
+    Setup("nat-peer", "NAT in front of the peer", natted=frozenset({PEER})),
+    Setup("nat-both", "NAT in front of both", natted=frozenset({OEPY, PEER})),
+    Setup(
+        *("transport-nat-oepy", "transport mode, NAT in front of oepy"),
+        mode="transport",
+        inner="hosts",
+        natted=frozenset({OEPY}),
+    ),
+    Setup(
+        *("transport-nat-peer", "transport mode, NAT in front of the peer"),
+        mode="transport",
+        inner="hosts",
+        natted=frozenset({PEER}),
+    ),
+    Setup("fragmentation", "IKE fragmentation (RFC 7383), both ways", is_fragmented=True, inner_version=6),
+)
+REKEYED = (
+    Setup("rekey", "rekeying", auth="ed25519"),
+    Setup("rekey-nat", "rekeying through NAT in front of oepy", natted=frozenset({OEPY})),
+)
+REKEYS = {
+    "child-oepy": "CHILD SA, by oepy",
+    "child-peer": "CHILD SA, by the peer",
+    "ike-oepy": "IKE SA, by oepy",
+    "ike-peer": "IKE SA, by the peer",
+}
+ASKING = (
+    Setup("dpd-oepy-asks", "dead peer detection: oepy asks, the peer answers", asking=frozenset({OEPY})),
+    Setup("dpd-peer-asks", "dead peer detection: the peer asks, oepy answers", asking=frozenset({PEER})),
+)
+DYING = Setup("dpd", "dead peer detection", asking=frozenset({OEPY, PEER}))
+DEATHS = {
+    "oepy-notices": "oepy notices a dead peer",
+    "peer-notices": "the peer notices a dead oepy",
+    "again": "and they come together again",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of the table, with a cell for each part that oepy plays."""
+
+    key: str
+    title: str
+    setup: Setup
+
+
+LINES = (
+    *(Line(setup.name, setup.title, setup) for setup in COMING_UP),
+    *(
+        Line(f"{setup.name}-{kind}", f"{setup.title}: {title}, traffic running, none lost", setup)
+        for setup in REKEYED
+        for kind, title in REKEYS.items()
+    ),
+    *(Line(setup.name, setup.title, setup) for setup in ASKING),
+    *(Line(f"{DYING.name}-{kind}", f"{DYING.title}: {title}", DYING) for kind, title in DEATHS.items()),
+)
+
+WHERE = {STRONGSWAN: (USERLAND, KERNEL), LIBRESWAN: (KERNEL,), OPENIKED: (KERNEL,)}
+
+
+def obstacle(peer: str, where: str, setup: Setup) -> str | None:
+    """Why this peer can't take part in it; None where it can."""
+    if peer == STRONGSWAN and where == USERLAND and setup.mode == "transport":
+        return "its userland ESP has tunnel mode only"
+    return None

@@ -1,0 +1,114 @@
+"""oepy's side of the matrix: one daemon for all cases, its connection loaded for each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from oepy.control import protocol
+from oepy.control.client import ControlClient
+from oepy.keys import HostKey, public_pem
+from oepy.model import PublicKey
+from tests.interop.matrix.cases import OEPY, PEER, Setup
+from tests.interop.matrix.ground import Ground, wait_for
+from tests.net.daemon_host import Host
+
+OWN_ID, PEER_ID = "alpha.example", "gw.example"
+SECRET = "of two ends, and of nobody else"
+LIVENESS_SECONDS = 1
+
+
+class Oepy:
+    def __init__(
+        self,
+        ground: Ground,
+        directory: Path,
+        datapath: str,
+        keys: Mapping[str, HostKey],
+        peer_keys: Mapping[str, PublicKey],
+    ) -> None:
+        self._ground = ground
+        self._datapath = datapath
+        self.host = Host(ground.oepy, directory)
+        self.client = ControlClient(self.host.socket)
+        secrets = {"psk": SECRET.encode(), **{f"{kind}.key": key.to_pem() for kind, key in keys.items()}}
+        for name, content in secrets.items():
+            (directory / name).touch(mode=0o600)
+            (directory / name).write_bytes(content)
+        for kind, public in peer_keys.items():
+            (directory / f"{kind}.peer.pem").write_text(public_pem(public))
+        self.host.start({}, **self._common())
+
+    def _common(self) -> dict[str, Any]:
+        return {"datapath": self._datapath}
+
+    def load(self, setup: Setup) -> None:
+        ground = self._ground
+        local: dict[str, Any] = {"auth": "psk", "id": OWN_ID}
+        remote: dict[str, Any] = {"auth": "psk", "id": PEER_ID}
+        if setup.auth != "psk":
+            local |= {"auth": "pubkey", "key": f"{setup.auth}.key"}
+            remote |= {"auth": "pubkey", "pubkeys": [f"{setup.auth}.peer.pem"]}
+        connection = {
+            "local_addrs": [ground.own(setup, OEPY)],
+            "remote_addrs": [ground.seen(setup, PEER)],
+            "local": local,
+            "remote": remote,
+            "dpd_delay": LIVENESS_SECONDS if OEPY in setup.asking else 0,
+            "children": {
+                "net": {
+                    "mode": setup.mode,
+                    "local_ts": ground.selectors(setup, OEPY) or ["dynamic"],
+                    "remote_ts": ground.selectors(setup, PEER) or ["dynamic"],
+                }
+            },
+        }
+        secrets = [{"type": "ike", "id": [OWN_ID, PEER_ID], "secret_file": "psk"}]
+        self.host.write({}, **self._common(), connections={"site": connection}, secrets=secrets)
+        self._change("load", "")
+
+    def _change(self, operation: str, name: str, seconds: float = 20.0) -> Any:
+        seconds *= self._ground.pace
+        body = {"operation": operation, "name": name, "timeout": seconds}
+        return self.client.post(protocol.CONNECTIONS, body, timeout=seconds + 10)
+
+    def up(self) -> None:
+        told = self._change("up", "site/net")
+        assert [child["state"] for child in told["children"]] == ["up"], told
+
+    def down(self) -> None:
+        if self.client.get(protocol.CONNECTIONS):
+            self._change("down", "site/net")
+
+    def sas(self) -> list[dict[str, Any]]:
+        return [sa for sa in self.client.get(protocol.SAS) if sa["connection"] == "site/net"]
+
+    def ike(self, setup: Setup) -> dict[str, Any]:
+        """Of the IKE SA that the tunnel belongs to."""
+        address = self._ground.ends(setup)[1][1]
+        found = self.client.get(protocol.EXPLAIN, destination=address)["ike"]
+        assert isinstance(found, dict), found
+        return found
+
+    def rekey(self, setup: Setup, *, ike: bool) -> None:
+        address = self._ground.ends(setup)[1][1]
+        told = self.client.post(protocol.REKEY, {"destination": address, "ike": ike})
+        assert told["rekeyed"] == 1, told
+
+    def spis(self, setup: Setup, *, ike: bool) -> str:
+        """They change with a rekey."""
+        if ike:
+            found = self.ike(setup)
+            return str(found["spi_i"]) + str(found["spi_r"])
+        return ",".join(sorted(sa["spi_in"] for sa in self.sas()))
+
+    def wait_until_gone(self, seconds: float = 10.0) -> None:
+        wait_for(lambda: not self.sas(), seconds * self._ground.pace, lambda: f"{self.sas()} {self.log()}")
+
+    def log(self) -> str:
+        events = self.client.get(protocol.EVENTS, limit="12")
+        return "\n".join(["", *map(str, events)]) + "\n"
+
+    def stop(self) -> None:
+        self.host.stop()

@@ -1,0 +1,125 @@
+"""strongSwan's side: swanctl.conf for each setup."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+from oepy.keys import HostKey, public_pem
+from oepy.lab.charon import CHARON, Charon
+from oepy.model import PublicKey
+from tests.interop.matrix.cases import OEPY, PEER, STRONGSWAN, Setup
+from tests.interop.matrix.ground import Ground, wait_for
+from tests.interop.matrix.ours import LIVENESS_SECONDS, OWN_ID, PEER_ID, SECRET
+
+_CONF = """
+connections {{
+  site {{
+    version = 2
+    local_addrs = {own}
+    remote_addrs = {remote}
+    encap = {encap}
+    dpd_delay = {dpd}
+    proposals = aes256gcm16-prfsha384-x25519
+    mobike = no
+    local {{
+      auth = {auth}
+      {local_key}
+      id = {own_id}
+    }}
+    remote {{
+      auth = {auth}
+      {remote_key}
+      id = {peer_id}
+    }}
+    children {{
+      net {{
+        mode = {mode}
+        {selectors}
+        dpd_action = clear
+        esp_proposals = aes256gcm16-x25519
+      }}
+    }}
+  }}
+}}
+secrets {{
+  ike-site {{
+    id-1 = {own_id}
+    id-2 = {peer_id}
+    secret = "{secret}"
+  }}
+}}
+"""
+
+
+class StrongSwan:
+    name = STRONGSWAN
+    asks_within = 10.0
+
+    def __init__(
+        self, ground: Ground, directory: Path, peer_keys: Mapping[str, PublicKey], *, userland: bool
+    ) -> None:
+        self._ground = ground
+        self._userland = userland
+        self._charon = Charon(ground.peer.name, directory)
+        self._private = {kind: HostKey.generate(kind) for kind in peer_keys}
+        self._files: dict[str, bytes] = {}
+        for kind, key in self._private.items():
+            self._files[f"private/{kind}.pem"] = key.to_pem()
+            self._files[f"pubkey/own-{kind}.pem"] = public_pem(key.public).encode()
+            self._files[f"pubkey/peer-{kind}.pem"] = public_pem(peer_keys[kind]).encode()
+        self.keys = {kind: key.public for kind, key in self._private.items()}
+        told = subprocess.run([str(CHARON), "--version"], capture_output=True, text=True, check=False).stdout
+        found = re.search(r"strongSwan U?(\d[\w.]+)", told)
+        assert found, told
+        self.version = found[1]
+
+    def start(self) -> None:
+        self._charon.start()
+
+    def load(self, setup: Setup) -> None:
+        ground = self._ground
+        raw = setup.auth != "psk"
+        ours, theirs = ground.selectors(setup, PEER), ground.selectors(setup, OEPY)
+        text = _CONF.format(
+            own=ground.own(setup, PEER),
+            remote=ground.seen(setup, OEPY),
+            # Its userland ESP is ESP in UDP, and so is oepy's
+            encap="yes" if self._userland else "no",
+            dpd=f"{LIVENESS_SECONDS}s" if PEER in setup.asking else "0s",
+            auth="pubkey" if raw else "psk",
+            local_key=f"pubkeys = own-{setup.auth}.pem" if raw else "",
+            remote_key=f"pubkeys = peer-{setup.auth}.pem" if raw else "",
+            own_id=PEER_ID,
+            peer_id=OWN_ID,
+            mode=setup.mode,
+            selectors=f"local_ts = {','.join(ours)}\n remote_ts = {','.join(theirs)}" if ours else "",
+            secret=SECRET,
+        )
+        self._charon.load(text, self._files)
+        self._files = {}
+
+    def up(self) -> None:
+        seconds = str(int(15 * self._ground.pace))
+        self._charon.swanctl("--initiate", "--child", "net", "--timeout", seconds)
+
+    def down(self) -> None:
+        self._charon.swanctl("--terminate", "--ike", "site")
+
+    def rekey(self, *, ike: bool) -> None:
+        self._charon.swanctl("--rekey", *(("--ike", "site") if ike else ("--child", "net")))
+
+    def children(self) -> int:
+        return self._charon.sas().count("INSTALLED")
+
+    def clear(self) -> None:
+        self._charon.swanctl("--terminate", "--ike", "site", "--force", "--timeout", "1", check=False)
+        wait_for(lambda: "site" not in self._charon.sas(), 20 * self._ground.pace, self.log)
+
+    def log(self) -> str:
+        return self._charon.tail(40)
+
+    def stop(self) -> None:
+        self._charon.stop()

@@ -1,0 +1,234 @@
+"""The interoperation matrix: every line of docs/interop.md, oepy as initiator and as responder."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from oepy.keys import HostKey
+from oepy.lab.capture import Packet
+from oepy.lab.namespaces import Lab
+from tests.interop.matrix.cases import (
+    ASKING,
+    COMING_UP,
+    DYING,
+    INITIATOR,
+    KERNEL,
+    OEPY,
+    PEER,
+    REKEYED,
+    REKEYS,
+    ROLES,
+    STRONGSWAN,
+    USERLAND,
+    WHERE,
+    Setup,
+    obstacle,
+)
+from tests.interop.matrix.ground import Ground, wait_for
+from tests.interop.matrix.ours import Oepy
+from tests.interop.matrix.peers import Peer
+from tests.interop.matrix.strongswan import StrongSwan
+from tests.interop.matrix.table import RUN_ROWS, Recorder
+
+pytestmark = [pytest.mark.root, pytest.mark.interop]
+
+HERE = KERNEL if os.environ.get("OEPY_SECOND_KERNEL") else USERLAND
+PACE = {"qemu": 10.0, "uml": 3.0}.get(os.environ.get("OEPY_SECOND_KERNEL", ""), 1.0)
+KEY_KINDS = ("ed25519", "ecdsa-p256", "ecdsa-p384", "rsa-3072")
+_SKF = 53  # Encrypted and Authenticated Fragment, RFC 7383 §2.5
+
+
+@dataclass
+class Game:
+    ground: Ground
+    oepy: Oepy
+    peer: Peer
+    recorder: Recorder
+
+    def begin(self, setup: Setup, role: str) -> None:
+        """Both loaded, nothing left of what was before, and up."""
+        self.peer.clear()
+        self.oepy.down()
+        self.ground.forget_translations()
+        self.peer.load(setup)
+        self.oepy.load(setup)
+        self.ground.tap.packets()
+        try:
+            (self.oepy if role == INITIATOR else self.peer).up()
+            self.wait(lambda: len(self.oepy.sas()) == 1 and self.peer.children() == 1)
+        except Exception as error:
+            raise AssertionError(f"{error}{self.told()}") from error
+
+    def wait(self, condition: Callable[[], object], seconds: float = 10.0) -> None:
+        wait_for(condition, seconds * self.ground.pace, self.told)
+
+    def told(self) -> str:
+        return f"\n{self.oepy.sas()}{self.oepy.log()}{self.peer.log()}"
+
+    def facts(self, setup: Setup) -> dict[str, Any]:
+        (sa,) = self.oepy.sas()
+        assert sa["mode"] == setup.mode
+        assert sa["authenticated"] == ("psk" if setup.auth == "psk" else "manual")
+        return {"ike": self.oepy.ike(setup)["algorithms"], "esp": sa["algorithm"], "encap": sa["encap"]}
+
+    def end(self, role: str) -> None:
+        """By a Delete of whoever began."""
+        (self.oepy if role == INITIATOR else self.peer).down()
+        self.wait(lambda: not self.oepy.sas() and self.peer.children() == 0)
+
+
+def _params(setups: tuple[Setup, ...]) -> Iterator[Any]:
+    for peer, places in WHERE.items():
+        for setup in setups:
+            able = [where for where in places if obstacle(peer, where, setup) is None]
+            marks = {
+                (USERLAND, KERNEL): [pytest.mark.any_kernel],
+                (KERNEL,): [pytest.mark.kernel],
+                (USERLAND,): [],
+            }
+            for role in ROLES if able else ():
+                name = f"{peer}-{setup.name}-{role}"
+                yield pytest.param(peer, setup, role, id=name, marks=marks[tuple(able)])
+
+
+def over(*setups: Setup) -> Any:
+    return pytest.mark.parametrize(
+        ("game", "setup", "role"), list(_params(setups)), indirect=["game"], scope="module"
+    )
+
+
+@pytest.fixture(scope="module")
+def fresh_rows() -> None:
+    RUN_ROWS.unlink(missing_ok=True)
+
+
+@pytest.fixture(scope="module")
+def game(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, fresh_rows: None
+) -> Iterator[Game]:
+    directory = tmp_path_factory.mktemp("matrix")
+    for parent in (directory, *directory.parents[:2]):
+        parent.chmod(0o755)
+    keys = {kind: HostKey.generate(kind) for kind in KEY_KINDS}
+    public = {kind: key.public for kind, key in keys.items()}
+    with Lab() as lab:
+        ground = Ground(lab, PACE)
+        peer = _peer(request.param, ground, directory / "peer", public)
+        ours = Oepy(ground, directory / "oepy", "tun" if HERE == USERLAND else "auto", keys, peer.keys)
+        try:
+            peer.start()
+            yield Game(ground, ours, peer, Recorder(peer.name, peer.version, HERE))
+        finally:
+            peer.stop()
+            ours.stop()
+            ground.tap.close()
+
+
+def _peer(name: str, ground: Ground, directory: Path, public: Any) -> Peer:
+    assert name == STRONGSWAN
+    return StrongSwan(ground, directory, public, userland=HERE == USERLAND)
+
+
+@over(*COMING_UP)
+def test_it_comes_up_carries_traffic_and_ends(game: Game, setup: Setup, role: str) -> None:
+    """Both authenticate, pings pass both ways, the wire sees IKE and ESP alone (in UDP where an address was
+    translated), and after the Delete of whoever began neither has the tunnel."""
+    with game.recorder.cell(setup.name, role) as facts:
+        game.begin(setup, role)
+        facts.update(game.facts(setup))
+        assert game.ground.lost(setup) == 0, game.told()
+        game.end(role)
+        packets = game.ground.tap.packets()
+        assert {packet.kind for packet in packets} == {"ike", "esp"}
+        in_udp = {packet.protocol == 17 for packet in packets if packet.kind == "esp"}
+        assert in_udp == {facts["encap"]}
+        assert facts["encap"] or not setup.natted
+        if setup.is_fragmented:
+            fragments = {str(packet.source) for packet in packets if _is_ike_fragment(packet)}
+            assert fragments == {game.ground.own(setup, OEPY), game.ground.seen(setup, PEER)}
+
+
+def _is_ike_fragment(packet: Packet) -> bool:
+    start = 4 if packet.payload[:4] == bytes(4) else 0
+    return packet.kind == "ike" and packet.payload[start + 16] == _SKF
+
+
+@over(*REKEYED)
+def test_both_rekey_under_traffic(game: Game, setup: Setup, role: str) -> None:
+    """Pings go on both ways while each end rekeys the CHILD SA and the IKE SA: none is lost, nothing goes in the
+    clear, and in the end there is one tunnel, as before."""
+    game.begin(setup, role)
+    for kind in REKEYS:
+        what, who = kind.split("-")
+        with game.recorder.cell(f"{setup.name}-{kind}", role), game.ground.traffic(setup) as traffic:
+            ike = what == "ike"
+            before = game.oepy.spis(setup, ike=ike)
+            if who == OEPY:
+                game.oepy.rekey(setup, ike=ike)
+            else:
+                game.peer.rekey(ike=ike)
+            game.wait(lambda: game.oepy.spis(setup, ike=ike) != before)  # noqa: B023
+            game.wait(lambda: len(game.oepy.sas()) == 1 and game.peer.children() == 1)
+            time.sleep(0.5 * game.ground.pace)
+            traffic.stop()
+            assert traffic.sent > 20
+            assert traffic.lost == 0, game.told()
+            kinds = {packet.kind for packet in game.ground.tap.packets()}
+            assert kinds == {"ike", "esp"}
+    game.end(role)
+
+
+@over(*ASKING)
+def test_a_living_peer_answers(game: Game, setup: Setup, role: str) -> None:
+    """One end asks in silence whether the other is there, and is answered; the tunnel stays."""
+    with game.recorder.cell(setup.name, role):
+        game.begin(setup, role)
+        game.ground.tap.packets()
+        (asking,) = setup.asking
+        own = game.ground.own(setup, asking)
+        packets: list[Packet] = []
+
+        def answered() -> bool:
+            packets.extend(game.ground.tap.packets())
+            return {(str(packet.source) == own, _is_request(packet)) for packet in packets} == {
+                (True, True),
+                (False, False),
+            }
+
+        game.wait(answered, game.peer.asks_within if asking == PEER else 10.0)
+        assert {packet.kind for packet in packets} == {"ike"}
+        assert len(game.oepy.sas()) == game.peer.children() == 1
+        game.end(role)
+
+
+@over(DYING)
+@pytest.mark.timeout(900)
+def test_a_dead_peer_is_noticed(game: Game, setup: Setup, role: str) -> None:
+    """The wire is cut, and both notice. Mended, they come together again."""
+    game.begin(setup, role)
+    game.ground.cut()
+    try:
+        with game.recorder.cell("dpd-oepy-notices", role):
+            game.wait(lambda: not game.oepy.sas(), 45)
+            assert "liveness" in game.oepy.log()
+        with game.recorder.cell("dpd-peer-notices", role):
+            game.wait(lambda: game.peer.children() == 0, 45)
+    finally:
+        game.ground.mend()
+    with game.recorder.cell("dpd-again", role):
+        (game.oepy if role == INITIATOR else game.peer).up()
+        game.wait(lambda: len(game.oepy.sas()) == 1 and game.peer.children() == 1)
+        assert game.ground.lost(setup) == 0, game.told()
+        game.end(role)
+
+
+def _is_request(packet: Packet) -> bool:
+    start = 4 if packet.payload[:4] == bytes(4) else 0
+    return not packet.payload[start + 19] & 0x20  # the Response flag, RFC 7296 §3.1
