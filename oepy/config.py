@@ -178,8 +178,9 @@ class _File(_Section):
     control: _Control = Field(default_factory=_Control)
     debug: _Debug = Field(default_factory=_Debug)
     manual: Any = None  # read by manual/reading.py
-    connections: Any = None  # both read by connections/reading.py
+    connections: Any = None  # these three read by connections/reading.py
     secrets: Any = None
+    pools: Any = None
 
 
 _MENDS = {
@@ -294,7 +295,7 @@ def _read_manual(
 def _read_connections(
     data: dict[str, Any], source: str, lines: dict[tuple[str | int, ...], int]
 ) -> tuple[ConnectionSet, list[str]]:
-    if data.get("connections") is None and data.get("secrets") is None:
+    if all(data.get(section) is None for section in ("connections", "secrets", "pools")):
         return EMPTY, []
     from oepy.ike.algorithms import parse_esp_proposal, parse_ike_proposal
     from oepy.keys import HostKey, parse_public, to_public_key
@@ -339,7 +340,7 @@ def _read_connections(
         proposal_ike=parse_ike_proposal,
         proposal_esp=parse_esp_proposal,
     )
-    found, wrong = read_connections(data.get("connections"), data.get("secrets"), files)
+    found, wrong = read_connections(data.get("connections"), data.get("secrets"), files, data.get("pools"))
     return found, [_placed(problem.path, problem.text, lines) for problem in wrong]
 
 

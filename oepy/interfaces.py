@@ -144,6 +144,13 @@ class DatapathEvent:
     source: IpAddress | None = None
 
 
+class HostAddresses(Protocol):
+    """Addresses that peers gave this host, and the routes that make them the source of what goes there."""
+
+    async def apply(self, addresses: Collection[IpAddress], routes: Mapping[IpNetwork, IpAddress]) -> None:
+        """These, and no others. Raises OepyError."""
+
+
 class Datapath(Protocol):
     """SAs and policies, in the kernel or in userland."""
 
@@ -170,6 +177,7 @@ __all__ = [
     "ConfiguredRule",
     "Datapath",
     "DatapathEvent",
+    "HostAddresses",
     "KeySource",
     "PolicyRule",
     "Trap",

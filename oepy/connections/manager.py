@@ -389,7 +389,9 @@ class Manager:
 
     def _updown(self, state: ChildState, tunnel: Tunnel, *, up: bool) -> Iterator[ManagerAction]:
         if state.child.updown:
-            yield RunUpdown(state.child.updown, up, state.connection, state.child, tunnel.pair)
+            yield RunUpdown(
+                state.child.updown, up, state.connection, state.child, tunnel.pair, tunnel.session
+            )
 
     def _child_usable(self, message: ChildUsable, _now: float) -> Iterator[ManagerAction]:
         tunnel = self._tunnel(message.spi_in)

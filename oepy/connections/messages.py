@@ -211,6 +211,9 @@ class RunUpdown:
     connection: Connection
     child: Child
     pair: SaPair
+    session: int
+    addresses: tuple[IpAddress, ...] = ()  # that the peer gave us, and its name servers
+    dns: tuple[IpAddress, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -188,6 +188,13 @@ class Connection:
     keyingtries: int = 0
     send_cert: str = "ifasked"  # always | ifasked | never
     send_certreq: bool = True
+    reauth_time: float = 0.0  # of IKE SAs that we begin; 0 is never
+    childless: str = "allow"
+    ppk_id: str = ""
+    ppk_required: bool = False
+    vips: tuple[IpAddress, ...] = ()
+    """Addresses that we ask the peer for, one of a family; 0.0.0.0 and :: leave it the choice."""
+    pools: tuple[str, ...] = ()  # out of which the peer gets addresses, in this order
 
     def child(self, name: str) -> Child | None:
         return next((child for child in self.children if child.name == name), None)
@@ -210,14 +217,38 @@ class SharedSecret:
 
 
 @dataclass(frozen=True, slots=True)
+class NamedPpk:
+    """A post-quantum preshared key (RFC 8784) and the names by which peers may ask for it."""
+
+    names: tuple[str, ...]
+    secret: Secret
+
+
+@dataclass(frozen=True, slots=True)
+class AddressPool:
+    """Addresses for clients, and what they are told with them (RFC 7296 §3.15, RFC 8598)."""
+
+    name: str
+    addrs: str  # as leases.parse_range reads it
+    dns: tuple[IpAddress, ...] = ()
+    subnets: tuple[IpNetwork, ...] = ()
+    domains: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class ConnectionSet:
     connections: tuple[Connection, ...] = ()
     secrets: tuple[SharedSecret, ...] = ()
     certificates: Mapping[str, tuple[Certificate, ...]] = field(default_factory=dict)
     """By file. They are no part of the connections: a renewed one is a change of content, and ends nothing."""
+    pools: tuple[AddressPool, ...] = ()
+    ppks: tuple[NamedPpk, ...] = ()
 
     def certificates_of(self, files: Iterable[str]) -> tuple[Certificate, ...]:
         return tuple(one for file in files for one in self.certificates[file])
+
+    def ppk(self, name: str) -> Secret | None:
+        return next((ppk.secret for ppk in self.ppks if name in ppk.names), None)
 
     def labels(self) -> Iterator[str]:
         for connection in self.connections:

@@ -37,11 +37,13 @@ from oepy.connections.model import (
     IdPattern,
     Life,
     LocalAuth,
+    NamedPpk,
     Place,
     RemoteAuth,
     Selector,
     SharedSecret,
 )
+from oepy.connections.reading_clients import check_vips, missing_pools, ppk_name, read_pools, virtual_address
 from oepy.errors import OepyError
 from oepy.model import IdType, PeerIdentity, PublicKey, Secret
 
@@ -74,18 +76,13 @@ class Files:
 NOT_YET_AUTH = {"eap": "EAP"}
 _NOT_YET_CONNECTION = {
     "aggressive": "it is IKEv1's",
-    "childless": "",
     "dpd_timeout": "it is IKEv1's; IKEv2 gives up after its retransmissions (20 s)",
     "if_id_in": "",
     "if_id_out": "",
     "local_port": "IKE speaks from ports 500 and 4500",
     "mediation": "",
-    "pools": "",
-    "ppk_id": "",
     "pull": "",
-    "reauth_time": "0 is the only value: rekeying makes new keys without it",
     "remote_port": "IKE speaks to ports 500 and 4500",
-    "vips": "",
 }
 _NOT_YET_CHILD = {
     "ah_proposals": "IKE negotiates ESP only; AH can be keyed by hand (`manual:`)",
@@ -121,10 +118,11 @@ _NOT_YET_SIDE = {
 
 
 def read_connections(
-    connections: object, secrets: object, files: Files
+    connections: object, secrets: object, files: Files, pools: object = None
 ) -> tuple[ConnectionSet, list[Problem]]:
     problems: list[Problem] = []
     found = []
+    address_pools = read_pools(pools, problems)
     if connections is not None and not isinstance(connections, dict):
         problems.append(Problem(("connections",), "a mapping is expected: names with their settings"))
     for name, value in list((connections if isinstance(connections, dict) else {}).items())[:MAX_CONNECTIONS]:
@@ -142,15 +140,18 @@ def read_connections(
         problems.append(
             Problem(("connections",), f"{len(connections)} connections; at most {MAX_CONNECTIONS}")
         )
-    shared = _secrets(secrets, problems, files)
-    return ConnectionSet(tuple(found), shared, dict(files.read)), problems
+    shared, ppks = _secrets(secrets, problems, files)
+    made = ConnectionSet(tuple(found), shared, dict(files.read), address_pools, ppks)
+    problems += missing_pools(made)
+    return made, problems
 
 
 def _connection(name: str, value: object, path: Path, problems: list[Problem], files: Files) -> Connection:
     fields = Fields(value, path, problems)
     _version(fields)
-    rekey = fields.take("rekey_time", 4 * 3600.0, duration)
-    over = fields.take("over_time", rekey / 10 or 1440.0, duration)
+    reauth = fields.take("reauth_time", 0.0, duration)
+    rekey = fields.take("rekey_time", 0.0 if reauth else 4 * 3600.0, duration)
+    over = fields.take("over_time", max(rekey, reauth) / 10 or 1440.0, duration)
     made = Connection(
         name=name,
         local=_local(fields.take_raw("local"), (*path, "local"), problems, files),
@@ -162,14 +163,20 @@ def _connection(name: str, value: object, path: Path, problems: list[Problem], f
         rekey_time=rekey,
         over_time=over,
         rand_time=fields.take("rand_time", over, duration),
-        unique=fields.take("unique", "no", one_of("no", "replace", "keep")),
+        unique=fields.take("unique", "no", one_of("no", "replace", "keep", "never")),
         encap=fields.take("encap", False, flag),
         dpd_delay=fields.take("dpd_delay", 30.0, duration),
         keyingtries=fields.take("keyingtries", 0, number),
         send_cert=fields.take("send_cert", "ifasked", one_of("always", "ifasked", "never")),
         send_certreq=fields.take("send_certreq", True, flag),
+        reauth_time=reauth,
+        childless=fields.take("childless", "allow", one_of("allow", "prefer", "force", "never")),
+        ppk_id=fields.take("ppk_id", "", ppk_name),
+        ppk_required=fields.take("ppk_required", False, flag),
+        vips=fields.take_list("vips", (), virtual_address),
+        pools=fields.take_list("pools", (), text_of),
     )
-    for key, only in (("mobike", "no"), ("fragmentation", "yes"), ("reauth_time", "0")):
+    for key, only in (("mobike", "no"), ("fragmentation", "yes")):
         fields.take(key, only, _only(key, only))
     fields.finish(_NOT_YET_CONNECTION)
     _cross_check(made, fields)
@@ -373,6 +380,7 @@ def _cross_check(connection: Connection, fields: Fields) -> None:
         fields.wrong("psk on one side alone is not in this version; use it on both")
     if connection.remote.auth == "null" and connection.local.auth == "null":
         fields.wrong("nobody would prove anything; use null on one side alone")
+    check_vips(connection, fields)
     for child in connection.children:
         if (child.trap or child.start) and not connection.initiates:
             fields.wrong(
@@ -399,29 +407,38 @@ def _cross_check(connection: Connection, fields: Fields) -> None:
 # ---- secrets -----------------------------------------------------------------------------------------------
 
 
-def _secrets(value: object, problems: list[Problem], files: Files) -> tuple[SharedSecret, ...]:
+def _secrets(
+    value: object, problems: list[Problem], files: Files
+) -> tuple[tuple[SharedSecret, ...], tuple[NamedPpk, ...]]:
     if value is None:
-        return ()
+        return (), ()
     if not isinstance(value, list):
         problems.append(Problem(("secrets",), "a list is expected: `- {type: ike, id: […], secret_file: …}`"))
-        return ()
+        return (), ()
     if len(value) > MAX_SECRETS:
         problems.append(Problem(("secrets",), f"{len(value)} secrets; at most {MAX_SECRETS}"))
-    found = []
+    shared, ppks = [], []
     for index, item in enumerate(value[:MAX_SECRETS]):
         fields = Fields(item, ("secrets", index), problems)
-        fields.take("type", "ike", one_of("ike"))
-        ids = fields.take_list("id", (), pattern)
+        is_ppk = fields.take("type", "ike", one_of("ike", "ppk")) == "ppk"
+        ids = () if is_ppk else fields.take_list("id", (), pattern)
+        names = fields.take_list("id", (), ppk_name) if is_ppk else ()
+        if is_ppk and not names:
+            fields.wrong("a PPK has a name, by which both ends know it", "id")
         name = fields.take("secret_file", "", text_of)
         if not name:
             fields.wrong("secret_file is missing: a file of mode 0600 with the secret")
         else:
             try:
-                found.append(SharedSecret(ids, _secret(files.private(name))))
+                secret = _secret(files.private(name))
+                if is_ppk:
+                    ppks.append(NamedPpk(names, secret))
+                else:
+                    shared.append(SharedSecret(ids, secret))
             except (OepyError, Refused) as error:
                 fields.wrong(str(error), "secret_file")
         fields.finish({"secret": "write it into a file of mode 0600 and name that in secret_file"})
-    return tuple(found)
+    return tuple(shared), tuple(ppks)
 
 
 def _secret(content: bytes) -> Secret:

@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Any
 from oepy.connections import messages as m
 from oepy.connections.manager import ChildState, Manager
 from oepy.connections.match import Matcher
-from oepy.connections.model import EMPTY, Child, Connection, ConnectionSet, Place
+from oepy.connections.model import EMPTY, Child, Connection, ConnectionSet, Place, Selector
+from oepy.daemon.pools import Pools
 from oepy.daemon.trust import CertificateRefused, Trusts, asked_by_all
 from oepy.daemon.updown import Updown
+from oepy.daemon.vips import Vips
 from oepy.engine import messages as engine_messages
 from oepy.errors import OepyError
 from oepy.ike import events as ike
 from oepy.ike.algorithms import Offer, parse_esp_proposal, parse_ike_proposal
-from oepy.ike.settings import ChildRequest, IkeSettings, Initiate, Lifetimes
+from oepy.ike.settings import ChildRequest, IkeSettings, Initiate, Lifetimes, Ppk
 from oepy.interfaces import ConfiguredRule, Way
 from oepy.keys import HostKey
 from oepy.model import (
@@ -85,10 +87,13 @@ class Conventional:
         self._timer: asyncio.TimerHandle | None = None
         self._resettles = False
         self.updown = Updown(core.journal.add)
+        self.vips = Vips(core)
+        self._ppk_used: set[int] = set()  # IKE sessions of peers that have proved a PPK (RFC 8784)
 
     def wire(self) -> None:
         given = self._core.given
         self.manager = Manager(given.random)
+        self.pools = Pools(given.leases, self._core.journal.add)
         self._settings_of = functools.lru_cache(maxsize=4096)(self._make_settings)
         self._offers_of = functools.lru_cache(maxsize=4096)(_esp_offers)
 
@@ -102,6 +107,7 @@ class Conventional:
         matcher = Matcher(configured)
         trusts = Trusts(configured, self._wall_clock)
         touched = self._touched(configured, keys, matcher, trusts)
+        self.pools.load(configured.pools, self._core.given.own_addresses)
         self._keys = keys
         self.configured = configured
         self.matcher = matcher
@@ -122,7 +128,14 @@ class Conventional:
         certificate that was renewed disturbs nobody: it is shown from the next IKE SA on."""
         before = {connection.name: connection for connection in self.configured.connections}
         found = set()
+        other_pools = self.pools.changed(configured.pools)
         for connection in configured.connections:
+            if other_pools & set(connection.pools):
+                found.add(connection.name)
+            if connection.ppk_id and configured.ppk(connection.ppk_id) != self.configured.ppk(
+                connection.ppk_id
+            ):
+                found.add(connection.name)
             name = connection.local.key
             if name and name in self._keys and self._keys[name].public != keys[name].public:
                 found.add(connection.name)
@@ -173,6 +186,8 @@ class Conventional:
         there = remotes[0] if len(remotes) == 1 else None
         locals_ = [place.address for place in connection.local_addrs]
         here = locals_[0] if len(locals_) == 1 else None
+        if connection.vips:
+            return None, there  # our side is what the peer will give us
         is_dynamic = any(selector.network is None for selector in state.child.local_ts)
         if here is None and there is not None and is_dynamic:
             here = self._core.given.source_towards(there)
@@ -190,8 +205,15 @@ class Conventional:
 
     def feed(self, message: m.ManagerInput) -> None:
         for action in self.manager.handle(message, self._core.given.monotonic()):
-            self._core.steps.do(functools.partial(self._act, action))
+            self._core.steps.do(functools.partial(self._act, self._complete(action)))
         self._arm()
+
+    def _complete(self, action: m.ManagerAction) -> m.ManagerAction:
+        """What may be forgotten by the time that the action has its turn."""
+        if not isinstance(action, m.RunUpdown):
+            return action
+        told = self.vips.told(action.session)
+        return replace(action, addresses=told.addresses, dns=told.dns)
 
     def _arm(self) -> None:
         when = self.manager.next_timer()
@@ -206,6 +228,8 @@ class Conventional:
         if self._timer is not None:
             self._timer.cancel()
         self.updown.stop()
+        if hasattr(self, "pools"):
+            self.pools.write()
 
     def _act(self, action: m.ManagerAction) -> Any:
         """Carry out one action; what is returned is awaited before the next."""
@@ -262,6 +286,7 @@ class Conventional:
             self._joined[number] = (label, after)
         if after != before:
             self._later()
+        self.vips.settle()
 
     def _settle(self, *, rules: bool) -> None:
         if rules:
@@ -319,6 +344,8 @@ class Conventional:
             return
         session = self._core.negotiator.initiate(request)
         self._connection_of[session] = connection
+        if request.ppk is not None:
+            self._ppk_used.add(session)  # where it is required, IKE has seen to it
         if len(self._contacted) < 100_000:
             self._contacted.add((connection.name, request.remote.address))
         self.feed(m.Began(action.attempt, session))
@@ -352,8 +379,14 @@ class Conventional:
     def _request(
         self, connection: Connection, child: Child, local: IpAddress, remote: IpAddress
     ) -> tuple[Initiate | None, str]:
-        local_ts = _selectors(child.local_ts, local)
-        remote_ts = _selectors(child.remote_ts, remote)
+        local_ts = _selectors(child.local_ts, () if connection.vips else (local,))
+        remote_ts = _selectors(child.remote_ts, (remote,))
+        ppk = None
+        if connection.ppk_id or connection.ppk_required:
+            secret = self.configured.ppk(connection.ppk_id)
+            if secret is None:
+                return None, f"no PPK {connection.ppk_id!r} is configured (a secret of type ppk)"
+            ppk = Ppk(connection.ppk_id.encode(), secret, connection.ppk_required)
         psk = None
         if connection.local.auth == "psk":
             ours = {connection.local.id or PeerIdentity.address(local), PeerIdentity.address(local)}
@@ -381,7 +414,19 @@ class Conventional:
             lifetimes=_lifetimes(child),
             settings=self._settings_of(connection),
             mode=child.mode,
+            want_addresses=tuple(sorted(address.version for address in connection.vips)),
+            had_addresses=self._wanted(connection),
+            ppk=ppk,
+            childless=connection.childless if connection.childless in ("prefer", "force") else "never",
         ), ""
+
+    def _wanted(self, connection: Connection) -> tuple[IpAddress, ...]:
+        """Named in the configuration, or what we had last time."""
+        had = {address.version: address for address in self.vips.had(connection.name)}
+        wanted = (
+            had.get(address.version) if address.is_unspecified else address for address in connection.vips
+        )
+        return tuple(address for address in wanted if address is not None)
 
     def _add_child(self, session: int, connection: Connection, child: Child) -> None:
         info = self._core.negotiator.endpoint.session(session)
@@ -391,8 +436,8 @@ class Conventional:
         self._core.negotiator.create_child(
             session,
             ChildRequest(
-                _selectors(child.local_ts, info.local.address),
-                _selectors(child.remote_ts, info.remote.address),
+                _selectors(child.local_ts, self.vips.of(session) or (info.local.address,)),
+                _selectors(child.remote_ts, self.pools.of(session) or (info.remote.address,)),
                 self._offers_of(child.esp_proposals),
                 child.mode,
                 connection=connection.label(child),
@@ -453,8 +498,17 @@ class Conventional:
         others = () if certain else tuple(map(_Same, base.ike_offers))
         unique = dict.fromkeys((*offers, *others))
         chosen = best if certain else base
-        certificates = replace(chosen.certificates, **asked_by_all(one.certificates for one in every))
-        return replace(chosen, ike_offers=tuple(item.offer for item in unique), certificates=certificates)
+        return replace(
+            chosen,
+            ike_offers=tuple(item.offer for item in unique),
+            certificates=replace(chosen.certificates, **asked_by_all(one.certificates for one in every)),
+            # What one of them could want is announced; by the peer's identity the rest is decided
+            ppk="require" if certain and all(one.ppk == "require" for one in every) else self._ppks(),
+            childless="accept" if any(one.childless != "never" for one in every) else "never",
+        )
+
+    def _ppks(self) -> str:
+        return "accept" if self.configured.ppks else "never"
 
     def _known_address(self, connection: Connection, remote: IpAddress) -> bool:
         return any(
@@ -490,6 +544,38 @@ class Conventional:
             reason=f"{what} is configured for {pair}",
         )
         return Secret(self._core.given.random(32))
+
+    def ppk(self, event: ike.NeedPpk) -> Secret | None:
+        """The PPK by that name, unless the peer's connection uses another (RFC 8784)."""
+        if not self.configured.ppks:
+            return None
+        name = event.name.decode(errors="replace")
+        local = self._local_of(event.session)
+        found = self._by_identity(local, event.remote.address, event.identity, None)
+        if not any(connection.ppk_id in ("", name) for connection in found):
+            return None
+        secret = self.configured.ppk(name)
+        if secret is not None:
+            self._ppk_used.add(event.session)
+        return secret
+
+    def lease(self, event: ike.NeedLease) -> ike.Lease | None:
+        connection = self._connection_of.get(event.session) or self._anonymous(event)
+        if connection is None or not connection.pools:
+            return None
+        lease = self.pools.lease(event, connection.pools)
+        peer, identity = str(event.remote.address), str(event.identity)
+        if lease is None:
+            reason = f"no address is left in {', '.join(connection.pools)}"
+            self._core.journal.add(
+                "no-address-left", True, connection=connection.name, peer=peer, id=identity, reason=reason
+            )
+        else:
+            given = ", ".join(map(str, lease.addresses))
+            self._core.journal.add(
+                "address-leased", connection=connection.name, peer=peer, id=identity, reason=given
+            )
+        return lease
 
     def keys(self, event: ike.NeedPeerKey) -> ike.Known | ike.Refused | NotOurs | None:
         """The keys of the peer's connection; None where its connection knows no keys (so that it cannot come in by
@@ -558,6 +644,8 @@ class Conventional:
             return ike.Refused(f"its traffic belongs to the connection {claimed}") if claimed else NOT_OURS
         if connection.name not in {c.name for c in self.configured.connections}:
             return ike.Refused("its connection is no longer configured", peer=True)
+        if connection.ppk_required and event.session not in self._ppk_used:
+            return ike.Refused(f"the connection {connection.name} requires a PPK", peer=True)
         if not self._acceptable(connection, event.session):
             return ike.Refused(f"the IKE proposal is not one of the connection {connection.name}", peer=True)
         state = self.manager.by_spi(event.rekey_of) if event.rekey_of is not None else None
@@ -568,8 +656,11 @@ class Conventional:
             return self._narrowed(connection, state.child, ours, theirs)
         found = []
         for order, child in enumerate(connection.children):
-            ours = _common(event.local_ts, _selectors(child.local_ts, event.local.address))
-            theirs = _common(event.remote_ts, _selectors(child.remote_ts, event.remote.address))
+            here = self.vips.of(event.session) or (event.local.address,)
+            there = self.pools.of(event.session) or (event.remote.address,)
+            ours = _common(event.local_ts, _selectors(child.local_ts, here))
+            theirs = _common(event.remote_ts, _selectors(child.remote_ts, there))
+            theirs = self.pools.only_leased(connection.pools, event.session, theirs)
             if ours and theirs:
                 whole = set(ours) == set(event.local_ts) and set(theirs) == set(event.remote_ts)
                 found.append(((child.mode != event.mode, not whole, order), child, ours, theirs))
@@ -598,6 +689,10 @@ class Conventional:
                 )
                 self._connection_of[event.session] = connection
             return connection
+        return self._anonymous(event)
+
+    def _anonymous(self, event: ike.NeedNarrowing | ike.NeedLease) -> Connection | None:
+        """The connection of a peer that proves nothing, where one takes such peers from there."""
         if event.authenticated is not Authenticated.NULL:
             return None
         for candidate in self.matcher.by_address(event.local.address, event.remote.address, self.resolved):
@@ -648,7 +743,8 @@ class Conventional:
 
     def _make_settings(self, connection: Connection) -> IkeSettings:
         base = self._core.given.ike_settings
-        rekey = connection.rekey_time
+        rekey, reauth = connection.rekey_time, connection.reauth_time
+        longest = max(rekey, reauth)
         return replace(
             base,
             identity=connection.local.id,
@@ -660,10 +756,13 @@ class Conventional:
                 base.lifetimes,
                 ike_rekey=rekey or NEVER_SECONDS,
                 ike_grace=connection.over_time or 600.0,
-                jitter=min(connection.rand_time / rekey, 0.9) if rekey else 0.0,
+                ike_reauth=reauth,
+                jitter=min(connection.rand_time / longest, 0.9) if longest else 0.0,
             ),
             liveness_interval=connection.dpd_delay,
             force_encap=base.force_encap or connection.encap,
+            ppk="require" if connection.ppk_required else self._ppks(),
+            childless={"never": "never", "force": "force"}.get(connection.childless, "accept"),
         )
 
     # ------------------------------------------------------------ IKE's news
@@ -679,11 +778,31 @@ class Conventional:
             self._core.negotiator.end_session(event.session)
             self.feed(m.Failed(0, event.session, text, permanent=True))
             return
+        if connection.ppk_required and event.session not in self._ppk_used:
+            self._core.negotiator.end_session(event.session)  # without a child nobody has asked before
+            return
         self.feed(m.Established(event.session, connection.name, str(event.identity), event.initiator))
+
+    def assigned(self, event: ike.AddressesAssigned) -> None:
+        connection = self._connection_of.get(event.session)
+        if connection is not None:
+            self.vips.assign(connection.name, event)
+
+    def reauthenticating(self, event: ike.ReauthenticationBegun) -> None:
+        """The new session is of the same connection; what comes up in it takes the place of the old one's."""
+        self._connection_of[event.session] = self._connection_of[event.replaces]
+        if event.replaces in self._ppk_used:
+            self._ppk_used.add(event.session)
+
+    def _forget(self, session: int) -> None:
+        self._ppk_used.discard(session)
+        self.vips.release(session)
+        self.pools.release(session)
 
     def failed(self, event: ike.SessionFailed) -> None:
         connection = self._connection_of.pop(event.session)
         self._path_of.pop(event.session, None)
+        self._forget(event.session)
         text = event.text + (f" ({event.notify})" if event.notify else "")
         if event.kind is ike.FailureKind.SILENT:
             self._contacted.discard((connection.name, event.remote.address))
@@ -703,6 +822,7 @@ class Conventional:
     def down(self, session: int) -> None:
         self._connection_of.pop(session, None)
         self._path_of.pop(session, None)
+        self._forget(session)
         self.feed(m.Gone(session))
 
     def child_failed(self, event: ike.ChildFailed) -> None:
@@ -761,8 +881,13 @@ def _lifetimes(child: Child) -> Lifetimes:
     )
 
 
-def _selectors(configured: Iterable[Any], outer: IpAddress) -> tuple[TrafficSelector, ...]:
-    found = (selector.at(outer) for selector in configured)
+def _selectors(configured: Iterable[Selector], dynamic: tuple[IpAddress, ...]) -> tuple[TrafficSelector, ...]:
+    """`dynamic`: the addresses that the side has, inside where it was given some, else outside."""
+    found = [
+        selector.at(address)
+        for selector in configured
+        for address in (dynamic if selector.network is None else (None,))
+    ]
     return tuple(selector for selector in found if selector is not None)
 
 

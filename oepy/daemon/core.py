@@ -9,13 +9,15 @@ import asyncio
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from oepy.connections.messages import Asked, ChildWent
-from oepy.daemon.addresses import is_own, source_towards
+from oepy.daemon.addresses import is_own, own_addresses, source_towards
 from oepy.daemon.admission import Admissions
 from oepy.daemon.conventional import Conventional
+from oepy.daemon.datapaths import NoHostAddresses
 from oepy.daemon.journal import Journal
 from oepy.daemon.manual import ManualKeying, NoBackend
 from oepy.daemon.negotiator import Negotiator, Ports
@@ -29,7 +31,7 @@ from oepy.errors import OepyError
 from oepy.ike.endpoint import IkeEndpoint
 from oepy.ike.events import Datagram, IkeKeys
 from oepy.ike.settings import IkeSettings
-from oepy.interfaces import Datapath, DatapathEvent, KeySource, Trap
+from oepy.interfaces import Datapath, DatapathEvent, HostAddresses, KeySource, Trap
 from oepy.keylog import KeyLog, ike_line
 from oepy.keys import HostKey
 from oepy.model import Endpoint, Flow, IpAddress, PolicyGroup, SaPair, Unreachable
@@ -57,6 +59,9 @@ class Surroundings:
     key_log: KeyLog | None = None
     random: Callable[[int], bytes] = os.urandom
     wall_clock: Callable[[], float] = time.time
+    host: HostAddresses = field(default_factory=NoHostAddresses)
+    leases: Path | None = None  # directory of the files with clients' addresses
+    own_addresses: Callable[[], frozenset[IpAddress]] = own_addresses
     is_own: Callable[[IpAddress], bool] = is_own
     source_towards: Callable[[IpAddress], IpAddress | None] = source_towards
 

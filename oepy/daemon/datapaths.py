@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from oepy.config import Config
 from oepy.errors import OepyError
-from oepy.interfaces import Datapath, DatapathEvent
-from oepy.model import Endpoint, SaCounters, SaPair
+from oepy.interfaces import Datapath, DatapathEvent, HostAddresses
+from oepy.model import Endpoint, IpAddress, IpNetwork, SaCounters, SaPair
 from oepy.udp import IkeSockets
 
 OnIke = Callable[[bytes, Endpoint, Endpoint], None]
@@ -47,6 +47,15 @@ class NoDatapath:
         self._spis.clear()
 
 
+class NoHostAddresses:
+    """Where there is no device that could have them."""
+
+    async def apply(self, addresses: Collection[IpAddress], routes: Mapping[IpNetwork, IpAddress]) -> None:
+        """Raises OepyError where there is something to do."""
+        if addresses:
+            raise OepyError("this datapath has no device for the addresses that a peer gives")
+
+
 @dataclass(frozen=True, slots=True)
 class Chosen:
     """A datapath, not started yet, and what follows from it for the rest of the daemon."""
@@ -59,6 +68,7 @@ class Chosen:
     encap_only: bool = False  # it speaks ESP in UDP only
     aggregates: bool = False  # it knows AGGFRAG payloads (RFC 9347)
     device: str | None = None  # from which decrypted packets come, where they come from one
+    host: HostAddresses = field(default_factory=NoHostAddresses)
 
     @property
     def kernel_ipsec(self) -> bool:
@@ -83,6 +93,16 @@ def choose(wanted: str) -> tuple[str, str, str]:
 
 
 def open_datapath(config: Config, sockets: IkeSockets, on_ike: OnIke, *, bare: bool = False) -> Chosen:
+    """`_open_datapath`, and where there is a device, the addresses that it may have."""
+    chosen = _open_datapath(config, sockets, on_ike, bare=bare)
+    if chosen.name == "none" or chosen.device is None:
+        return chosen
+    from oepy.datapath.addresses import DeviceAddresses
+
+    return replace(chosen, host=DeviceAddresses(chosen.device))
+
+
+def _open_datapath(config: Config, sockets: IkeSockets, on_ike: OnIke, *, bare: bool) -> Chosen:
     """The datapath of the configuration. `bare`: the kernel's own trap is beside it, so that all traffic, and not
     only what is marked or goes by the device, is subject to its policies. Raises OepyError with the mend.
 

@@ -252,12 +252,12 @@ class Negotiator:
 
     def _handle(self, event: ike.IkeEvent) -> None:
         match event:
-            case ike.NeedSpi():
-                self._answer(event.token, self._ports.allocate_spi())
-            case ike.NeedSignature():
-                self._answer(event.token, self._sign(event))
-            case ike.NeedPsk():
-                self._answer(event.token, self._connections.psk(event))
+            case ike.NeedSpi() | ike.NeedSignature() | ike.NeedPsk() | ike.NeedPpk() | ike.NeedLease():
+                self._answer(event.token, self._known_at_once(event))
+            case ike.AddressesAssigned():
+                self._connections.assigned(event)
+            case ike.ReauthenticationBegun() if self._connections.has_session(event.replaces):
+                self._connections.reauthenticating(event)
             case ike.NeedPeerKey() | ike.NeedNarrowing() if self._answered(event):
                 pass
             case ike.NeedPeerKey() | ike.NeedNarrowing() if len(self._tasks) >= MAX_QUESTIONS:
@@ -307,6 +307,20 @@ class Negotiator:
                     self._connections.established(event)
             case ike.SessionDown():
                 self._session_down(event)
+
+    def _known_at_once(self, event: ike.Question) -> object:
+        match event:
+            case ike.NeedSpi():
+                return self._ports.allocate_spi()
+            case ike.NeedSignature():
+                return self._sign(event)
+            case ike.NeedPsk():
+                return self._connections.psk(event)
+            case ike.NeedPpk():
+                return self._connections.ppk(event)
+            case ike.NeedLease():
+                return self._connections.lease(event)
+        return None
 
     def _answered(self, event: ike.NeedPeerKey | ike.NeedNarrowing) -> bool:
         """Whether a connection has the answer: what it refuses never becomes an opportunistic offer."""

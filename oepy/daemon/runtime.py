@@ -23,7 +23,7 @@ from oepy.control.server import ControlServer
 from oepy.daemon.addresses import own_addresses
 from oepy.daemon.api import ControlApi
 from oepy.daemon.core import Core, Surroundings, engine_settings
-from oepy.daemon.datapaths import open_datapath
+from oepy.daemon.datapaths import NoHostAddresses, open_datapath
 from oepy.daemon.forecast import validator as configured_validator
 from oepy.daemon.journal import Event, Journal
 from oepy.daemon.manual import ManualKeying, open_backend
@@ -112,6 +112,8 @@ class Daemon(Core):
                 identity=self.config.identity,
                 ike_settings=self._ike_settings(),
                 key_log=self.key_log,
+                host=chosen.host,
+                leases=self.config.key.parent / "leases",
             )
         )
         await self.datapath.start(self.on_datapath_event)
@@ -130,6 +132,7 @@ class Daemon(Core):
             )
             await self._relay.start()
         self._check_connections(self.config.connections)
+        await self._host_addresses_off()
         self.connections.load(self.config.connections, connection_keys(self.config.connections))
         self.trap.start(self._trap_policy(self.config), self.on_trapped)
         self._trapping = True
@@ -144,6 +147,7 @@ class Daemon(Core):
         self.spawn(self._learn_own_records())
         self.spawn(self.watch_traffic())
         self.spawn(self.connections.watch_names())
+        self.spawn(self.connections.vips.watch())
 
     def relay_view(self) -> dict[str, object] | None:
         """The DNS relay at a glance, None where there is none."""
@@ -218,6 +222,14 @@ class Daemon(Core):
         if wanted.connections and self.trap_name == "none" and self.chosen.name == "tun":
             problems.append("connections need the trap in userland: remove `trap: none`")
         for connection in wanted.connections:
+            if (
+                connection.vips
+                and isinstance(self.chosen.host, NoHostAddresses)
+                and self.chosen.name != "none"
+            ):
+                problems.append(
+                    f"{connection.name}: vips need the tunnel's device, which this datapath has not"
+                )
             for child in connection.children:
                 label = connection.label(child)
                 if child.trap and self.trap_name != "nfqueue":
@@ -294,6 +306,7 @@ class Daemon(Core):
                 self.journal.add(
                     "guard", reason=f"private and block prefixes stay blocked; {KEEP_BLOCKED_HINT}"
                 )
+        await self._host_addresses_off()
         if hasattr(self, "datapath"):
             try:
                 # The guard of the kernel's own trap knows nothing of manual policies
@@ -312,6 +325,14 @@ class Daemon(Core):
         if self._lock is not None:
             self._lock.close()
             self.config.socket.with_suffix(".lock").unlink(missing_ok=True)
+
+    async def _host_addresses_off(self) -> None:
+        """What peers gave us, of this run or of one that crashed."""
+        try:
+            if hasattr(self, "chosen"):
+                await self.chosen.host.apply((), {})
+        except OepyError as error:
+            self.journal.add("address-failed", alert=True, reason=str(error))
 
     def reload(self) -> list[str]:
         """SIGHUP, and `connection load`. A configuration with mistakes changes nothing; returns the mistakes."""

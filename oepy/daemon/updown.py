@@ -113,7 +113,18 @@ def environments(action: RunUpdown) -> Iterator[dict[str, str]]:
                 "PLUTO_PEER_PORT": str(theirs.start_port if theirs.start_port == theirs.end_port else 0),
                 "PLUTO_PEER_PROTOCOL": str(theirs.protocol),
                 **({"PLUTO_UDP_ENC": str(pair.remote.port)} if pair.encap else {}),
+                **dict(_assigned(action)),
             }
+
+
+def _assigned(action: RunUpdown) -> Iterator[tuple[str, str]]:
+    """What the peer gave us: numbered, by families."""
+    for name, addresses in (("PLUTO_MY_SOURCEIP", action.addresses), ("PLUTO_DNS", action.dns)):
+        for version in (4, 6):
+            for number, address in enumerate((a for a in addresses if a.version == version), 1):
+                yield f"{name}{version}_{number}", str(address)
+    if action.addresses:
+        yield "PLUTO_MY_SOURCEIP", str(action.addresses[0])
 
 
 def _network(selector: TrafficSelector) -> str:

@@ -29,7 +29,7 @@ TABLE = 17733
 RULE_PRIORITY = 1773
 # With rp_filter in loose mode the kernel refuses whatever comes in by a device without any IPv4 address
 # (fib_validate_source). So it gets the dummy address of RFC 7600 §4.8, in scope host: never a source.
-_DUMMY_ADDRESS = "192.0.0.8"
+DUMMY_ADDRESS = "192.0.0.8"
 PROTOCOL = 173  # rtnetlink's protocol number for our routes and rules; below 256, not in rt_protos
 _SCOPE_HOST = 254
 _METRIC_DEVICE = 100
@@ -42,7 +42,7 @@ _ABSENT = frozenset((errno.ENOENT, errno.ESRCH, errno.ENODEV))
 
 
 @contextlib.contextmanager
-def _netlink() -> Iterator[IPRoute]:
+def netlink() -> Iterator[IPRoute]:
     route = IPRoute()
     try:
         yield route
@@ -108,10 +108,10 @@ def set_up(device: str, mtu: int) -> None:
     """Bring the device up and lead marked packets to it. Idempotent: what is right already stays, so that at
     no moment a marked packet finds the main table. Raises OepyError."""
     _settle(device)
-    with _netlink() as route:
+    with netlink() as route:
         index = route.link_lookup(ifname=device)[0]
         route.link("set", index=index, mtu=mtu, state="up", txqlen=1000)
-        route.addr("replace", index=index, address=_DUMMY_ADDRESS, prefixlen=32, scope=_SCOPE_HOST)
+        route.addr("replace", index=index, address=DUMMY_ADDRESS, prefixlen=32, scope=_SCOPE_HOST)
         for family in _families(route):
             common = {"family": family, "table": TABLE, "proto": PROTOCOL}
             route.route("replace", dst="default", type="unreachable", priority=_METRIC_UNREACHABLE, **common)
@@ -131,7 +131,7 @@ def set_up(device: str, mtu: int) -> None:
 def stand(device: str) -> bool:
     """Whether a marked packet would go to the device, in every family: the kernel is asked for one route, as
     the host's whole table may be long. Raises OepyError."""
-    with _netlink() as route:
+    with netlink() as route:
         index = next(iter(route.link_lookup(ifname=device)), 0)
         for family in _families(route):
             try:
@@ -147,7 +147,7 @@ def stand(device: str) -> bool:
 
 def tear_down() -> None:
     """Remove all of our rules and routes. Only when nothing is marked any more."""
-    with _netlink() as route:
+    with netlink() as route:
         for family in _families(route):
             for rule in _our_rules(route, family):
                 _without_absent(

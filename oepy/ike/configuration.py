@@ -6,6 +6,9 @@ not within the addresses that were given is no selector of ours.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
 from ipaddress import ip_network
 from typing import TYPE_CHECKING
 
@@ -62,10 +65,28 @@ def read_reply(session: Session, request: Initiate, answer: Message) -> tuple[Ip
         failed = answer.notify(NotifyType.INTERNAL_ADDRESS_FAILURE) is not None
         text = "has no address for us" if failed else "gives no addresses"
         raise ChildRefused(NotifyType.INTERNAL_ADDRESS_FAILURE, f"the peer {text}")
-    session.context.emit(
-        AddressesAssigned(session.number, reply.addresses, reply.dns, reply.subnets, reply.domains)
-    )
-    return reply.addresses
+    found = tuple(_usable(reply.addresses, request.want_addresses))
+    if not found:
+        raise ChildRefused(
+            NotifyType.INTERNAL_ADDRESS_FAILURE, "the peer gives addresses that nobody can use"
+        )
+    if session.request is not None:  # a reauthentication asks for the same again
+        session.request = replace(session.request, had_addresses=found)
+    session.context.emit(AddressesAssigned(session.number, found, reply.dns, reply.subnets, reply.domains))
+    return found
+
+
+def _usable(addresses: tuple[IpAddress, ...], wanted: tuple[int, ...]) -> Iterator[IpAddress]:
+    """One of each family that was asked for, and no address that has a meaning of its own on every host."""
+    for version in wanted:
+        good = (
+            address
+            for address in addresses
+            if address.version == version
+            and not (address.is_loopback or address.is_multicast or address.is_unspecified)
+            and not address.is_link_local
+        )
+        yield from itertools.islice(good, 1)
 
 
 def within_addresses(selectors: Selectors, addresses: tuple[IpAddress, ...]) -> Selectors:

@@ -20,8 +20,17 @@ def half_open_until(session: Session) -> float:
     return session.created + (1 + done) * session.settings.half_open_lifetime
 
 
+def ike_expiry(session: Session) -> float:
+    """When an IKE SA ends that was neither rekeyed nor, where that is ours to do, reauthenticated in time."""
+    lifetimes = session.settings.lifetimes
+    until = session.established_at + lifetimes.ike_rekey
+    if lifetimes.ike_reauth and session.request is not None:
+        until = min(until, session.created + lifetimes.ike_reauth)  # `created` stays, over all rekeys
+    return until + lifetimes.ike_grace
+
+
 def next_deadline(session: Session) -> float:
-    settings, lifetimes = session.settings, session.settings.lifetimes
+    settings = session.settings
     deadline = NEVER
     if session.window.outstanding is not None:
         deadline = min(session.window.outstanding.next_at, session.window.outstanding.give_up_at)
@@ -36,9 +45,7 @@ def next_deadline(session: Session) -> float:
         if session.state is State.REPLACED:
             deadline = min(deadline, session.childless_since + settings.replaced_lifetime)
         if session.state is State.ESTABLISHED:
-            deadline = min(
-                deadline, session.rekey_at, session.established_at + lifetimes.ike_rekey + lifetimes.ike_grace
-            )
+            deadline = min(deadline, session.rekey_at, ike_expiry(session))
             deadline = min(
                 deadline, session.childless_since + settings.childless_lifetime, session.keepalive_at
             )

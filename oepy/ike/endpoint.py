@@ -202,7 +202,7 @@ class IkeEndpoint:
     def initiate(self, request: Initiate, now: float) -> int:
         """Begin a negotiation; the session's number."""
         selectors = (request.local_ts or request.want_addresses) and request.remote_ts
-        if not request.childless and not selectors:
+        if request.childless == "never" and not selectors:
             raise MisuseError("a child SA needs traffic selectors on both sides")
         self._context.now = now
         return begin(self._context, request).number

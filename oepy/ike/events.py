@@ -211,6 +211,13 @@ class AddressesAssigned(IkeEvent):
 
 
 @dataclass(frozen=True, slots=True)
+class ReauthenticationBegun(IkeEvent):
+    """A session of ours that is to take the place of an established one, `replaces`."""
+
+    replaces: int
+
+
+@dataclass(frozen=True, slots=True)
 class PeerMoved(IkeEvent):
     """An authenticated message came from another address or port (a NAT between us changed its mind,
     RFC 7296 §2.23): ESP should follow."""
@@ -349,6 +356,7 @@ __all__ = [
     "NeedStatus",
     "PeerMoved",
     "Question",
+    "ReauthenticationBegun",
     "Refused",
     "SessionDown",
     "SessionFailed",

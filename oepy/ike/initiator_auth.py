@@ -8,6 +8,7 @@ from oepy.ike import aggregation, certificates, configuration, ppk, reauthentica
 from oepy.ike.algorithms import accepted, esp_suite, to_proposals, without_groups
 from oepy.ike.authentication import AuthMethod, matches, null_auth, psk_auth, verify_auth
 from oepy.ike.child import ChildSa, install, read_selectors, spi_of, within
+from oepy.ike.child_request import create_child
 from oepy.ike.events import FailureKind, Known, NeedPeerKey, NeedSignature, NeedSpi, Refused
 from oepy.ike.flow import ChildRefused, HandshakeFailed, OwnSteps, Send, Steps
 from oepy.ike.handshake import establish
@@ -17,7 +18,8 @@ from oepy.ike.payload_sa import PROTOCOL_ESP, SaPayload, build_sa
 from oepy.ike.payload_ts import build_ts
 from oepy.ike.payloads import AuthData, Identification, Payload, build_auth, build_id, notify
 from oepy.ike.rules import first_error
-from oepy.model import Authenticated, PeerIdentity, PublicKey
+from oepy.ike.settings import ChildRequest
+from oepy.model import Authenticated, PeerIdentity, PublicKey, TrafficSelector
 
 if TYPE_CHECKING:
     from oepy.ike.algorithms import Offer
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from oepy.ike.message import Message
     from oepy.ike.session import Session
     from oepy.ike.settings import Initiate, Ppk
+    from oepy.model import IpAddress
 
 
 def own_identity(session: Session, configured: PeerIdentity | None, own_auth: str) -> PeerIdentity:
@@ -53,12 +56,13 @@ def own_proof(session: Session, handshake: Handshake, request: Initiate, id_body
 
 def authenticate(session: Session, request: Initiate, handshake: Handshake) -> OwnSteps:
     """IKE_AUTH, with the first child unless the request is childless."""
-    if request.childless and not handshake.peer_childless:
+    childless = request.childless == "force" or (request.childless == "prefer" and handshake.peer_childless)
+    if childless and not handshake.peer_childless:
         text = "the peer does not begin an IKE SA without a child (RFC 6023)"
         raise HandshakeFailed(FailureKind.REJECTED, text)
     secret = ppk.check_announced(handshake, request.ppk)
     spi_in = 0
-    if not request.childless:
+    if not childless:
         spi_in = yield NeedSpi(session.number, 0)
         if not isinstance(spi_in, int):
             raise HandshakeFailed(FailureKind.REFUSED, "the datapath has no SPI to give")
@@ -66,7 +70,7 @@ def authenticate(session: Session, request: Initiate, handshake: Handshake) -> O
     keys = ppk.Keys.of(session, handshake)
     payloads = yield from _identity_and_proof(session, request, handshake, secret)
     payloads += configuration.request_payloads(request)
-    if not request.childless:
+    if not childless:
         payloads += _child_payloads(session, request, offers, spi_in)
     answer = yield Send(Exchange.IKE_AUTH, payloads)
     error = first_error(answer.chain)
@@ -78,7 +82,7 @@ def authenticate(session: Session, request: Initiate, handshake: Handshake) -> O
         ppk.confirm(session, handshake, secret, keys, answer)
     yield from _verify_peer(session, request, handshake, answer)
     session.connection = request.connection
-    _establish_with_child(session, request, handshake, answer, offers, spi_in)
+    _establish_with_child(session, request, handshake, answer, offers, spi_in, childless=childless)
 
 
 def _identity_and_proof(
@@ -127,12 +131,14 @@ def _establish_with_child(
     answer: Message,
     offers: tuple[Offer, ...],
     spi_in: int,
+    *,
+    childless: bool,
 ) -> None:
     child: ChildSa | None = None
     error = first_error(answer.chain)
     try:
         addresses = configuration.read_reply(session, request, answer)
-        if not request.childless:
+        if not childless:
             child = _agreed_child(request, offers, spi_in, answer)
             if not request.local_ts:
                 child.local_ts = configuration.within_addresses(child.local_ts, addresses)
@@ -149,7 +155,23 @@ def _establish_with_child(
         from oepy.ike.duplicates import after_establishment
 
         after_establishment(session)
-    reauthentication.after_establishment(session)
+    carried_over = reauthentication.after_establishment(session)
+    if childless and request.remote_ts and not carried_over:
+        wanted = _child_request(request, addresses)
+        session.start("create-child", lambda it: create_child(it, wanted))
+
+
+def _child_request(request: Initiate, addresses: tuple[IpAddress, ...]) -> ChildRequest:
+    return ChildRequest(
+        request.local_ts or tuple(TrafficSelector.of(address) for address in addresses),
+        request.remote_ts,
+        request.esp_offers,
+        request.mode,
+        transport_required=request.transport_required,
+        connection=request.connection,
+        label=request.label,
+        lifetimes=request.lifetimes,
+    )
 
 
 def _known(session: Session) -> bool:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from oepy.ike.child_request import rekey_child
-from oepy.ike.deadlines import half_open_until
+from oepy.ike.deadlines import half_open_until, ike_expiry
 from oepy.ike.events import Datagram, DownReason, FailureKind
 from oepy.ike.header import Exchange
 from oepy.ike.ike_rekey import rekey_ike
@@ -76,8 +76,8 @@ def live_timers(session: Session) -> None:
         session.end(DownReason.REKEYED)  # the peer forgot to delete it
         return
     if session.state is State.ESTABLISHED:
-        if now >= session.established_at + settings.lifetimes.ike_rekey + settings.lifetimes.ike_grace:
-            session.last_error = "the IKE SA was not rekeyed in time"
+        if now >= ike_expiry(session):
+            session.last_error = "the IKE SA was not renewed in time"
             terminate(session, DownReason.EXPIRED)
             return
         if now >= session.childless_since + settings.childless_lifetime:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from oepy.ike.child_request import create_child
-from oepy.ike.events import DownReason
+from oepy.ike.events import DownReason, ReauthenticationBegun
 from oepy.ike.flow import OwnSteps
 from oepy.ike.settings import ChildRequest, Initiate
 from oepy.ike.states import State
@@ -50,6 +50,7 @@ def reauthenticate(old: Session, request: Initiate | None = None) -> Session | N
     new.request = request
     new.reauthenticates = old.number
     old.reauthenticated_by = new.number
+    context.emit(ReauthenticationBegun(new.number, old.number))
     return new
 
 
@@ -58,14 +59,16 @@ def are_successive(one: Session, two: Session) -> bool:
     return one.reauthenticates == two.number or two.reauthenticates == one.number
 
 
-def after_establishment(new: Session) -> None:
-    """The children that the new session does not have yet, then the end of the old one."""
+def after_establishment(new: Session) -> bool:
+    """The children that the new session does not have yet, then the end of the old one. Whether there is one."""
     if not new.reauthenticates:
-        return
+        return False
     old = new.context.by_number.get(new.reauthenticates)
-    if old is not None and old.state is State.ESTABLISHED:
-        missing = [_asked_again(child) for child in old.children.values() if _is_missing(new, child)]
-        new.start("carry-over", lambda it: _carry_over(it, missing))
+    if old is None or old.state is not State.ESTABLISHED:
+        return False
+    missing = [_asked_again(child) for child in old.children.values() if _is_missing(new, child)]
+    new.start("carry-over", lambda it: _carry_over(it, missing))
+    return True
 
 
 def _is_missing(new: Session, child: ChildSa) -> bool:
@@ -80,6 +83,7 @@ def _asked_again(child: ChildSa) -> ChildRequest:
         transport_required=True,
         connection=child.connection,
         label=child.label,
+        lifetimes=child.lifetimes,
     )
 
 

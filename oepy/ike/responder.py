@@ -101,7 +101,7 @@ def receive_init(context: Context, message: Message, local: Endpoint, remote: En
     suite = ike_suite(chosen)
     answer += ppk.announcement(handshake.peer_ppk and settings.ppk != "never")
     handshake.peer_ppk = handshake.peer_ppk and settings.ppk != "never"
-    if settings.childless:
+    if settings.childless != "never":
         answer.append(notify(NotifyType.CHILDLESS_IKEV2_SUPPORTED))
     if suite.additional:
         answer.append(notify(NotifyType.INTERMEDIATE_EXCHANGE_SUPPORTED))
@@ -165,7 +165,7 @@ def serve_auth(session: Session, message: Message) -> PeerSteps:
         raise _unproven(bad_status)
     refused: ChildRefused | None = None
     child: tuple[ChildSa, list[Payload]] | None = None
-    childless = session.settings.childless and PayloadType.SA not in message.chain.counts
+    childless = session.settings.childless != "never" and PayloadType.SA not in message.chain.counts
     leased: tuple[IpAddress, ...] = ()
     lease_answer: list[Payload] = []
     try:
@@ -309,6 +309,8 @@ def _child(
     sa = message.get(PayloadType.SA, SaPayload)
     if sa is None:
         raise ChildRefused(NotifyType.NO_PROPOSAL_CHOSEN, "IKE_AUTH without a child SA")
+    if session.settings.childless == "force":
+        raise ChildRefused(NotifyType.NO_ADDITIONAL_SAS, "its IKE SA is to begin without a child (RFC 6023)")
     narrowed, selectors = yield from ask_narrowing(session, message, None, leased)
     offers = tuple(without_groups(o) for o in narrowed.offers or session.settings.esp_offers)
     chosen = choose(offers, sa.proposals, PROTOCOL_ESP)

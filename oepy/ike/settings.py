@@ -76,7 +76,9 @@ class IkeSettings:
     certificates: Certificates = Certificates()
     allow_null_initiator: bool = True
     ppk: str = "never"  # as responder: never | accept | require (RFC 8784); NeedPpk asks for it
-    childless: bool = False  # as responder: an IKE SA may begin without a child (RFC 6023)
+    childless: str = (
+        "never"  # as responder, an IKE SA that begins without a child (RFC 6023): never | accept | force
+    )
     allow_sha1: bool = False  # accept method 1 (RSA) over SHA-1
     ike_offers: tuple[Offer, ...] = field(default_factory=default_ike_offers)
     esp_offers: tuple[Offer, ...] = field(default_factory=default_esp_offers)
@@ -133,7 +135,9 @@ class Initiate:
     With empty `local_ts` our side of the child is what we get (`dynamic`)."""
     had_addresses: tuple[IpAddress, ...] = ()  # those that we had last time, and would like again
     ppk: Ppk | None = None
-    childless: bool = False  # no child for now (RFC 6023): the selectors are not used
+    childless: str = "never"
+    """Begin without a child (RFC 6023): never | prefer, where the peer can | force. Where there are selectors, the
+    child follows in an exchange of its own, with a key exchange of its own; its end is ChildUp or ChildFailed."""
     mode: str = "tunnel"  # of the child: tunnel | transport
     transport_required: bool = False  # where the peer refuses transport mode: fail, instead of tunnel mode
 

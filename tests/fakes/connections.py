@@ -55,6 +55,7 @@ def read(
             proposal_ike=parse_ike_proposal,
             proposal_esp=parse_esp_proposal,
         ),
+        data.get("pools"),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from oepy.interfaces import DatapathEvent, TrapPolicy
-from oepy.model import Absent, Flow, IpAddress, KeyAnswer, PolicyGroup, SaCounters, SaPair, Verdict
+from oepy.model import Absent, Flow, IpAddress, IpNetwork, KeyAnswer, PolicyGroup, SaCounters, SaPair, Verdict
 from oepy.resolvers import ResolverState
 
 
@@ -55,6 +55,19 @@ class FakeTrap:
 
     def stop(self, *, guard: bool) -> None:
         self.verdicts.clear()
+
+
+class FakeHostAddresses:
+    """The addresses and routes that the host has now; `history` keeps the sets of addresses."""
+
+    def __init__(self) -> None:
+        self.addresses: frozenset[IpAddress] = frozenset()
+        self.routes: dict[IpNetwork, IpAddress] = {}
+        self.history: list[frozenset[IpAddress]] = []
+
+    async def apply(self, addresses: Collection[IpAddress], routes: Mapping[IpNetwork, IpAddress]) -> None:
+        self.addresses, self.routes = frozenset(addresses), dict(routes)
+        self.history.append(self.addresses)
 
 
 class FakeDatapath:

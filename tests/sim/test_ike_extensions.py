@@ -131,10 +131,10 @@ def test_a_ppk_that_is_required_is_not_left_out(responder: str) -> None:
 
 def test_an_ike_sa_without_a_child() -> None:
     """RFC 6023: it comes up, stays as long as the settings say, and gets its children later."""
-    patient = replace(QUIET, childless=True, childless_lifetime=float("inf"))
-    a, b, net = pair(childless=True, childless_lifetime=float("inf"))
+    patient = replace(QUIET, childless="accept", childless_lifetime=float("inf"))
+    a, b, net = pair(childless="accept", childless_lifetime=float("inf"))
     number = a.ike.initiate(
-        request(a, b, childless=True, local_ts=(), remote_ts=(), settings=patient), net.now
+        request(a, b, childless="force", local_ts=(), remote_ts=(), settings=patient), net.now
     )
     net.run(300)
     for host in (a, b):
@@ -148,7 +148,7 @@ def test_an_ike_sa_without_a_child() -> None:
 def test_an_ike_sa_without_a_child_is_not_for_every_peer() -> None:
     """A responder that does not announce it gets no such IKE_AUTH; one that we are refuses the child as before."""
     a, b, net = pair()
-    a.ike.initiate(request(a, b, childless=True), net.now)
+    a.ike.initiate(request(a, b, childless="force"), net.now)
     net.run(3)
     [failed] = a.of(SessionFailed)
     assert isinstance(failed, SessionFailed)

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from ipaddress import ip_address
+from pathlib import Path
 
 from oepy.connections.model import EMPTY, ConnectionSet
 from oepy.daemon.core import Core, Surroundings
@@ -27,7 +28,7 @@ from oepy.model import (
     Secure,
 )
 from oepy.policy import PolicyTable
-from tests.fakes.rooms import FakeDatapath, FakeKeys, FakeTrap
+from tests.fakes.rooms import FakeDatapath, FakeHostAddresses, FakeKeys, FakeTrap
 
 
 @dataclass
@@ -72,6 +73,7 @@ class Host:
         configured: ConnectionSet = EMPTY,
         keys: dict[str, HostKey] | None = None,
         wall_clock: float = 0.0,
+        leases: Path | None = None,
     ) -> None:
         self.address = ip_address(address)
         self.key = key or HostKey.generate("ed25519")
@@ -82,6 +84,7 @@ class Host:
         self.configured, self.keys = configured, keys or {}
         self.wall_clock = wall_clock
         self.identity: str | None = None
+        self.leases = leases
         self.make_keys: Callable[[], FakeKeys] = lambda: FakeKeys(self.answers)
         self.start()
 
@@ -90,6 +93,7 @@ class Host:
         self.up = True
         dice = self.router.dice
         self.trap, self.datapath = FakeTrap(), FakeDatapath(dice.randbytes)
+        self.host_addresses = FakeHostAddresses()
         self.events: list[dict[str, object]] = []
         self.core = Core(
             PolicyTable(self.rules, self.group),
@@ -111,6 +115,9 @@ class Host:
                 ),
                 random=dice.randbytes,
                 wall_clock=lambda: self.wall_clock,
+                host=self.host_addresses,
+                leases=self.leases,
+                own_addresses=lambda: frozenset((self.address,)),
                 is_own=lambda address: address == self.address,
                 source_towards=lambda _: self.address,
             )

@@ -80,7 +80,7 @@ def test_what_is_no_mapping_or_no_yaml_is_refused(text: str) -> None:
     ("section", "mend"),
     [
         ("connections: {office: {version: 1}}", "IKEv1 is not in this version"),
-        ("secrets: [{type: ppk}]", "one of ike"),
+        ("secrets: [{type: eap}]", "one of ike"),
         ("control: {dashboard: '127.0.0.1:1'}", "no dashboard"),
     ],
 )
