@@ -6,7 +6,6 @@ in the trap's ruleset. One more is added to the file, and `connection load` take
 
 from __future__ import annotations
 
-import os
 import statistics
 import sys
 import tempfile
@@ -17,15 +16,15 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
+from oepy.bench.processes import START_SECONDS, await_daemon, resident_bytes
 from oepy.control import protocol
 from oepy.control.client import ControlClient
-from oepy.errors import DaemonUnreachable, OepyError
+from oepy.errors import OepyError
 from oepy.lab.namespaces import Lab, Namespace
 
 SIZES = (10, 1_000, 10_000)
 MAX_CONNECTIONS = 20_000
 ADDED = 10
-START_SECONDS = 300.0
 _PEERS, _NETWORKS = int(IPv4Address("198.18.0.0")), int(IPv4Address("10.0.0.0"))
 
 
@@ -81,7 +80,7 @@ def _measure(namespace: Namespace, place: Path, size: int) -> Row:
             *[sys.executable, "-m", "oepy", "-c", str(config), "run"], stdout=log, stderr=log
         )
         try:
-            _await(client, process, place)
+            await_daemon(client, process, place / "log")
             start = time.monotonic() - begun
             times = []
             for more in range(1, ADDED + 1):
@@ -89,7 +88,7 @@ def _measure(namespace: Namespace, place: Path, size: int) -> Row:
                 begun = time.monotonic()
                 _load(client, size + more)
                 times.append(time.monotonic() - begun)
-            return Row(size, start, statistics.median(times), _resident(process.pid))
+            return Row(size, start, statistics.median(times), resident_bytes(process.pid))
         finally:
             process.terminate()
             process.wait(60)
@@ -114,25 +113,8 @@ def _text(place: Path, size: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _await(client: ControlClient, process: Any, place: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            if client.get(protocol.STATUS)["ready"]:
-                return
-        except DaemonUnreachable:
-            pass
-        time.sleep(0.02)
-    raise OepyError("the daemon did not start", (place / "log").read_text(errors="replace")[-1000:])
-
-
 def _load(client: ControlClient, expected: int) -> None:
     body = {"operation": "load", "name": "", "timeout": START_SECONDS}
     told = client.post(protocol.CONNECTIONS, body, timeout=START_SECONDS)
     if told["connections"] != expected:
         raise OepyError(f"{told['connections']} connections are loaded, not {expected}")
-
-
-def _resident(pid: int) -> int:
-    """Bytes, by proc(5) statm."""
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

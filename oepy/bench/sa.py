@@ -23,6 +23,7 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
+from oepy.bench.processes import resident_bytes
 from oepy.datapath.tun.datapath import TunDatapath
 from oepy.datapath.xfrm.datapath import XfrmDatapath
 from oepy.datapath.xfrm.plan import BY_DEVICE, BY_MARK
@@ -175,11 +176,6 @@ class _Host:
 # ---- the process in the namespace ---------------------------------------------------------------------------
 
 
-def _resident(pid: int) -> int:
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
 def _available() -> int:
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
@@ -197,7 +193,7 @@ def _open(name: str) -> Datapath:
 def _memory_of(datapath: Datapath) -> int:
     """Resident bytes of this process, and of the datapath's own where it has one."""
     other = getattr(datapath, "process_id", None)
-    return _resident(os.getpid()) + (_resident(other) if other else 0)
+    return resident_bytes(os.getpid()) + (resident_bytes(other) if other else 0)
 
 
 async def _serve(datapath: Datapath) -> None:

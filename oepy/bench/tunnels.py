@@ -19,6 +19,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from oepy.bench.processes import cpu_seconds
 from oepy.datapath import TunDatapath
 from oepy.errors import OepyError
 from oepy.lab import charon
@@ -73,12 +74,7 @@ class Ground:
 
     def cpu_seconds(self) -> float:
         """User and system time of the processes that move packets, so far."""
-        ticks = 0
-        for process in self.processes:
-            stat = Path(f"/proc/{process}/stat").read_text()
-            fields = stat[stat.rindex(")") + 2 :].split()
-            ticks += int(fields[11]) + int(fields[12])
-        return ticks / os.sysconf("SC_CLK_TCK")
+        return sum(map(cpu_seconds, self.processes))
 
 
 # -- oepy ------------------------------------------------------------------------------------------------

@@ -301,3 +301,80 @@ def peers(connections: int, as_json: bool) -> None:
         f"a connection: {result['bytes_a_connection'] / 1000:.1f} kB, "
         f"{result['milliseconds_a_connection_at_start']:.2f} ms at the start"
     )
+
+
+_AUTHS = ("psk", "ed25519", "p256", "rsa-3072")
+
+
+@bench.command("ike")
+@click.option("--auth", "auths", multiple=True, type=click.Choice(_AUTHS), help="Only these.")
+@click.option("--kem/--no-kem", default=None, help="Only with, or only without, ML-KEM-768.")
+@click.option("--at-once", multiple=True, type=click.IntRange(1, 1000), help="Concurrency; 1, 10 and 100.")
+@click.option(
+    "--handshakes", default=200, show_default=True, type=click.IntRange(1, 5000), help="Of one block."
+)
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1, 50), help="Blocks of each.")
+@click.option(
+    "--memory",
+    "memory_sas",
+    default=1000,
+    show_default=True,
+    type=click.IntRange(0, 50_000),
+    help="SAs up at the same time; 0: no measurement of memory.",
+)
+@json_option
+def ike_handshakes(
+    *,
+    auths: tuple[str, ...],
+    kem: bool | None,
+    at_once: tuple[int, ...],
+    handshakes: int,
+    rounds: int,
+    memory_sas: int,
+    as_json: bool,
+) -> None:
+    """IKEv2 handshakes: rate, time and CPU of both sides, beside charon and the bare cryptography.
+
+    One initiator against oepy's daemon (datapath: none) and strongSwan's charon in turns, a child SA with each
+    handshake. Then the memory of an established IKE SA with its child.
+    """
+    from oepy.bench import ike as benchmark
+
+    need_root()
+    kems = (False, True) if kem is None else (kem,)
+    result = benchmark.run(
+        auths or _AUTHS, kems, at_once or benchmark.AT_ONCE, handshakes, rounds, memory_sas, progress
+    )
+    if as_json:
+        print_json(result.as_dict())
+        return
+    if result.missing:
+        click.secho(f"NOT MEASURED: charon ({result.missing} is not installed)", fg="yellow", bold=True)
+    click.secho(
+        f"{'':22}{'at once':>8}{'a second':>10}{'p50':>10}{'p99':>10}{'CPU: initiator':>16}{'responder':>11}"
+        f"{'by floor':>10}{'by charon':>11}",
+        bold=True,
+    )
+    for row in result.rows:
+        name = row.auth + (" + ML-KEM" if row.kem else "")
+        ratio = result.by_charon(row)
+        click.echo(
+            f"{name:14}{row.responder:8}{row.at_once:>8}{row.rate:>10,.0f}"
+            f"{milliseconds(row.p50):>10}{milliseconds(row.p99):>10}"
+            f"{1000 * row.initiator_cpu:>13.2f} ms{1000 * row.responder_cpu:>8.2f} ms"
+            f"{row.responder_cpu / result.floor(row).responder:>10.1f}"
+            f"{'-' if ratio is None else f'{ratio:.2f}':>11}"
+        )
+    for floor in result.floors:
+        name = floor.auth + (" + ML-KEM" if floor.kem else "")
+        click.echo(
+            f"{name:14}{'floor':8}{'':38}{1000 * floor.initiator:>13.2f} ms{1000 * floor.responder:>8.2f} ms"
+        )
+    if any(row.kem for row in result.rows):
+        click.echo("charon has no ML-KEM before strongSwan 6.0: it takes no part in those rows")
+    for memory in result.memory:
+        kind, size = ("resident", memory.resident) if memory.traced is None else ("traced", memory.traced)
+        click.echo(
+            f"memory of an IKE SA with its child, {memory.sas:>6,} there: {memory.responder:7}"
+            f"{(size or 0) / 1000:>6.1f} kB {kind}"
+        )
