@@ -18,7 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from oepy.configfile import DEFAULT_PATH, DEFAULT_SOCKET, RESOLV_CONF, system_resolvers
 from oepy.connections.model import EMPTY, ConnectionSet
-from oepy.connections.reading import Files, read_connections
+from oepy.connections.reading import SECTIONS, Files, read_connections
 from oepy.errors import ConfigError, UsageError
 from oepy.interfaces import PolicyRule
 from oepy.manual.checks import read_manual
@@ -178,7 +178,8 @@ class _File(_Section):
     control: _Control = Field(default_factory=_Control)
     debug: _Debug = Field(default_factory=_Debug)
     manual: Any = None  # read by manual/reading.py
-    connections: Any = None  # these three read by connections/reading.py
+    connections: Any = None  # these four are read by connections/reading.py
+    authorities: Any = None
     secrets: Any = None
     pools: Any = None
 
@@ -295,7 +296,7 @@ def _read_manual(
 def _read_connections(
     data: dict[str, Any], source: str, lines: dict[tuple[str | int, ...], int]
 ) -> tuple[ConnectionSet, list[str]]:
-    if all(data.get(section) is None for section in ("connections", "secrets", "pools")):
+    if all(data.get(section) is None for section in SECTIONS):
         return EMPTY, []
     from oepy.ike.algorithms import parse_esp_proposal, parse_ike_proposal
     from oepy.keys import HostKey, parse_public, to_public_key
@@ -340,7 +341,7 @@ def _read_connections(
         proposal_ike=parse_ike_proposal,
         proposal_esp=parse_esp_proposal,
     )
-    found, wrong = read_connections(data.get("connections"), data.get("secrets"), files, data.get("pools"))
+    found, wrong = read_connections(data, files)
     return found, [_placed(problem.path, problem.text, lines) for problem in wrong]
 
 

@@ -137,6 +137,7 @@ class RemoteAuth:
     pubkeys: tuple[PublicKey, ...] = ()
     cacerts: tuple[str, ...] = ()  # files, for x509
     certs: tuple[str, ...] = ()  # files; if there are any, the peer's certificate is one of them
+    revocation: str = "relaxed"  # strict | ifuri | relaxed
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,9 +237,19 @@ class AddressPool:
 
 
 @dataclass(frozen=True, slots=True)
+class Authority:
+    """Who knows whether certificates of a CA are revoked, beside whom they name themselves. `cacert` is a file."""
+
+    cacert: str
+    crl_uris: tuple[str, ...] = ()
+    ocsp_uris: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class ConnectionSet:
     connections: tuple[Connection, ...] = ()
     secrets: tuple[SharedSecret, ...] = ()
+    authorities: tuple[Authority, ...] = ()
     certificates: Mapping[str, tuple[Certificate, ...]] = field(default_factory=dict)
     """By file. They are no part of the connections: a renewed one is a change of content, and ends nothing."""
     pools: tuple[AddressPool, ...] = ()

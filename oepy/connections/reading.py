@@ -6,9 +6,10 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+from urllib.parse import urlsplit
 
 from oepy.connections.fields import (
     Fields,
@@ -31,6 +32,7 @@ from oepy.connections.fields import (
 from oepy.connections.model import (
     ANY,
     Action,
+    Authority,
     Child,
     Connection,
     ConnectionSet,
@@ -47,9 +49,11 @@ from oepy.connections.reading_clients import check_vips, missing_pools, ppk_name
 from oepy.errors import OepyError
 from oepy.model import IdType, PeerIdentity, PublicKey, Secret
 
+SECTIONS = ("connections", "secrets", "pools", "authorities")
 MAX_CONNECTIONS = 20_000
 MAX_CHILDREN = 32
 MAX_SECRETS = 20_000
+MAX_AUTHORITIES = 1024
 MIN_SECRET = 1
 RESERVED = ("manual",)  # what `sas` calls SAs keyed by hand
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z")
@@ -110,19 +114,18 @@ _NOT_YET_SIDE = {
     "cert_policy": "",
     "eap_id": "",
     "groups": "",
-    "revocation": "this version asks no CA",
 }
 
 
 # ---- sections ----------------------------------------------------------------------------------------------
 
 
-def read_connections(
-    connections: object, secrets: object, files: Files, pools: object = None
-) -> tuple[ConnectionSet, list[Problem]]:
+def read_connections(data: Mapping[str, object], files: Files) -> tuple[ConnectionSet, list[Problem]]:
+    """Of a whole configuration the SECTIONS."""
+    connections = data.get("connections")
     problems: list[Problem] = []
     found = []
-    address_pools = read_pools(pools, problems)
+    address_pools = read_pools(data.get("pools"), problems)
     if connections is not None and not isinstance(connections, dict):
         problems.append(Problem(("connections",), "a mapping is expected: names with their settings"))
     for name, value in list((connections if isinstance(connections, dict) else {}).items())[:MAX_CONNECTIONS]:
@@ -140,8 +143,9 @@ def read_connections(
         problems.append(
             Problem(("connections",), f"{len(connections)} connections; at most {MAX_CONNECTIONS}")
         )
-    shared, ppks = _secrets(secrets, problems, files)
-    made = ConnectionSet(tuple(found), shared, dict(files.read), address_pools, ppks)
+    shared, ppks = _secrets(data.get("secrets"), problems, files)
+    known = _authorities(data.get("authorities"), problems, files)
+    made = ConnectionSet(tuple(found), shared, known, dict(files.read), address_pools, ppks)
     problems += missing_pools(made)
     return made, problems
 
@@ -291,6 +295,7 @@ def _remote(value: object, path: Path, problems: list[Problem], files: Files) ->
         fields.take_list("pubkeys", (), lambda name: files.public(text_of(name))),
         fields.take_list("cacerts", (), lambda name: files.certificates(text_of(name))),
         fields.take_list("certs", (), lambda name: files.certificates(text_of(name))),
+        fields.take("revocation", "relaxed", one_of("strict", "ifuri", "relaxed")),
     )
     certified = bool(made.cacerts or made.certs)
     if made.auth == "pubkey" and certified and not made.pubkeys:
@@ -302,6 +307,12 @@ def _remote(value: object, path: Path, problems: list[Problem], files: Files) ->
     if made.auth == "x509" and not certified:
         fields.wrong(
             "`auth: x509` needs whom to trust: `cacerts: [ca.pem]`, or the peer's certificate: `certs: [peer.pem]`"
+        )
+    if made.auth != "x509" and made.revocation != "relaxed":
+        fields.wrong("revocation is for `auth: x509`", "revocation")
+    if made.certs and made.revocation != "relaxed":
+        fields.wrong(
+            "a certificate that is configured itself is not asked about; remove it here to revoke it", "certs"
         )
     if made.auth != "x509" and certified:
         fields.wrong("certificates are for `auth: x509`", "cacerts" if made.cacerts else "certs")
@@ -404,6 +415,49 @@ def _cross_check(connection: Connection, fields: Fields) -> None:
             )
 
 
+# ---- authorities ---------------------------------------------------------------------------------------------
+
+
+def _authorities(value: object, problems: list[Problem], files: Files) -> tuple[Authority, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, dict):
+        problems.append(
+            Problem(("authorities",), "a mapping is expected: `acme: {cacert: ca.pem, crl_uris: [http://…]}`")
+        )
+        return ()
+    if len(value) > MAX_AUTHORITIES:
+        problems.append(Problem(("authorities",), f"{len(value)} authorities; at most {MAX_AUTHORITIES}"))
+    found = []
+    for name, item in list(value.items())[:MAX_AUTHORITIES]:
+        fields = Fields(item, ("authorities", str(name)[:64]), problems)
+        made = Authority(
+            fields.take("cacert", "", lambda file: files.certificates(text_of(file))),
+            fields.take_list("crl_uris", (), _url("http", "ldap", "file")),
+            fields.take_list("ocsp_uris", (), _url("http")),
+        )
+        fields.finish(
+            {"cert_uri_base": "", "slot": "", "module": "", "file": "name it in cacert", "handle": ""}
+        )
+        if not made.cacert:
+            fields.wrong("cacert is missing: the file of the CA's certificate", "cacert")
+            continue
+        found.append(made)
+    return tuple(found)
+
+
+def _url(*schemes: str) -> Callable[[object], str]:
+    def convert(value: object) -> str:
+        text = text_of(value)
+        parts = urlsplit(text)
+        wrong = parts.scheme not in schemes or not text.isascii() or not text.isprintable()
+        if wrong or (parts.scheme == "file") != (not parts.hostname) or " " in text:
+            raise Refused(f"{text[:80]!r}: an URL with {', '.join(f'{scheme}://' for scheme in schemes)}")
+        return text
+
+    return convert
+
+
 # ---- secrets -----------------------------------------------------------------------------------------------
 
 
@@ -456,4 +510,4 @@ def _secret(content: bytes) -> Secret:
     return Secret(text)
 
 
-__all__ = ["Files", "Problem", "duration", "read_connections", "selector"]
+__all__ = ["SECTIONS", "Files", "Problem", "duration", "read_connections", "selector"]

@@ -15,7 +15,9 @@ from oepy.connections import messages as m
 from oepy.connections.manager import ChildState, Manager
 from oepy.connections.match import Matcher
 from oepy.connections.model import EMPTY, Child, Connection, ConnectionSet, Place, Selector
+from oepy.daemon.crlreader import read_long_crl
 from oepy.daemon.pools import Pools
+from oepy.daemon.revocation import Revocation
 from oepy.daemon.trust import CertificateRefused, Trusts, asked_by_all
 from oepy.daemon.updown import Updown
 from oepy.daemon.vips import Vips
@@ -94,6 +96,7 @@ class Conventional:
         given = self._core.given
         self.manager = Manager(given.random)
         self.pools = Pools(given.leases, self._core.journal.add)
+        self.revocation = Revocation(given.fetch, read_long_crl, given.wall_clock)
         self._settings_of = functools.lru_cache(maxsize=4096)(self._make_settings)
         self._offers_of = functools.lru_cache(maxsize=4096)(_esp_offers)
 
@@ -112,6 +115,7 @@ class Conventional:
         self.configured = configured
         self.matcher = matcher
         self.trusts = trusts
+        self.revocation.begin_anew(trusts.authority_of)
         self._settings_of.cache_clear()
         self._claimed = PrefixTable()
         for connection in configured.connections:
@@ -619,7 +623,20 @@ class Conventional:
 
     async def status(self, event: ike.NeedStatus) -> bool | ike.Refused:
         """Whether the certificates that prove this peer are still good, as far as anybody knows."""
-        return event.session in self._path_of or ike.Refused("its connection has just changed")
+        path, connection = self._path_of.get(event.session), self._connection_of.get(event.session)
+        if path is None or connection is None:
+            return ike.Refused("its connection has just changed")
+        objection = await self.revocation.objection(path, connection.remote.revocation, event.responses)
+        if not objection:
+            return True
+        self._core.journal.add(
+            "certificate-refused",
+            connection=connection.name,
+            peer=str(event.remote.address),
+            id=str(event.identity),
+            reason=objection,
+        )
+        return ike.Refused(objection)
 
     def _by_identity(
         self, local: IpAddress, remote: IpAddress, identity: PeerIdentity, own: PeerIdentity | None

@@ -22,6 +22,7 @@ from oepy.daemon.journal import Journal
 from oepy.daemon.manual import ManualKeying, NoBackend
 from oepy.daemon.negotiator import Negotiator, Ports
 from oepy.daemon.own import OwnRecord, OwnRecords
+from oepy.daemon.revocation import Fetcher, nothing_fetched
 from oepy.daemon.steps import Steps
 from oepy.dns.names import LearnedNames
 from oepy.engine import Engine, EngineSettings
@@ -62,6 +63,7 @@ class Surroundings:
     host: HostAddresses = field(default_factory=NoHostAddresses)
     leases: Path | None = None  # directory of the files with clients' addresses
     own_addresses: Callable[[], frozenset[IpAddress]] = own_addresses
+    fetch: Fetcher = nothing_fetched
     is_own: Callable[[IpAddress], bool] = is_own
     source_towards: Callable[[IpAddress], IpAddress | None] = source_towards
 

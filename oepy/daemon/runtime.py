@@ -24,6 +24,7 @@ from oepy.daemon.addresses import own_addresses
 from oepy.daemon.api import ControlApi
 from oepy.daemon.core import Core, Surroundings, engine_settings
 from oepy.daemon.datapaths import NoHostAddresses, open_datapath
+from oepy.daemon.fetching import Fetching
 from oepy.daemon.forecast import validator as configured_validator
 from oepy.daemon.journal import Event, Journal
 from oepy.daemon.manual import ManualKeying, open_backend
@@ -78,6 +79,7 @@ class Daemon(Core):
         self._trapping = False
         self._control: ControlServer | None = None
         self._relay: Relay | None = None
+        self._fetching = Fetching()
 
     # ------------------------------------------------------------ life
 
@@ -114,6 +116,7 @@ class Daemon(Core):
                 key_log=self.key_log,
                 host=chosen.host,
                 leases=self.config.key.parent / "leases",
+                fetch=self._fetching,
             )
         )
         await self.datapath.start(self.on_datapath_event)
@@ -320,6 +323,7 @@ class Daemon(Core):
             self.sockets.close()
         if self._relay is not None:
             await self._relay.stop()
+        await self._fetching.close()
         if self._control is not None:
             await self._control.stop()
         if self._lock is not None:

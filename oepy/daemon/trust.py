@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from oepy.connections.model import Connection, ConnectionSet
+from oepy.connections.model import Authority, Connection, ConnectionSet
+from oepy.daemon.revocation import NOTHING_CONFIGURED
 from oepy.errors import KeyFormatError
 from oepy.ike.settings import Certificates
 from oepy.keys import to_public_key
 from oepy.model import PeerIdentity, PublicKey
-from oepy.x509.certificates import to_der
+from oepy.x509.certificates import Certificate, to_der
 from oepy.x509.path import Path, PathError
 from oepy.x509.trust import Trust, accept
 
@@ -25,6 +26,7 @@ class Trusts:
     def __init__(self, configured: ConnectionSet, wall_clock: Callable[[], float]) -> None:
         self._configured = configured
         self._wall_clock = wall_clock
+        self._authorities: dict[Certificate, Authority] | None = None
         self._trust: dict[tuple[tuple[str, ...], tuple[str, ...]], Trust] = {}
 
     def of(self, connection: Connection) -> Trust:
@@ -34,13 +36,27 @@ class Trusts:
             self._trust[key] = Trust.of(*map(self._configured.certificates_of, key))
         return self._trust[key]
 
+    def authority_of(self, certificate: Certificate) -> Authority:
+        """What is configured of this CA, of all sections together."""
+        if self._authorities is None:
+            self._authorities = {}
+            for one in self._configured.authorities:
+                for authority in self._configured.certificates_of((one.cacert,)):
+                    known = self._authorities.get(authority, NOTHING_CONFIGURED)
+                    self._authorities[authority] = Authority(
+                        one.cacert, (*known.crl_uris, *one.crl_uris), (*known.ocsp_uris, *one.ocsp_uris)
+                    )
+        return self._authorities.get(certificate, NOTHING_CONFIGURED)
+
     def settings(self, connection: Connection) -> Certificates:
-        ask = connection.remote.auth == "x509" and connection.send_certreq
+        remote = connection.remote
+        ask = remote.auth == "x509" and connection.send_certreq
         return Certificates(
             chain=tuple(map(to_der, self._configured.certificates_of(connection.local.certs))),
             send=connection.send_cert,
             ask=ask,
             authorities=self.of(connection).key_hashes() if ask else (),
+            ask_status=ask and remote.revocation != "relaxed",
         )
 
     def accept(
@@ -60,4 +76,8 @@ def asked_by_all(all_of_them: Iterable[Certificates]) -> dict[str, Any]:
     """The request for certificates of a peer that may belong to any of several connections."""
     asking = [one for one in all_of_them if one.ask]
     authorities = dict.fromkeys(name for one in asking for name in one.authorities)
-    return {"ask": bool(asking), "authorities": tuple(authorities)}
+    return {
+        "ask": bool(asking),
+        "authorities": tuple(authorities),
+        "ask_status": any(one.ask_status for one in asking),
+    }

@@ -42,8 +42,7 @@ def read(
 
     data = yaml.safe_load(text) or {}
     return read_connections(
-        data.get("connections"),
-        data.get("secrets"),
+        data,
         Files(
             private=lambda name: of(private or {}, name),
             public=lambda name: of(public or {}, name),
@@ -55,7 +54,6 @@ def read(
             proposal_ike=parse_ike_proposal,
             proposal_esp=parse_esp_proposal,
         ),
-        data.get("pools"),
     )
 
 

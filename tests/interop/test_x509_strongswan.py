@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from oepy.keys import HostKey
 from oepy.lab.namespaces import Lab, Namespace
 from oepy.lab.probe import ping
-from tests.fakes.certificates import DNS, Holder, pem
+from tests.fakes.certificates import DNS, Holder, pem, revocation_list
 from tests.interop.charon import Charon, charon
 from tests.net.daemon_host import Host
 
@@ -157,3 +157,29 @@ def test_a_stranger_is_refused_on_both_sides(ends: tuple[Host, Charon]) -> None:
     daemon.swanctl("--initiate", "--child", "net", "--timeout", "5", check=False)
     assert not host.json("sas")
     assert "CN=CA of the test: the signature is not by CN=Root of the test" in host.log()
+
+
+def test_a_certificate_that_its_ca_revoked_opens_nothing(ends: tuple[Host, Charon]) -> None:
+    """strongSwan's certificate is on the CA's list, which `authorities` names: nobody gets through, it says why.
+    A list without it lets it through again, after `connection load`."""
+    host, daemon = ends
+    site = Site("ecdsa")
+    section = configure(host, daemon, site, {"ours": "alpha.example", "theirs": "gw.example"})
+    section["connections"]["site"]["remote"]["revocation"] = "strict"
+    (host.directory / "middle.pem").write_bytes(pem(site.middle))
+    section["authorities"] = {
+        "root": {"cacert": "root.pem", "crl_uris": [f"file://{host.directory}/root.crl"]},
+        "middle": {"cacert": "middle.pem", "crl_uris": [f"file://{host.directory}/middle.crl"]},
+    }
+    (host.directory / "root.crl").write_bytes(revocation_list(site.root, moment=NOW))
+    (host.directory / "middle.crl").write_bytes(revocation_list(site.middle, site.theirs, moment=NOW))
+    host.start({}, **section)
+    up = host.oepy("connection", "up", "site/net")
+    assert up.returncode != 0
+    assert "CN=gw was revoked" in up.stdout + up.stderr
+    daemon.swanctl("--initiate", "--child", "net", "--timeout", "5", check=False)
+    assert not host.json("sas")
+    (host.directory / "middle.crl").write_bytes(revocation_list(site.middle, moment=NOW))
+    assert host.oepy("connection", "load").returncode == 0
+    up = host.oepy("connection", "up", "site/net")
+    assert up.returncode == 0, up.stdout + up.stderr + host.log() + daemon.tail()

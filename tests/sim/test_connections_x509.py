@@ -12,9 +12,10 @@ import yaml
 
 from oepy.connections.manager import State
 from oepy.connections.model import ConnectionSet
+from oepy.daemon.revocation import Fetch, Fetcher, FetchFailed, nothing_fetched
 from oepy.keys import HostKey
 from oepy.model import Authenticated, KeyAnswer
-from tests.fakes.certificates import DNS, NOW, Holder
+from tests.fakes.certificates import DNS, NOW, Holder, points, revocation_list
 from tests.fakes.clock import run_virtual
 from tests.fakes.connections import good, read
 from tests.sim.world import Host, Router, matching_pairs
@@ -74,12 +75,24 @@ def configured(
 
 
 def world(
-    one: ConnectionSet, other: ConnectionSet, keys: Sequence[Holder], **router: Any
+    one: ConnectionSet,
+    other: ConnectionSet,
+    keys: Sequence[Holder],
+    fetch: Fetcher = nothing_fetched,
+    **router: Any,
 ) -> tuple[Host, Host]:
     answers: dict[str, KeyAnswer] = {}
     wire = Router(random.Random(1), **router)
     hosts = [
-        Host(wire, address, answers, configured=wanted, keys={"own.key": HostKey(key.key)}, wall_clock=NOW)
+        Host(
+            wire,
+            address,
+            answers,
+            configured=wanted,
+            keys={"own.key": HostKey(key.key)},
+            wall_clock=NOW,
+            fetch=fetch,
+        )
         for address, wanted, key in ((A, one, keys[0]), (B, other, keys[1]))
     ]
     return hosts[0], hosts[1]
@@ -88,6 +101,80 @@ def world(
 def up(one: Host, other: Host) -> bool:
     states = [host.core.connections.manager.children["site/net"].state for host in (one, other)]
     return states == [State.UP, State.UP] and matching_pairs(one, other)
+
+
+LIST = "http://ca.example/crl"
+
+
+def run_with_list(page: bytes | FetchFailed | None, policy: str, key: Holder) -> tuple[Host, Host, list[str]]:
+    """alpha with this certificate, and beta, who asks for the list: None is a server that hangs."""
+    asked = []
+
+    async def fetch(wanted: Fetch) -> bytes:
+        asked.append(wanted.url)
+        if page is None:
+            await asyncio.sleep(1e6)
+        if isinstance(page, FetchFailed):
+            raise page
+        return page or b""
+
+    async def main() -> tuple[Host, Host]:
+        remote = {"auth": "x509", "cacerts": ["ca.pem"], "revocation": policy}
+        wanted = configured(A, B, key, start="start"), configured(B, A, BETA, chain=[MIDDLE], remote=remote)
+        hosts = world(*wanted, (key, BETA), fetch=fetch)
+        await asyncio.sleep(25)
+        assert not any(host.named("internal-error") for host in hosts)
+        return hosts
+
+    return *run_virtual(main()), asked
+
+
+REVOKED = holder("alpha", extensions=[points(LIST)])
+
+
+@pytest.mark.parametrize("policy", ["strict", "ifuri", "relaxed"])
+def test_a_revoked_certificate_opens_nothing(policy: str) -> None:
+    """Whatever the policy; the reason is told here, and not to the peer."""
+    one, other, asked = run_with_list(revocation_list(ROOT, REVOKED), policy, REVOKED)
+    assert not one.datapath.pairs
+    assert not other.datapath.pairs
+    assert "CN=alpha was revoked" in reasons(other)
+    assert "revoked" not in one.core.connections.manager.children["site/net"].last_error
+    assert asked == [LIST]
+
+
+@pytest.mark.parametrize("policy", ["strict", "ifuri", "relaxed"])
+@pytest.mark.parametrize("page", [None, FetchFailed("away")])
+def test_a_server_that_says_nothing(policy: str, page: FetchFailed | None) -> None:
+    """Hanging or away: strict and ifuri refuse, relaxed goes on, within the time that IKE waits."""
+    one, other, _ = run_with_list(page, policy, REVOKED)
+    assert up(one, other) is (policy == "relaxed")
+    assert ("nobody could say whether CN=alpha is revoked" in reasons(other)) is (policy != "relaxed")
+
+
+def test_nothing_is_fetched_for_whoever_cannot_prove_the_key() -> None:
+    """The certificate alone, which anybody may have seen, makes nobody fetch."""
+    thief = holder("alpha", extensions=[points(LIST)])
+    asked = []
+
+    async def fetch(wanted: Fetch) -> bytes:
+        asked.append(wanted.url)
+        return revocation_list(ROOT)
+
+    async def main() -> None:
+        wanted = configured(A, B, thief, start="start")
+        stolen = ConnectionSet(
+            wanted.connections, (), (), {**wanted.certificates, "own.pem": (REVOKED.certificate,)}
+        )
+        strict = {"auth": "x509", "cacerts": ["ca.pem"], "revocation": "strict"}
+        _, other = world(
+            stolen, configured(B, A, BETA, chain=[MIDDLE], remote=strict), (thief, BETA), fetch=fetch
+        )
+        await asyncio.sleep(8)
+        assert "is not by a key" in str(other.named("connection-refused"))
+
+    run_virtual(main())
+    assert asked == []
 
 
 def reasons(host: Host) -> str:
@@ -195,7 +282,9 @@ def test_somebody_elses_certificate_is_no_proof() -> None:
     wanted = configured(A, B, thief, start="start")
     stolen = {**wanted.certificates, "own.pem": (ALPHA.certificate,)}
     one, other = run(
-        ConnectionSet(wanted.connections, (), stolen), configured(B, A, BETA, chain=[MIDDLE]), (thief, BETA)
+        ConnectionSet(wanted.connections, (), (), stolen),
+        configured(B, A, BETA, chain=[MIDDLE]),
+        (thief, BETA),
     )
     assert not one.datapath.pairs
     assert not other.datapath.pairs
@@ -208,7 +297,7 @@ def test_a_certificate_for_another_name_is_no_proof_of_this_one() -> None:
     wanted = configured(A, B, ALPHA, start="start", own_id="alpha.example")
     mixed = {**wanted.certificates, "own.pem": (gamma.certificate,)}
     _, other = run(
-        ConnectionSet(wanted.connections, (), mixed),
+        ConnectionSet(wanted.connections, (), (), mixed),
         configured(B, A, BETA, chain=[MIDDLE], peer_id="alpha.example"),
         (gamma, BETA),
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 from oepy.connections.model import EMPTY, ConnectionSet
 from oepy.daemon.core import Core, Surroundings
 from oepy.daemon.journal import Journal
+from oepy.daemon.revocation import Fetcher, nothing_fetched
 from oepy.ike.events import Datagram
 from oepy.ike.settings import IkeSettings
 from oepy.interfaces import PolicyRule
@@ -74,6 +75,7 @@ class Host:
         keys: dict[str, HostKey] | None = None,
         wall_clock: float = 0.0,
         leases: Path | None = None,
+        fetch: Fetcher = nothing_fetched,
     ) -> None:
         self.address = ip_address(address)
         self.key = key or HostKey.generate("ed25519")
@@ -83,6 +85,7 @@ class Host:
         self.rules = rules
         self.configured, self.keys = configured, keys or {}
         self.wall_clock = wall_clock
+        self.fetch = fetch
         self.identity: str | None = None
         self.leases = leases
         self.make_keys: Callable[[], FakeKeys] = lambda: FakeKeys(self.answers)
@@ -118,6 +121,7 @@ class Host:
                 host=self.host_addresses,
                 leases=self.leases,
                 own_addresses=lambda: frozenset((self.address,)),
+                fetch=self.fetch,
                 is_own=lambda address: address == self.address,
                 source_towards=lambda _: self.address,
             )
