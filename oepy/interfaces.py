@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from oepy.model import (
+    AddressRange,
     Flow,
     IpAddress,
     IpNetwork,
@@ -93,9 +94,9 @@ class Trap(Protocol):
         """Before `start`: whom to tell that packets of a rule with a number begin to be held, once for each
         destination."""
 
-    def join(self, number: int, remotes: Collection[tuple[IpAddress, IpAddress]]) -> None:
-        """From now on these address ranges (first, last), and no others, are in the tunnel of the rules with this
-        number; what is held for them goes there."""
+    def join(self, number: int, gone: Collection[AddressRange], fresh: Collection[AddressRange]) -> None:
+        """From now on the addresses in `fresh` (first, last) go into the tunnel of the rules with this number, and
+        what is held for them too; those in `gone` no longer do, where no other of its ranges holds them."""
 
     def refuse(self, number: int) -> None:
         """What is held for the rules with this number is dropped; the next packet asks again."""

@@ -14,6 +14,8 @@ from oepy import dn
 
 IpAddress = IPv4Address | IPv6Address
 IpNetwork = IPv4Network | IPv6Network
+AddressRange = tuple[IpAddress, IpAddress]
+"""First and last."""
 
 IKE_PORT = 500
 NAT_T_PORT = 4500

@@ -317,7 +317,7 @@ _AUTHS = ("psk", "ed25519", "p256", "rsa-3072")
 @click.option(
     "--memory",
     "memory_sas",
-    default=1000,
+    default=5000,
     show_default=True,
     type=click.IntRange(0, 50_000),
     help="SAs up at the same time; 0: no measurement of memory.",

@@ -54,7 +54,7 @@ from oepy.connections.messages import (
     Use,
 )
 from oepy.connections.model import EMPTY, Action, Child, Connection, ConnectionSet
-from oepy.model import IpAddress, SaPair
+from oepy.model import AddressRange, SaPair
 
 RETRY_FIRST, RETRY_LONGEST = 2.0, 300.0  # seconds; each pause is shortened by up to a half at random
 STARTS_A_SECOND = 100  # connections that begin by themselves after a start
@@ -95,14 +95,25 @@ class ChildState:
     attempt: int = 0
     last_error: str = ""
     tunnels: dict[int, Tunnel] = field(default_factory=dict)
+    _carried: Counter[AddressRange] = field(default_factory=Counter)  # by how many of the tunnels
 
-    def ranges(self) -> tuple[tuple[IpAddress, IpAddress], ...]:
-        found = {
-            (selector.start, selector.end)
-            for tunnel in self.tunnels.values()
-            for selector in tunnel.pair.remote_ts
-        }
-        return tuple(sorted(found, key=lambda item: (item[0].version, int(item[0]), int(item[1]))))
+    def take(self, tunnel: Tunnel) -> Join:
+        """One tunnel more: which addresses go into tunnels now that did not before."""
+        self.tunnels[tunnel.pair.spi_in] = tunnel
+        ranges = _ranges(tunnel.pair)
+        fresh = tuple(each for each in ranges if not self._carried[each])
+        self._carried.update(ranges)
+        return Join(self.number, (), fresh)
+
+    def drop(self, spi_in: int) -> tuple[Tunnel, Join]:
+        """The tunnel, and the addresses that no other carries."""
+        tunnel = self.tunnels.pop(spi_in)
+        ranges = _ranges(tunnel.pair)
+        self._carried.subtract(ranges)
+        gone = tuple(each for each in ranges if not self._carried[each])
+        for each in gone:
+            del self._carried[each]
+        return tunnel, Join(self.number, gone, ())
 
 
 @dataclass(slots=True)
@@ -234,7 +245,7 @@ class Manager:
             spis = list(state.tunnels)
             for spi in spis:
                 self._by_spi.pop(spi, None)
-                tunnel = state.tunnels.pop(spi)
+                tunnel, _ = state.drop(spi)
                 yield from self._updown(state, tunnel, up=False)
                 yield Remove(spi)
             yield RefuseHeld(state.number)
@@ -373,11 +384,11 @@ class Manager:
             return
         fresh = not state.tunnels
         tunnel = Tunnel(pair, now, message.session, now, message.outbound)
-        state.tunnels[pair.spi_in] = tunnel
+        join = state.take(tunnel)
         self._by_spi[pair.spi_in] = state.label
         self.counts["children_up"] += message.replaces is None
         yield Install(pair, message.outbound)
-        yield Join(state.number, state.ranges())
+        yield join
         if state.state is not State.UP:
             state.state, state.since = State.UP, now
         state.failures, state.retry_at, state.attempt, state.last_error = 0, None, 0, ""
@@ -413,8 +424,8 @@ class Manager:
         state = self.children.get(self._by_spi.pop(message.spi_in, ""))
         if state is None:
             return
-        tunnel = state.tunnels.pop(message.spi_in)
-        yield Join(state.number, state.ranges())
+        tunnel, join = state.drop(message.spi_in)
+        yield join
         if message.reason != "rekeyed":
             yield Tell("connection-down", _told(state, tunnel.pair) | {"reason": message.reason})
             yield from self._updown(state, tunnel, up=False)
@@ -501,8 +512,9 @@ class Manager:
         if group is None:
             return
         group.sessions.pop(message.session, None)
-        for state in self.children.values():
-            lost = state.connection.name == group.connection.name and state.state is State.CONNECTING
+        for child in group.connection.children:
+            state = self.children[group.connection.label(child)]
+            lost = state.state is State.CONNECTING
             if lost and state.retry_at is None and not group.attempt:
                 self._retry(state, now + self._jitter(RETRY_FIRST))
         yield from ()
@@ -543,6 +555,10 @@ class Manager:
             state = self.children[self._by_spi[spi_in]]
             if now - tunnel.used >= state.child.inactivity > 0:
                 yield CloseChild(spi_in)
+
+
+def _ranges(pair: SaPair) -> tuple[AddressRange, ...]:
+    return tuple({(selector.start, selector.end): None for selector in pair.remote_ts})
 
 
 def _told(state: ChildState, pair: SaPair) -> dict[str, object]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from oepy.connections.model import Child, Connection, ConnectionSet
-from oepy.model import Endpoint, Flow, IpAddress, SaPair
+from oepy.model import AddressRange, Endpoint, Flow, IpAddress, SaPair
 
 # ---- in ----------------------------------------------------------------------------------------------------
 
@@ -171,10 +171,12 @@ class Remove:
 
 @dataclass(frozen=True, slots=True)
 class Join:
-    """These addresses, and no others, go into the tunnels of the child of this number."""
+    """The addresses in `fresh` go into the tunnels of the child of this number from now on, those in `gone` no
+    longer."""
 
     number: int
-    remotes: tuple[tuple[IpAddress, IpAddress], ...]
+    gone: tuple[AddressRange, ...]
+    fresh: tuple[AddressRange, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ from oepy.interfaces import ConfiguredRule, Way
 from oepy.keys import HostKey
 from oepy.model import (
     IKE_PORT,
+    AddressRange,
     Authenticated,
     Endpoint,
     IpAddress,
@@ -72,6 +73,7 @@ class Conventional:
     def __init__(self, core: Core) -> None:
         self._core = core
         self.configured: ConnectionSet = EMPTY
+        self._by_name: dict[str, Connection] = {}
         self.matcher = Matcher(EMPTY)
         self.trusts = Trusts(EMPTY, self._wall_clock)
         self.resolved: dict[str, frozenset[IpAddress]] = {}
@@ -84,7 +86,7 @@ class Conventional:
             PrefixTable()
         )  # what connections carry or hold now: the engine keeps off
         self._path_of: dict[int, X509Path] = {}  # by IKE session: the certificates that prove its peer
-        self._joined: dict[int, tuple[str, frozenset[IpNetwork]]] = {}
+        self._joined: dict[int, set[AddressRange]] = {}  # by child's number: what its tunnels carry
         self._contacted: set[tuple[str, IpAddress]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._resettles = False
@@ -113,6 +115,7 @@ class Conventional:
         self.pools.load(configured.pools, self._core.given.own_addresses)
         self._keys = keys
         self.configured = configured
+        self._by_name = {connection.name: connection for connection in configured.connections}
         self.matcher = matcher
         self.trusts = trusts
         self.revocation.begin_anew(trusts.authority_of)
@@ -130,7 +133,6 @@ class Conventional:
     ) -> frozenset[str]:
         """The connections whose secret or key, or whom they trust, is another, although they read the same. An own
         certificate that was renewed disturbs nobody: it is shown from the next IKE SA on."""
-        before = {connection.name: connection for connection in self.configured.connections}
         found = set()
         other_pools = self.pools.changed(configured.pools)
         for connection in configured.connections:
@@ -147,7 +149,7 @@ class Conventional:
                 connection, matcher
             ):
                 found.add(connection.name)
-            same = before.get(connection.name) == connection and connection.remote.auth == "x509"
+            same = self._by_name.get(connection.name) == connection and connection.remote.auth == "x509"
             if same and self.trusts.of(connection) != trusts.of(connection):
                 found.add(connection.name)
         return frozenset(found)
@@ -247,8 +249,8 @@ class Conventional:
                 return self._install(pair, outbound)
             case m.Remove(spi_in):
                 return core.datapath.remove(spi_in)
-            case m.Join(number, remotes):
-                self._join(number, remotes)
+            case m.Join():
+                self._join(action)
             case m.RefuseHeld(number):
                 core.trap.refuse(number)
             case m.Resettle(rules):
@@ -276,31 +278,37 @@ class Conventional:
             self.feed(m.ChildWent(pair.spi_in, f"the datapath refused it: {error}"))
             core.negotiator.close(pair.spi_in)
 
-    def _join(self, number: int, remotes: tuple[tuple[IpAddress, IpAddress], ...]) -> None:
-        self._core.trap.join(number, remotes)
-        label, before = self._joined.pop(number, ("", frozenset()))
-        state = self.manager.by_number(number)
-        label = state.label if state else label
-        after = frozenset(net for first, last in remotes for net in summarize_address_range(first, last))
-        for network in before - after:
-            self._settled.remove(network, label)
-        for network in after - before:
-            self._settled.add(network, label)
-        if after:
-            self._joined[number] = (label, after)
-        if after != before:
-            self._later()
+    def _join(self, action: m.Join) -> None:
+        self._core.trap.join(action.number, action.gone, action.fresh)
+        state = self.manager.by_number(action.number)
+        if state is not None:  # else unloaded meanwhile: _settle forgets it
+            self._carry(state, action)
         self.vips.settle()
+
+    def _carry(self, state: ChildState, action: m.Join) -> None:
+        joined = self._joined.setdefault(action.number, set())
+        for gone in joined.intersection(action.gone):
+            for network in summarize_address_range(*gone):
+                self._settled.remove(network, state.label)
+        for fresh in set(action.fresh) - joined:
+            for network in summarize_address_range(*fresh):
+                self._settled.add(network, state.label)
+        joined.difference_update(action.gone)
+        joined.update(action.fresh)
+        if action.gone or action.fresh:
+            self._later()
 
     def _settle(self, *, rules: bool) -> None:
         if rules:
             self._settled = PrefixTable()
-            self._joined = {
-                number: item for number, item in self._joined.items() if self.manager.by_number(number)
-            }
-            for label, networks in self._joined.values():
-                for network in networks:
-                    self._settled.add(network, label)
+            for number in list(self._joined):
+                joined_by = self.manager.by_number(number)
+                if joined_by is None:
+                    del self._joined[number]
+                    continue
+                for carried in self._joined[number]:
+                    for network in summarize_address_range(*carried):
+                        self._settled.add(network, joined_by.label)
             for state in self.manager.children.values():
                 for rule in self._rules_of(state) if state.trapped else ():
                     if rule.way is Way.OUT and not rule.protocol:
@@ -659,7 +667,7 @@ class Conventional:
         if connection is None:
             claimed = self._claimed_by(event)
             return ike.Refused(f"its traffic belongs to the connection {claimed}") if claimed else NOT_OURS
-        if connection.name not in {c.name for c in self.configured.connections}:
+        if connection.name not in self._by_name:
             return ike.Refused("its connection is no longer configured", peer=True)
         if connection.ppk_required and event.session not in self._ppk_used:
             return ike.Refused(f"the connection {connection.name} requires a PPK", peer=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 
 from oepy.errors import OepyError
 from oepy.interfaces import Trap, TrapPolicy
-from oepy.model import Flow, IpAddress, PolicyGroup, Verdict
+from oepy.model import AddressRange, Flow, IpAddress, PolicyGroup, Verdict
 
 
 class NoTrap:
@@ -23,7 +23,7 @@ class NoTrap:
     def ask_for(self, on_asked: Callable[[int, Flow], None]) -> None:
         """Nothing is held."""
 
-    def join(self, number: int, remotes: Collection[tuple[IpAddress, IpAddress]]) -> None:
+    def join(self, number: int, gone: Collection[AddressRange], fresh: Collection[AddressRange]) -> None:
         """Nothing is led anywhere."""
 
     def refuse(self, number: int) -> None:

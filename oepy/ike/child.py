@@ -87,6 +87,11 @@ class ChildSa:
         self.offers, self.connection, self.label = old.offers, old.connection, old.label
         self.aggregation, self.lifetimes = old.aggregation, old.lifetimes
 
+    @property
+    def likeness(self) -> int:
+        """The same for children of one connection with the same selectors; they never change."""
+        return hash((self.connection, frozenset(self.local_ts), frozenset(self.remote_ts)))
+
     def same_selectors(self, other: ChildSa) -> bool:
         return set(self.local_ts) == set(other.local_ts) and set(self.remote_ts) == set(other.remote_ts)
 
@@ -136,7 +141,7 @@ def install(
     child.expires_at = context.now + (lifetimes.child_hard or float("inf"))
     child.usable = outbound
     session.children[child.spi_in] = child
-    context.by_child[child.spi_in] = session.number
+    context.add_child(session, child)
     session.childless_since = float("inf")
     pair = SaPair(
         spi_in=child.spi_in,

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from ipaddress import IPv4Network, IPv6Network
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from oepy.ike.cookies import CookieJar
 from oepy.ike.events import Datagram, IkeEvent, Question
@@ -15,9 +15,11 @@ from oepy.ike.settings import IkeSettings
 from oepy.model import Endpoint, IpAddress, IpNetwork, PeerIdentity
 
 if TYPE_CHECKING:
+    from oepy.ike.child import ChildSa
     from oepy.ike.flow import Flow
     from oepy.ike.session import Session
 
+K = TypeVar("K")
 HalfOpenKey = tuple[Endpoint, bytes]
 SettingsFor = Callable[[Endpoint, Endpoint], IkeSettings]
 
@@ -45,9 +47,11 @@ class Context:
         self.cookies = CookieJar(random)
         self.by_spi: dict[bytes, Session] = {}
         self.by_number: dict[int, Session] = {}
-        self.by_remote: dict[IpAddress, list[Session]] = {}  # established ones
-        self.by_identity: dict[PeerIdentity, list[Session]] = {}  # established ones
+        # Established ones, in this order. Behind one address (a NAT) and one identity there may be thousands
+        self.by_remote: dict[IpAddress, dict[Session, None]] = {}
+        self.by_identity: dict[PeerIdentity, dict[Session, None]] = {}
         self.by_child: dict[int, int] = {}  # our inbound ESP SPI → session number
+        self._alike: dict[int, tuple[int, ...]] = {}  # inbound ESP SPIs by ChildSa.likeness
         self.half_open: dict[HalfOpenKey, Session] = {}
         self.half_open_of: Counter[IpNetwork] = Counter()
         self.questions: dict[int, Flow] = {}
@@ -106,8 +110,8 @@ class Context:
 
     def established(self, session: Session) -> None:
         assert session.identity is not None
-        self.by_identity.setdefault(session.identity, []).append(session)
-        self.by_remote.setdefault(session.remote.address, []).append(session)
+        self.by_identity.setdefault(session.identity, {})[session] = None
+        self.by_remote.setdefault(session.remote.address, {})[session] = None
 
     def forget(self, session: Session) -> None:
         self.by_spi.pop(session.spi_own, None)
@@ -116,21 +120,32 @@ class Context:
         self.moved(session, None)
         if session.identity is None:
             return
-        same = self.by_identity.get(session.identity)
-        if same and session in same:
-            same.remove(session)
-            if not same:
-                del self.by_identity[session.identity]
+        _take_out(self.by_identity, session.identity, session)
 
     def moved(self, session: Session, remote: IpAddress | None) -> None:
         """Take the session out of the table of its remote address, and put it under the new one."""
-        peers = self.by_remote.get(session.remote.address)
-        if peers and session in peers:
-            peers.remove(session)
-            if not peers:
-                del self.by_remote[session.remote.address]
+        _take_out(self.by_remote, session.remote.address, session)
         if remote is not None:
-            self.by_remote.setdefault(remote, []).append(session)
+            self.by_remote.setdefault(remote, {})[session] = None
+
+    def add_child(self, session: Session, child: ChildSa) -> None:
+        self.by_child[child.spi_in] = session.number
+        likeness = child.likeness
+        self._alike[likeness] = (*self._alike.get(likeness, ()), child.spi_in)
+
+    def drop_child(self, child: ChildSa) -> None:
+        self.by_child.pop(child.spi_in, None)
+        likeness = child.likeness
+        left = tuple(spi for spi in self._alike.get(likeness, ()) if spi != child.spi_in)
+        if left:
+            self._alike[likeness] = left
+        else:
+            self._alike.pop(likeness, None)
+
+    def with_child_like(self, child: ChildSa) -> list[Session]:
+        """The sessions that have (very likely: a hash says so) a child with its connection and selectors."""
+        numbers = {self.by_child[spi]: None for spi in self._alike.get(child.likeness, ())}
+        return [self.by_number[number] for number in numbers if number in self.by_number]
 
     # ---- timers ----
 
@@ -160,3 +175,11 @@ class Context:
             session.wake = float("inf")
             sessions.append(session)
         return sessions
+
+
+def _take_out(table: dict[K, dict[Session, None]], key: K, session: Session) -> None:
+    there = table.get(key)
+    if there is not None and session in there:
+        del there[session]
+        if not there:
+            del table[key]

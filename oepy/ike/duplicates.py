@@ -29,6 +29,16 @@ def _others(session: Session) -> Iterator[Session]:
             yield other
 
 
+def _others_like(session: Session, child: ChildSa) -> list[Session]:
+    """Those of the others that have a child like this: found without looking at all that the peer's address has."""
+    remote = session.remote.address
+    return [
+        other
+        for other in session.context.with_child_like(child)
+        if other is not session and other.state is State.ESTABLISHED and other.remote.address == remote
+    ]
+
+
 def _children_alike(one: Session, two: Session) -> bool:
     return any(
         mine.connection == theirs.connection and mine.same_selectors(theirs)
@@ -39,7 +49,8 @@ def _children_alike(one: Session, two: Session) -> bool:
 
 def after_establishment(session: Session) -> None:
     """A child just came up in `session`: if another session has the same, one of them is too many."""
-    for other in list(_others(session)):
+    others = {other: None for child in session.children.values() for other in _others_like(session, child)}
+    for other in others:
         if not _children_alike(session, other) or are_successive(session, other):
             continue
         winner, loser = sorted((session, other), key=rank)
@@ -68,7 +79,7 @@ def confirm_and_drop(winner: Session, loser: Session) -> None:
 
 def remaining_child(session: Session, gone: ChildSa) -> int | None:
     """Our SPI of a live child with the same selectors to the same peer, the best session's first."""
-    candidates = [session, *sorted(_others(session), key=rank)]
+    candidates = [session, *sorted(_others_like(session, gone), key=rank)]
     for candidate in candidates:
         for child in candidate.children.values():
             if child.same_selectors(gone) and not child.deleting and child.connection == gone.connection:

@@ -418,7 +418,7 @@ class Session:
         child = self.children.pop(spi_in, None)
         if child is None:
             return
-        self.context.by_child.pop(spi_in, None)
+        self.context.drop_child(child)
         from oepy.ike.duplicates import remaining_child
 
         self.context.emit(ChildDown(self.number, spi_in, child.spi_out, reason, remaining_child(self, child)))

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from oepy.errors import MisuseError, OepyError
 from oepy.interfaces import TrapPolicy
-from oepy.model import Flow, IpAddress, PolicyGroup, Verdict
+from oepy.model import AddressRange, Flow, IpAddress, PolicyGroup, Verdict
 from oepy.policy import PolicyTable
 from oepy.trap import acquire_plan as plan
 from oepy.xfrm import pieces as p
@@ -143,7 +143,7 @@ class AcquireTrap:
     def ask_for(self, on_asked: Callable[[int, Flow], None]) -> None:
         """Never happens: connections that hold packets need the other trap."""
 
-    def join(self, number: int, remotes: Collection[tuple[IpAddress, IpAddress]]) -> None:
+    def join(self, number: int, gone: Collection[AddressRange], fresh: Collection[AddressRange]) -> None:
         """The SAs' own policies come before ours: nothing to do."""
 
     def refuse(self, number: int) -> None:

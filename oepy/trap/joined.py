@@ -2,30 +2,78 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterable, Iterator
 from ipaddress import IPv4Address, IPv6Address
 
 from oepy.interfaces import ConfiguredRule, Way
-from oepy.model import Flow, IpAddress
+from oepy.model import AddressRange, Flow, IpAddress
 from oepy.prefixtable import PrefixTable
 from oepy.trap import tables
 
 Range = tuple[int, int]
-Ranges = dict[int, list[Range]]  # by IP version: disjoint, in ascending order
 
 
-def merged(remotes: Iterable[tuple[IpAddress, IpAddress]]) -> Ranges:
-    """Ranges that touch or overlap become one: the kernel refuses them side by side."""
-    found: Ranges = {4: [], 6: []}
-    for version in (4, 6):
-        numbers = sorted({(int(first), int(last)) for first, last in remotes if first.version == version})
-        whole = found[version]
-        for first, last in numbers:
-            if whole and first <= whole[-1][1] + 1:
-                whole[-1] = (whole[-1][0], max(whole[-1][1], last))
-            else:
-                whole.append((first, last))
-    return found
+class Coverage:
+    """The numbers that lie in at least one of many ranges, which may touch and overlap, as runs: the kernel refuses
+    ranges that touch side by side. A change costs what lies around it, whatever else there is."""
+
+    def __init__(self) -> None:
+        # Segments, by their first number: from each to the next, so many ranges hold it; before the first, none
+        self._starts: list[int] = []
+        self._counts: list[int] = []
+
+    def add(self, first: int, last: int) -> None:
+        self._change(first, last, 1)
+
+    def remove(self, first: int, last: int) -> None:
+        """Of a range that was added."""
+        self._change(first, last, -1)
+
+    def _change(self, first: int, last: int, by: int) -> None:
+        begin, end = self._cut(first), self._cut(last + 1)
+        for index in range(begin, end):
+            self._counts[index] += by
+        for index in (end, begin):
+            if self._counts[index] == (self._counts[index - 1] if index else 0):
+                del self._starts[index], self._counts[index]
+
+    def _cut(self, at: int) -> int:
+        """The index of the segment that begins there, made where there was none."""
+        index = bisect_left(self._starts, at)
+        if index == len(self._starts) or self._starts[index] != at:
+            self._counts.insert(index, self._counts[index - 1] if index else 0)
+            self._starts.insert(index, at)
+        return index
+
+    def __contains__(self, number: int) -> bool:
+        index = bisect_right(self._starts, number) - 1
+        return index >= 0 and self._counts[index] > 0
+
+    def near(self, first: int, last: int) -> list[Range]:
+        """The runs that overlap or touch this range, in ascending order."""
+        index = max(bisect_right(self._starts, first - 1) - 1, 0)
+        while index and self._counts[index - 1] and self._counts[index]:
+            index -= 1
+        return self._runs(index, last + 1)
+
+    def runs(self) -> list[Range]:
+        return self._runs(0, self._starts[-1]) if self._starts else []
+
+    def _runs(self, index: int, until: int) -> list[Range]:
+        """From the segment of this index to the last one that begins no later."""
+        found: list[Range] = []
+        open_since: int | None = None
+        for at in range(index, len(self._starts)):
+            start = self._starts[at]
+            if open_since is not None and not self._counts[at]:
+                found.append((open_since, start - 1))
+                open_since = None
+            if start > until and open_since is None:
+                break
+            if open_since is None and self._counts[at]:
+                open_since = start
+        return found
 
 
 def range_elements(version: int, ranges: Iterable[Range]) -> list[bytes]:
@@ -74,34 +122,49 @@ class Joined:
     """The ranges by number, as they are in the kernel's sets."""
 
     def __init__(self) -> None:
-        self._ranges: dict[int, Ranges] = {}
+        self._ranges: dict[int, set[AddressRange]] = {}
+        self._covered: dict[tuple[int, int], Coverage] = {}  # by number and IP version
 
     def change(
-        self, number: int, remotes: Collection[tuple[IpAddress, IpAddress]]
+        self, number: int, gone: Iterable[AddressRange], fresh: Iterable[AddressRange]
     ) -> Iterator[tuple[int, list[Range], list[Range]]]:
-        """Take these. Yields IP version, ranges to take out and ranges to put in."""
-        before = self._ranges.get(number, {4: [], 6: []})
-        after = merged(remotes)
-        if remotes:
-            self._ranges[number] = after
-        else:
-            self._ranges.pop(number, None)
+        """Drop and take these. Yields IP version, runs to take out of the kernel's set and runs to put in."""
+        there = self._ranges.setdefault(number, set())
+        out: dict[int, set[Range]] = {4: set(), 6: set()}
+        into: dict[int, set[Range]] = {4: set(), 6: set()}
+        changes = [(each, False) for each in there.intersection(gone)]
+        changes += [(each, True) for each in set(fresh) - there]
+        for (start, end), comes in changes:
+            version, first, last = start.version, int(start), int(end)
+            covered = self._covered.setdefault((number, version), Coverage())
+            before = set(covered.near(first, last))
+            (covered.add if comes else covered.remove)(first, last)
+            after = set(covered.near(first, last))
+            for one, other, runs in ((out, into, before - after), (into, out, after - before)):
+                one[version] |= runs - other[version]
+                other[version] -= runs
+        there.difference_update(gone)
+        there.update(fresh)
+        if not there:
+            self._forget(number)
         for version in (4, 6):
-            old, new = set(before[version]), set(after[version])
-            if old != new:
-                yield version, sorted(old - new), sorted(new - old)
+            if out[version] or into[version]:
+                yield version, sorted(out[version]), sorted(into[version])
+
+    def _forget(self, number: int) -> None:
+        self._ranges.pop(number, None)
+        for version in (4, 6):
+            self._covered.pop((number, version), None)
 
     def holds(self, number: int, address: IpAddress) -> bool:
-        ranges = self._ranges.get(number, {4: [], 6: []})[address.version]
-        return any(first <= int(address) <= last for first, last in ranges)
+        return int(address) in self._covered.get((number, address.version), ())
 
     def all(self) -> Iterator[tuple[int, int, list[Range]]]:
-        """Number, IP version and ranges."""
-        for number, ranges in self._ranges.items():
-            for version in (4, 6):
-                if ranges[version]:
-                    yield number, version, ranges[version]
+        """Number, IP version and runs."""
+        for (number, version), covered in self._covered.items():
+            yield number, version, covered.runs()
 
     def keep(self, numbers: Collection[int]) -> None:
         """The others' rules and sets are gone."""
-        self._ranges = {number: ranges for number, ranges in self._ranges.items() if number in numbers}
+        for number in set(self._ranges).difference(numbers):
+            self._forget(number)

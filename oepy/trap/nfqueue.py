@@ -13,7 +13,16 @@ from typing import TextIO
 
 from oepy.errors import MisuseError, ParseError
 from oepy.interfaces import TrapPolicy
-from oepy.model import MARK_MASK, MARK_PRIVATE, Direction, Flow, IpAddress, PolicyGroup, Verdict
+from oepy.model import (
+    MARK_MASK,
+    MARK_PRIVATE,
+    AddressRange,
+    Direction,
+    Flow,
+    IpAddress,
+    PolicyGroup,
+    Verdict,
+)
 from oepy.policy import PolicyTable
 from oepy.trap import kernel, queue, switch, tables
 from oepy.trap import netlink as nl
@@ -180,13 +189,13 @@ class NfqueueTrap:
         """See `interfaces.Trap`."""
         self._on_asked = on_asked
 
-    def join(self, number: int, remotes: Collection[tuple[IpAddress, IpAddress]]) -> None:
+    def join(self, number: int, gone: Collection[AddressRange], fresh: Collection[AddressRange]) -> None:
         """See `interfaces.Trap`. In the kernel when this returns."""
         running = self._require()
-        for version, gone, fresh in self._joined.change(number, remotes):
+        for version, out, into in self._joined.change(number, gone, fresh):
             name = joined_set(number, version)
             if name in running.ruleset.joined_names():
-                self._change_joined(running, name, version, gone, fresh)
+                self._change_joined(running, name, version, out, into)
         for destination in self._hold.of_number(number):
             if self._joined.holds(number, destination[1]):
                 for packet in self._hold.release(destination):

@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from oepy.interfaces import DatapathEvent, TrapPolicy
-from oepy.model import Absent, Flow, IpAddress, IpNetwork, KeyAnswer, PolicyGroup, SaCounters, SaPair, Verdict
+from oepy.model import (
+    Absent,
+    AddressRange,
+    Flow,
+    IpAddress,
+    IpNetwork,
+    KeyAnswer,
+    PolicyGroup,
+    SaCounters,
+    SaPair,
+    Verdict,
+)
 from oepy.resolvers import ResolverState
 
 
@@ -30,8 +41,11 @@ class FakeTrap:
     def ask_for(self, on_asked: Callable[[int, Flow], None]) -> None:
         self.on_asked = on_asked
 
-    def join(self, number: int, remotes: Collection[tuple[IpAddress, IpAddress]]) -> None:
-        self.joined[number] = tuple(remotes)
+    def join(self, number: int, gone: Collection[AddressRange], fresh: Collection[AddressRange]) -> None:
+        there = set(self.joined.get(number, ()))
+        assert there.issuperset(gone)
+        assert there.isdisjoint(fresh)
+        self.joined[number] = tuple(sorted((there - set(gone)) | set(fresh), key=str))
 
     def refuse(self, number: int) -> None:
         self.refused.append(number)

@@ -126,6 +126,7 @@ class Run:
             assert host.sendable == set(host.pairs)
             assert len(context.by_spi) == len(context.by_number) == len(context.by_child) == len(host.pairs)
             assert set(context.by_child) == set(host.pairs)
+            assert sorted(spi for like in context._alike.values() for spi in like) == sorted(host.pairs)
             assert not context.questions
             assert not context.half_open
             assert not context.half_open_of

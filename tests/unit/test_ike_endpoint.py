@@ -266,7 +266,13 @@ def test_nothing_of_a_session_outlives_it() -> None:
         context = host.ike._context
         for table in (context.by_spi, context.by_number, context.by_remote, context.by_identity):
             assert not table
-        for table in (context.by_child, context.half_open, context.half_open_of, context.questions):
+        for table in (
+            context.by_child,
+            context._alike,
+            context.half_open,
+            context.half_open_of,
+            context.questions,
+        ):
             assert not table
         assert host.ike.next_timer() is None
 
