@@ -40,6 +40,7 @@ class Holder:
         digest: hashes.HashAlgorithm | None = None,
         issuer_name: str | None = None,
         moment: datetime.datetime = MOMENT,
+        serial: int = 0,
     ) -> None:
         self.key = key or ec.generate_private_key(ec.SECP256R1())
         self.name = name(subject)
@@ -49,7 +50,7 @@ class Holder:
             .subject_name(self.name)
             .issuer_name(signer.name if issuer_name is None else name(issuer_name))
             .public_key(self.key.public_key())
-            .serial_number(x509.random_serial_number())
+            .serial_number(serial or x509.random_serial_number())
             .not_valid_before(moment + start * DAY)
             .not_valid_after(moment + end * DAY)
         )
@@ -135,6 +136,7 @@ def ocsp_response(
     start: int = -1,
     end: int | None = 1,
     named: bool = True,
+    digest: hashes.HashAlgorithm | None = hashes.SHA256(),  # noqa: B008 - immutable
 ) -> bytes:
     """DER. `signer`: a responder of its own, whose certificate goes along (`attach`); not `named`: by its key."""
     is_revoked = status is ocsp.OCSPCertStatus.REVOKED
@@ -156,4 +158,4 @@ def ocsp_response(
     )
     if signer is not None and attach:
         builder = builder.certificates([signer.certificate])
-    return builder.sign(who.key, hashes.SHA256()).public_bytes(serialization.Encoding.DER)
+    return builder.sign(who.key, digest).public_bytes(serialization.Encoding.DER)

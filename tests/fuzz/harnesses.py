@@ -10,6 +10,7 @@ import functools
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from ipaddress import ip_address
 
 import dns.message
 import dns.name
@@ -17,7 +18,10 @@ import dns.rcode
 import dns.rdatatype
 import dns.rrset
 import yaml
+from cryptography.hazmat.primitives.asymmetric import ed25519
+from cryptography.x509 import ocsp
 
+from oepy import dn
 from oepy.convert.render import render
 from oepy.convert.run import convert
 from oepy.datapath.esp.aggfrag import MAX_WAITING, Unpacker
@@ -51,12 +55,18 @@ from oepy.keys import from_public_key
 from oepy.manual.checks import read_manual
 from oepy.manual.pairing import pair_up
 from oepy.manual.presenting import policy_mapping, sa_mapping
-from oepy.model import Direction, SaPair, Security
+from oepy.model import Direction, PeerIdentity, SaPair, Security
 from oepy.netlink import Frame, parse_frames
 from oepy.resolvers import ResolverState
 from oepy.trap import netlink, queue
 from oepy.trap.packet import parse_flow
+from oepy.x509.crl import read_crl
+from oepy.x509.path import PathError
+from oepy.x509.revocation import Standing, Unusable, read_ocsp
+from oepy.x509.trust import Trust, accept
 from oepy.xfrm import answers, pieces, requests, values
+from tests.fakes.certificates import DNS, IP, MAIL, Holder, ocsp_response, points, responder, revocation_list
+from tests.fakes.certificates import NOW as CERTIFICATES_NOW
 from tests.fakes.datapath import esp_of, pairs, sealed_plaintext
 from tests.fakes.network_card import cut, transport_sum
 from tests.fakes.signed_tree import NOW, standard_tree
@@ -626,6 +636,66 @@ def manual_section(data: bytes) -> None:
         pair_up(manual)
 
 
+def _fixed_site() -> tuple[dict[str, Holder], dict[str, bytes]]:
+    """The same bytes in every run: EdDSA is deterministic. Holders, and what their CA says of them."""
+
+    def key(number: int) -> ed25519.Ed25519PrivateKey:
+        return ed25519.Ed25519PrivateKey.from_private_bytes(bytes((number,)) * 32)
+
+    root = Holder("Root", key=key(1), serial=1)
+    middle = Holder("Middle", root, key=key(2), serial=2, extensions=[points("http://ca.example/root")])
+    names = [DNS("gw.example"), MAIL("gw@example"), IP(ip_address("192.0.2.1"))]
+    leaf = Holder("gw", middle, ca=False, key=key(3), serial=3, alternatives=names)
+    revoked = Holder(
+        "bad", root, ca=False, key=key(4), serial=4, extensions=[responder("http://ca.example/ask")]
+    )
+    stranger = Holder("gw", Holder("Other", key=key(5), serial=5), ca=False, key=key(6), serial=6)
+    answer = ocsp_response(revoked, root, ocsp.OCSPCertStatus.REVOKED, digest=None)
+    holders = {"root": root, "middle": middle, "leaf": leaf, "revoked": revoked, "stranger": stranger}
+    return holders, {"crl": revocation_list(root, revoked), "ocsp": answer}
+
+
+X509_SITE, X509_WORDS = _fixed_site()
+
+
+def certificates(data: bytes) -> None:
+    """Whatever certificates, lists, responses and names come: an error of its own kind, or what a CA has signed."""
+    kind, body = data[0] % 4 if data else 0, data[1:]
+    root = X509_SITE["root"].certificate
+    revoked = X509_SITE["revoked"].certificate
+    if kind == 0:
+        sent = []
+        while body and len(sent) < 12:
+            size = int.from_bytes(body[:2], "big")
+            sent.append(body[2 : 2 + size])
+            body = body[2 + size :]
+        genuine = [X509_SITE[name].certificate for name in ("middle", "leaf", "revoked")]
+        for name in ("gw.example", "CN=gw", "192.0.2.1", "gw@example"):
+            with contextlib.suppress(PathError):
+                path = accept(Trust((root,)), sent, PeerIdentity.parse(name), CERTIFICATES_NOW)
+                assert path.leaf in genuine
+                assert path.anchor == root
+    elif kind == 1:
+        with contextlib.suppress(Unusable):
+            assert (
+                read_crl(body, root, CERTIFICATES_NOW).status(revoked, CERTIFICATES_NOW).standing
+                is Standing.REVOKED
+            )
+    elif kind == 2:
+        with contextlib.suppress(Unusable):
+            assert read_ocsp(body, revoked, root, CERTIFICATES_NOW).standing is Standing.REVOKED
+    else:
+        with contextlib.suppress(ParseError):
+            name = dn.read(body)
+            assert sum(map(len, name)) <= dn.MAX_ATTRIBUTES
+            assert dn.same(body, body)
+        assert dn.to_text(body).isprintable()
+        with contextlib.suppress(ValueError):
+            assert dn.same(
+                dn.parse(body.decode("utf-8", "replace")), dn.parse(body.decode("utf-8", "replace"))
+            )
+
+
 HARNESSES: dict[str, Callable[[bytes], None]] = {
     "ike": ike,
     "ike_sealed": ike_sealed,
@@ -641,4 +711,5 @@ HARNESSES: dict[str, Callable[[bytes], None]] = {
     "setkey": setkey,
     "ipsec_conf": ipsec_conf,
     "manual_section": manual_section,
+    "certificates": certificates,
 }

@@ -10,6 +10,7 @@ import struct
 import dns.rdata
 import dns.rdatatype
 
+from oepy import dn
 from oepy.datapath.esp.aggfrag import Packer, offload_block
 from oepy.datapath.esp.offload import GSO_TCP4, GSO_TCP6, GSO_UDP, NEEDS_CHECKSUM, Offload
 from oepy.datapath.xfrm import plan
@@ -24,12 +25,13 @@ from oepy.keys import to_public_key
 from oepy.model import EspSuite
 from oepy.netlink import frame
 from oepy.trap import netlink
+from oepy.x509.certificates import to_der
 from oepy.xfrm import pieces, requests, values
 from tests.fakes.datapath import ipv4_packet, ipv6_packet, pairs
 from tests.fakes.manual import section
 from tests.fakes.network_card import cut, with_checksums
 from tests.fakes.xfrm import acquire_body, expire_body, mapping_body, policy_expire_body
-from tests.fuzz.harnesses import QUESTION, SCENES, Scene
+from tests.fuzz.harnesses import QUESTION, SCENES, X509_SITE, X509_WORDS, Scene
 from tests.sim.ike_net import rsa_key, two_hosts
 
 _BOTH = ((0, 0), (1, 1), (0, 2), (1, 3), (4, 4), (2, 1))
@@ -80,7 +82,27 @@ def seeds() -> dict[str, list[bytes]]:
         made["trap"] += [b"\1" + body, b"\0" + netlink.message(0x300, 0, body)]
     _esp(made["esp"])
     _xfrm(made)
+    _certificates(made)
     return made
+
+
+def _certificates(made: dict[str, list[bytes]]) -> None:
+    """Chains that hold and that do not, what their CA says, names."""
+    der = {name: to_der(holder.certificate) for name, holder in X509_SITE.items()}
+    chains = (
+        ("leaf", "middle"),
+        ("leaf",),
+        ("middle", "leaf"),
+        ("stranger", "root"),
+        ("revoked", "leaf", "root"),
+    )
+    made["certificates"] = [
+        b"\0" + b"".join(len(der[name]).to_bytes(2, "big") + der[name] for name in chain) for chain in chains
+    ]
+    made["certificates"] += [b"\1" + X509_WORDS["crl"], b"\2" + X509_WORDS["ocsp"]]
+    names = ("C=CH, O=Acme, CN=gw", "E=a@b.example,DC=example", "2.5.4.99=\\,x")
+    made["certificates"] += [b"\3" + dn.parse(text) for text in names]
+    made["certificates"] += [b"\3" + text.encode() for text in names]
 
 
 def _esp(made: list[bytes]) -> None:
