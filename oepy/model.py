@@ -239,7 +239,8 @@ class PeerIdentity:
         if self.type is IdType.NULL:
             return "%null"
         if self.type in (IdType.FQDN, IdType.RFC822_ADDR):
-            return self.data[:255].decode("ascii", "backslashreplace")
+            text = self.data[:255].decode("ascii", "backslashreplace")
+            return "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in text)
         if self.type is IdType.DER_ASN1_DN:
             return dn.to_text(self.data)
         return f"{self.type.name}:{self.data[:64].hex()}"

@@ -41,6 +41,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     ),
     "doctor": ("oepy.cli.doctor", "doctor", "Check this host, each finding with its mend."),
     "key": ("oepy.cli.key", "key", "Make, show and change host keys."),
+    "pki": ("oepy.cli.pki", "pki", "Certificates for a small site: CA, issue, revoke, verify."),
     "zone": ("oepy.cli.zone", "zone", "Zone files with key records."),
     "dns": ("oepy.cli.dns", "dns", "Validated lookups, peers' keys, and publishing one's own."),
     "lab": ("oepy.cli.lab", "lab", "The lab that `make demo` uses."),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ipaddress import IPv4Network, IPv6Network
+
 from cryptography import x509
 
 from oepy import dn
@@ -35,18 +37,24 @@ def _same_mailbox(one: str, other: str) -> bool:
     )
 
 
+def of_general_name(name: x509.GeneralName) -> PeerIdentity | None:
+    """By its kind, whatever it reads like: a dNSName `192.0.2.1` is no address. None for kinds that IKE lacks."""
+    if isinstance(name, x509.DNSName):
+        return PeerIdentity(IdType.FQDN, name.value.rstrip(".").lower().encode("utf-8"))
+    if isinstance(name, x509.RFC822Name):
+        return PeerIdentity(IdType.RFC822_ADDR, name.value.encode("utf-8"))
+    if isinstance(name, x509.IPAddress) and not isinstance(name.value, IPv4Network | IPv6Network):
+        return PeerIdentity.address(name.value)
+    return None
+
+
 def identities_of(certificate: Certificate) -> list[PeerIdentity]:
     """All that it speaks for, the alternative names first: for messages and defaults."""
-    names = alternative_names(certificate)
-    found: list[PeerIdentity] = []
-    if names is not None:
-        texts = names.get_values_for_type(x509.DNSName) + names.get_values_for_type(x509.RFC822Name)
-        found += [PeerIdentity.parse(text) for text in texts if text and text.isascii()]
-        found += [
-            PeerIdentity.address(name)
-            for name in names.get_values_for_type(x509.IPAddress)
-            if not hasattr(name, "prefixlen")
-        ]
+    found = [
+        identity
+        for name in alternative_names(certificate) or ()
+        if (identity := of_general_name(name)) is not None and identity.data
+    ]
     if certificate.subject:
         found.append(PeerIdentity(IdType.DER_ASN1_DN, certificate.subject.public_bytes()))
     return found

@@ -248,3 +248,13 @@ def test_any_bytes_are_a_certificate_or_a_parse_error(data: bytes, at: int, chan
             validate(certificate, [MIDDLE.certificate], [ROOT.certificate], NOW)
         identities_of(certificate)
         speaks_for(certificate, PeerIdentity.parse("gw.example"))
+
+
+def test_a_name_is_what_its_kind_says_not_what_it_reads_like() -> None:
+    """A dNSName that looks like an address, a subject or a line of a log is a name and stays one."""
+    odd = [DNS("192.0.2.1"), DNS("gw.\x03E="), DNS("a\nb.example"), MAIL("CN=a@b.example")]
+    holder = Holder("h", ROOT, ca=False, alternatives=odd)
+    found = identities_of(holder.certificate)
+    assert [one.type for one in found] == [IdType.FQDN] * 3 + [IdType.RFC822_ADDR, IdType.DER_ASN1_DN]
+    assert all(str(one).isprintable() for one in found)
+    assert not speaks_for(holder.certificate, PeerIdentity.parse("192.0.2.1"))
