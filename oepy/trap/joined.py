@@ -128,23 +128,25 @@ class Joined:
     def change(
         self, number: int, gone: Iterable[AddressRange], fresh: Iterable[AddressRange]
     ) -> Iterator[tuple[int, list[Range], list[Range]]]:
-        """Drop and take these. Yields IP version, runs to take out of the kernel's set and runs to put in."""
+        """Drop and take these; what is in both stays. Yields IP version, and the runs to take out of the kernel's
+        set and to put in."""
         there = self._ranges.setdefault(number, set())
         out: dict[int, set[Range]] = {4: set(), 6: set()}
         into: dict[int, set[Range]] = {4: set(), 6: set()}
-        changes = [(each, False) for each in there.intersection(gone)]
-        changes += [(each, True) for each in set(fresh) - there]
-        for (start, end), comes in changes:
+        comes = set(fresh) - there
+        goes = there.intersection(gone).difference(fresh)
+        changes = [*((each, False) for each in goes), *((each, True) for each in comes)]
+        for (start, end), is_fresh in changes:
             version, first, last = start.version, int(start), int(end)
             covered = self._covered.setdefault((number, version), Coverage())
             before = set(covered.near(first, last))
-            (covered.add if comes else covered.remove)(first, last)
+            (covered.add if is_fresh else covered.remove)(first, last)
             after = set(covered.near(first, last))
             for one, other, runs in ((out, into, before - after), (into, out, after - before)):
                 one[version] |= runs - other[version]
                 other[version] -= runs
-        there.difference_update(gone)
-        there.update(fresh)
+        there -= goes
+        there |= comes
         if not there:
             self._forget(number)
         for version in (4, 6):
