@@ -232,6 +232,15 @@ def same(one: bytes, other: bytes) -> bool:
         return False
 
 
+def below(tree: bytes, der: bytes) -> bool:
+    """Whether a name begins with all of another, `same` part by part."""
+    try:
+        wanted = _canonical(tree)
+        return _canonical(der)[: len(wanted)] == wanted
+    except ParseError:
+        return False
+
+
 def matches(pattern: bytes, der: bytes) -> bool:
     """`same`, where a value `*` in the pattern stands for any."""
     try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -14,7 +15,7 @@ from cryptography import x509
 from cryptography.x509.oid import ExtensionOID
 
 from oepy.x509.certificates import Certificate, subject_of
-from oepy.x509.revocation import SKEW, Standing, Status, Unusable, crl_urls, is_signed_by, reading
+from oepy.x509.revocation import SKEW, Standing, Status, Unusable, is_signed_by, reading
 
 MAX_CRL = 20 * 1024 * 1024  # bytes; the largest of public CAs have some 10 MB
 _HASH = 12  # bytes of the fingerprint of a serial number
@@ -29,7 +30,7 @@ class Crl:
     until: float
     only_users: bool
     only_cas: bool
-    urls: tuple[str, ...]  # of its distribution point, where it names one
+    points: tuple[str, ...]  # names of its distribution point, where it says one
     records: bytes
 
     def status(self, certificate: Certificate, now: float) -> Status:
@@ -41,8 +42,7 @@ class Crl:
         is_ca = _is_ca(certificate)
         if (self.only_users and is_ca) or (self.only_cas and not is_ca):
             raise Unusable("it is a list of other kinds of certificates")
-        ours = crl_urls(certificate)
-        if self.urls and ours and not set(ours) & set(self.urls):
+        if self.points and not _points_of(certificate) & frozenset(self.points):
             raise Unusable("it is the list of another distribution point")
         revoked = self._revoked_at(certificate.serial_number)
         if revoked is None:
@@ -61,14 +61,14 @@ class Crl:
 
     def pack(self) -> bytes:
         """All but the issuer."""
-        head = json.dumps([self.until, self.only_users, self.only_cas, self.urls]).encode()
+        head = json.dumps([self.until, self.only_users, self.only_cas, self.points]).encode()
         return len(head).to_bytes(4, "big") + head + self.records
 
     @classmethod
     def unpack(cls, data: bytes, issuer: Certificate) -> Crl:
         size = int.from_bytes(data[:4], "big")
-        until, only_users, only_cas, urls = json.loads(data[4 : 4 + size])
-        return cls(issuer, until, only_users, only_cas, tuple(urls), data[4 + size :])
+        until, only_users, only_cas, points = json.loads(data[4 : 4 + size])
+        return cls(issuer, until, only_users, only_cas, tuple(points), data[4 + size :])
 
 
 def _fingerprint(serial: int) -> bytes:
@@ -118,14 +118,47 @@ def _read(data: bytes, issuer: Certificate, now: float) -> Crl:
         issuer.public_key(), crl.signature, crl.tbs_certlist_bytes, crl.signature_hash_algorithm
     ):
         raise Unusable(f"it is not signed by {subject_of(issuer)}")
-    names = (point.full_name or ()) if point is not None else ()
+    names = () if point is None else _names(point.full_name, point.relative_name, crl.issuer)
     return Crl(
         issuer,
         following.timestamp(),
         only_users=point is not None and point.only_contains_user_certs,
         only_cas=point is not None and point.only_contains_ca_certs,
-        urls=tuple(name.value for name in names if isinstance(name, x509.UniformResourceIdentifier)),
+        points=tuple(names),
         records=_records(crl),
+    )
+
+
+def _names(
+    full: Iterable[x509.GeneralName] | None,
+    relative: x509.RelativeDistinguishedName | None,
+    issuer: x509.Name,
+) -> list[str]:
+    """A distribution point's, comparable: URLs as they are, all else with its kind."""
+    found = []
+    for name in full or ():
+        if isinstance(name, x509.UniformResourceIdentifier):
+            found.append(name.value)
+        elif isinstance(name, x509.DirectoryName):
+            found.append(f"dn:{name.value.public_bytes().hex()}")
+        else:
+            found.append(f"{type(name).__name__}:{name.value}")
+    if relative is not None:
+        found.append(f"dn:{x509.Name([*issuer.rdns, relative]).public_bytes().hex()}")
+    return found
+
+
+def _points_of(certificate: Certificate) -> frozenset[str]:
+    """RFC 5280 §6.3.3 (b) (2) (i): of one that names none, the issuer's name."""
+    try:
+        points = certificate.extensions.get_extension_for_class(x509.CRLDistributionPoints).value
+    except x509.ExtensionNotFound:
+        return frozenset((f"dn:{certificate.issuer.public_bytes().hex()}",))
+    return frozenset(
+        name
+        for point in points
+        if not point.crl_issuer and not point.reasons
+        for name in _names(point.full_name, point.relative_name, certificate.issuer)
     )
 
 

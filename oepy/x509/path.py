@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from ipaddress import ip_network
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
-from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID
+from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, NameOID
 
 from oepy import dn
 from oepy.x509.certificates import MAX_FROM_PEER, Certificate, alternative_names, subject_of
@@ -24,6 +25,8 @@ from oepy.x509.certificates import MAX_FROM_PEER, Certificate, alternative_names
 MAX_DEPTH = 6  # certificates between the peer's and the anchor's
 MAX_CHECKS = 32  # signatures of one path search
 MIN_RSA_BITS = 2048
+MAX_RSA_BITS = 8192  # a check takes 0.3 ms
+MAX_RSA_EXPONENT = 1 << 32
 IPSEC_IKE = x509.ObjectIdentifier("1.3.6.1.5.5.7.3.17")  # RFC 4945 §5.1.3.12
 _PURPOSES = frozenset(
     (
@@ -114,9 +117,11 @@ class _Search:
 
     def _issued(self, certificate: Certificate, issuer: Certificate, path: tuple[Certificate, ...]) -> bool:
         """Whether `issuer`, which names itself so, signed it and may."""
-        reason = _unfit_issuer(issuer, len(path) - 1) or out_of_time(issuer, self.now) or _unknown(issuer)
+        between = sum(not _self_issued(below) for below in path[1:])
+        reason = _unfit_issuer(issuer, between) or out_of_time(issuer, self.now) or _unknown(issuer)
         if not reason:
-            reason = next((text for below in path if (text := _constrained(issuer, below))), "")
+            found = (_constrained(issuer, below, leaf=below is path[0]) for below in path)
+            reason = next(filter(None, found), "")
         if reason:
             self.note(issuer, reason)
             return False
@@ -174,6 +179,8 @@ def _unknown(certificate: Certificate) -> str:
 def _weak(certificate: Certificate) -> str:
     key = certificate.public_key()
     if isinstance(key, rsa.RSAPublicKey):
+        if key.key_size > MAX_RSA_BITS or key.public_numbers().e > MAX_RSA_EXPONENT:
+            return f"an RSA key of {key.key_size} bits costs too much"
         return "" if key.key_size >= MIN_RSA_BITS else f"an RSA key of {key.key_size} bits is too short"
     if isinstance(key, ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey | ed448.Ed448PublicKey):
         return ""
@@ -201,7 +208,7 @@ def _unfit_leaf(certificate: Certificate) -> str:
 
 
 def _unfit_issuer(certificate: Certificate, below: int) -> str:
-    """`below`: CAs between it and the leaf."""
+    """`below`: CAs between it and the leaf, without those that are self-issued (RFC 5280 §4.2.1.9)."""
     constraints = _extension(certificate, x509.BasicConstraints)
     if constraints is None or not constraints.ca:
         return "it is no CA"
@@ -231,38 +238,65 @@ def _extension(certificate: Certificate, kind: type[_Kind]) -> _Kind | None:
 # ---- name constraints (RFC 5280 §4.2.1.10) ------------------------------------------------------------------
 
 
-def _constrained(issuer: Certificate, below: Certificate) -> str:
+def _constrained(issuer: Certificate, below: Certificate, *, leaf: bool) -> str:
     """Why the issuer may not vouch for the names of a certificate below it."""
     constraints = _extension(issuer, x509.NameConstraints)
-    if constraints is None:
+    if constraints is None or (_self_issued(below) and not leaf):
         return ""
     names: list[x509.GeneralName] = list(alternative_names(below) or ())
     if below.subject:
         names.append(x509.DirectoryName(below.subject))
+        mails = below.subject.get_attributes_for_oid(NameOID.EMAIL_ADDRESS)
+        names += [x509.RFC822Name(str(mail.value)) for mail in mails if str(mail.value).isascii()]
     for name in names:
-        if any(_within(name, tree) for tree in constraints.excluded_subtrees or ()):
-            return f"its name constraints exclude {_shown(name)}"
+        excluded = [tree for tree in constraints.excluded_subtrees or () if type(tree) is type(name)]
         permitted = [tree for tree in constraints.permitted_subtrees or () if type(tree) is type(name)]
+        if (excluded or permitted) and not _comparable(name):
+            return f"its name constraints cannot be applied to {_shown(name)}"
+        if any(_within(name, tree) for tree in excluded):
+            return f"its name constraints exclude {_shown(name)}"
         if permitted and not any(_within(name, tree) for tree in permitted):
             return f"its name constraints do not permit {_shown(name)}"
     return ""
 
 
+def _self_issued(certificate: Certificate) -> bool:
+    """RFC 5280 §3.2: a CA's new key signed by its old one, say; it is the same CA."""
+    return certificate.subject == certificate.issuer
+
+
+def _comparable(name: x509.GeneralName) -> bool:
+    """Constraints of other kinds than these, and on URIs without a host, end the path (RFC 5280 §4.2.1.10)."""
+    if isinstance(name, x509.UniformResourceIdentifier):
+        return bool(_host(name.value))
+    return isinstance(name, x509.DNSName | x509.RFC822Name | x509.IPAddress | x509.DirectoryName)
+
+
+def _host(url: str) -> str:
+    """A name; "" where there is none, or an address."""
+    try:
+        host = (urlsplit(url).hostname or "").rstrip(".")
+    except ValueError:
+        return ""
+    return host if any(letter.isalpha() for letter in host) and ":" not in host else ""
+
+
 def _within(name: x509.GeneralName, tree: x509.GeneralName) -> bool:
-    if type(name) is not type(tree):
-        return False
+    """Both of one kind."""
     if isinstance(name, x509.DNSName) and isinstance(tree, x509.DNSName):
-        wanted = tree.value.lower().strip(".")
-        return not wanted or (f".{name.value.lower().rstrip('.')}").endswith(f".{wanted}")
+        wanted, found = tree.value.lower().rstrip("."), name.value.lower().rstrip(".")
+        return not wanted or found.endswith(wanted if wanted[0] == "." else f".{wanted}") or found == wanted
+    if isinstance(name, x509.UniformResourceIdentifier):
+        wanted, found = str(tree.value).lower(), _host(name.value).lower()
+        return found.endswith(wanted) if wanted[:1] == "." else found == wanted
     if isinstance(name, x509.RFC822Name) and isinstance(tree, x509.RFC822Name):
         return _mail_within(name.value, tree.value)
     if isinstance(name, x509.IPAddress) and isinstance(tree, x509.IPAddress):
         address, network = ip_network(name.value), ip_network(tree.value)
         return address.version == network.version and address.subnet_of(network)  # type: ignore[arg-type]
     if isinstance(name, x509.DirectoryName) and isinstance(tree, x509.DirectoryName):
-        wanted_parts = list(tree.value.rdns)
-        return list(name.value.rdns)[: len(wanted_parts)] == wanted_parts
-    return name == tree
+        return dn.below(tree.value.public_bytes(), name.value.public_bytes())
+    return False
 
 
 def _mail_within(mail: str, tree: str) -> bool:
