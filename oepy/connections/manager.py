@@ -413,7 +413,9 @@ class Manager:
     def _child_moved(self, message: ChildMoved, _now: float) -> Iterator[ManagerAction]:
         tunnel = self._tunnel(message.spi_in)
         if tunnel is not None:
-            tunnel.pair = replace(tunnel.pair, local=message.local, remote=message.remote)
+            tunnel.pair = replace(
+                tunnel.pair, local=message.local, remote=message.remote, encap=message.encap
+            )
             yield Install(tunnel.pair, tunnel.usable)
 
     def _tunnel(self, spi_in: int) -> Tunnel | None:

@@ -72,6 +72,7 @@ class ChildMoved:
     spi_in: int
     local: Endpoint
     remote: Endpoint
+    encap: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -190,6 +190,7 @@ class Connection:
     send_cert: str = "ifasked"  # always | ifasked | never
     send_certreq: bool = True
     reauth_time: float = 0.0  # of IKE SAs that we begin; 0 is never
+    mobike: bool = True
     childless: str = "allow"
     ppk_id: str = ""
     ppk_required: bool = False

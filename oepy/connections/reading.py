@@ -174,14 +174,14 @@ def _connection(name: str, value: object, path: Path, problems: list[Problem], f
         send_cert=fields.take("send_cert", "ifasked", one_of("always", "ifasked", "never")),
         send_certreq=fields.take("send_certreq", True, flag),
         reauth_time=reauth,
+        mobike=fields.take("mobike", True, flag),
         childless=fields.take("childless", "allow", one_of("allow", "prefer", "force", "never")),
         ppk_id=fields.take("ppk_id", "", ppk_name),
         ppk_required=fields.take("ppk_required", False, flag),
         vips=fields.take_list("vips", (), virtual_address),
         pools=fields.take_list("pools", (), text_of),
     )
-    for key, only in (("mobike", "no"), ("fragmentation", "yes")):
-        fields.take(key, only, _only(key, only))
+    fields.take("fragmentation", "yes", _only("fragmentation", "yes"))
     fields.finish(_NOT_YET_CONNECTION)
     _cross_check(made, fields)
     return made

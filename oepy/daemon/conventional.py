@@ -16,6 +16,7 @@ from oepy.connections.manager import ChildState, Manager
 from oepy.connections.match import Matcher
 from oepy.connections.model import EMPTY, Child, Connection, ConnectionSet, Place, Selector
 from oepy.daemon.crlreader import read_long_crl
+from oepy.daemon.paths import Paths
 from oepy.daemon.pools import Pools
 from oepy.daemon.revocation import Revocation
 from oepy.daemon.trust import CertificateRefused, Trusts, asked_by_all
@@ -25,6 +26,7 @@ from oepy.engine import messages as engine_messages
 from oepy.errors import OepyError
 from oepy.ike import events as ike
 from oepy.ike.algorithms import Offer, parse_esp_proposal, parse_ike_proposal
+from oepy.ike.endpoint import SessionInfo
 from oepy.ike.settings import ChildRequest, IkeSettings, Initiate, Lifetimes, Ppk
 from oepy.interfaces import ConfiguredRule, Way
 from oepy.keys import HostKey
@@ -92,6 +94,7 @@ class Conventional:
         self._resettles = False
         self.updown = Updown(core.journal.add)
         self.vips = Vips(core)
+        self.paths = Paths(core)
         self._ppk_used: set[int] = set()  # IKE sessions of peers that have proved a PPK (RFC 8784)
 
     def wire(self) -> None:
@@ -234,6 +237,7 @@ class Conventional:
         if self._timer is not None:
             self._timer.cancel()
         self.updown.stop()
+        self.paths.stop()
         if hasattr(self, "pools"):
             self.pools.write()
 
@@ -365,28 +369,33 @@ class Conventional:
 
     def _ends(self, connection: Connection) -> tuple[IpAddress, IpAddress] | None:
         """The first remote address that there is a way to, and ours towards it."""
-        for place in connection.remote_addrs:
-            addresses = (
-                [place.address] if place.address else sorted(self.resolved.get(place.name, ()), key=str)
-            )
-            for remote in addresses:
-                local = self._local_towards(connection, remote)
-                if local is not None:
-                    return local, remote
+        for remote in self.remotes_of(connection):
+            local = self.local_towards(connection, remote)
+            if local is not None:
+                return local, remote
         return None
 
-    def _local_towards(self, connection: Connection, remote: IpAddress) -> IpAddress | None:
-        named = [place.address for place in connection.local_addrs if place.address]
-        for address in named:
-            if address.version == remote.version and self._core.given.is_own(address):
+    def remotes_of(self, connection: Connection) -> list[IpAddress]:
+        """The addresses of the peer that are known, in the order of the configuration."""
+        found: list[IpAddress] = []
+        for place in connection.remote_addrs:
+            found += [place.address] if place.address else sorted(self.resolved.get(place.name, ()), key=str)
+        return found
+
+    def local_towards(self, connection: Connection, remote: IpAddress) -> IpAddress | None:
+        """Ours, as the routes have it where that is allowed, else the first of those named that this host has."""
+        routed = self._core.given.source_towards(remote)
+        places = connection.local_addrs
+        if routed is not None and any(place.network is None or routed in place.network for place in places):
+            return routed
+        for place in places:
+            address = place.address
+            if address and address.version == remote.version and self._core.given.is_own(address):
                 return address
-        if named:
-            return None
-        local = self._core.given.source_towards(remote)
-        fits = local is not None and any(
-            place.network is None or local in place.network for place in connection.local_addrs
-        )
-        return local if fits else None
+        return None
+
+    def connection_of(self, session: int) -> Connection | None:
+        return self._connection_of.get(session)
 
     def _request(
         self, connection: Connection, child: Child, local: IpAddress, remote: IpAddress
@@ -479,9 +488,7 @@ class Conventional:
                 await self._resolve(connection)
                 for session in self.manager.session_of(connection.name):
                     info = self._core.negotiator.endpoint.session(session)
-                    moved = info is not None and not self.matcher.by_address(
-                        info.local.address, info.remote.address, self.resolved
-                    )
+                    moved = info is not None and not self._is_known(connection, info)
                     if moved:
                         self._core.journal.add(
                             "connection-moved",
@@ -490,6 +497,14 @@ class Conventional:
                         )
                         self._core.negotiator.check_liveness(session)
             await asyncio.sleep(RESOLVE_SECONDS)
+
+    def _is_known(self, connection: Connection, info: SessionInfo) -> bool:
+        """Whether the peer may still be where the session has it."""
+        if info.mobike:  # who decides moves where it likes
+            known = (*self.remotes_of(connection), *info.peer_addresses)
+            return info.mobike == "follows" or info.remote.address in known
+        ends = info.local.address, info.remote.address
+        return bool(self.matcher.by_address(*ends, self.resolved))
 
     # ------------------------------------------------------------ IKE's questions
 
@@ -787,6 +802,8 @@ class Conventional:
             liveness_interval=connection.dpd_delay,
             force_encap=base.force_encap or connection.encap,
             ppk="require" if connection.ppk_required else self._ppks(),
+            mobike=connection.mobike,
+            additional_addresses=tuple(place.address for place in connection.local_addrs if place.address),
             childless={"never": "never", "force": "force"}.get(connection.childless, "accept"),
         )
 

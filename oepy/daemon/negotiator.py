@@ -172,6 +172,12 @@ class Negotiator:
         self.endpoint.terminate(session, self._ports.monotonic())
         self.pump()
 
+    def move(self, session: int, local: Endpoint, remote: Endpoint) -> bool:
+        """By MOBIKE; whether it can be done."""
+        done = self.endpoint.move(session, local, remote, self._ports.monotonic())
+        self.pump()
+        return done
+
     def check_liveness(self, session: int) -> None:
         self.endpoint.check_liveness(session, self._ports.monotonic())
         self.pump()
@@ -274,11 +280,13 @@ class Negotiator:
                 self._connections.feed(conventional.ChildUsable(event.spi_in))
             case ike.ChildUsable():
                 self._ports.feed(OutboundReady(event.spi_in))
+            case ike.PathLost() if self._connections.has_session(event.session):
+                self._connections.paths.lost(event)
             case ike.PeerMoved():
                 session = self.endpoint.session(event.session)
                 for child in session.children if session else ():
                     if self._connections.manager.owns(child.spi_in):
-                        moved = conventional.ChildMoved(child.spi_in, event.local, event.remote)
+                        moved = conventional.ChildMoved(child.spi_in, event.local, event.remote, event.encap)
                         self._connections.feed(moved)
                         continue
                     self._ports.feed(TunnelMoved(child.spi_in, event.local, event.remote))

@@ -151,6 +151,7 @@ class Daemon(Core):
         self.spawn(self.watch_traffic())
         self.spawn(self.connections.watch_names())
         self.spawn(self.connections.vips.watch())
+        self.spawn(self.connections.paths.watch())
 
     def relay_view(self) -> dict[str, object] | None:
         """The DNS relay at a glance, None where there is none."""

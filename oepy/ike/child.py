@@ -143,11 +143,12 @@ def install(
     session.children[child.spi_in] = child
     context.add_child(session, child)
     session.childless_since = float("inf")
+    local, remote, encap = session.esp_ends
     pair = SaPair(
         spi_in=child.spi_in,
         spi_out=child.spi_out,
-        local=session.local,
-        remote=session.remote,
+        local=local,
+        remote=remote,
         suite=child.suite,
         keys_in=keys_in,
         keys_out=keys_out,
@@ -155,7 +156,7 @@ def install(
         remote_ts=child.remote_ts,
         authenticated=session.authenticated,
         peer=session.identity,
-        encap=session.encap,
+        encap=encap,
         mode=child.mode,
         natted=child.mode == "transport" and (session.nat_local or session.nat_remote),
         lifetime=Lifetime(

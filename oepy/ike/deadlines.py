@@ -40,6 +40,8 @@ def next_deadline(session: Session) -> float:
     if session.state in (State.HALF_OPEN, State.AUTHENTICATING):
         return min(deadline, half_open_until(session))
     if session.state in LIVE:
+        if session.queue and session.followup is not None and session.own is None:
+            deadline = min(deadline, session.followup.until + 0.001)
         if settings.liveness_interval and session.window.outstanding is None:
             deadline = min(deadline, session.heard_at + settings.liveness_interval)
         if session.state is State.REPLACED:

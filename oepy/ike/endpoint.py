@@ -31,6 +31,7 @@ from oepy.ike.lifetimes import (
     terminate,
 )
 from oepy.ike.message import Message, build_plain
+from oepy.ike.mobike import move
 from oepy.ike.notify import NotifyType
 from oepy.ike.payloads import notify as notify_payload
 from oepy.ike.payloads import parse_chain
@@ -39,7 +40,7 @@ from oepy.ike.responder import receive_init
 from oepy.ike.session import Session
 from oepy.ike.settings import ChildRequest, IkeSettings, Initiate
 from oepy.ike.states import State
-from oepy.model import Authenticated, Endpoint, EspSuite, PeerIdentity, TrafficSelector
+from oepy.model import Authenticated, Endpoint, EspSuite, IpAddress, PeerIdentity, TrafficSelector
 
 MAX_INFORMED = 8  # unprotected error answers a second, to everybody together
 
@@ -84,6 +85,8 @@ class SessionInfo:
     children: tuple[ChildInfo, ...]
     label: str
     connection: str
+    mobike: str = ""  # decides | follows: whether we may move it, or the peer; "" for nobody
+    peer_addresses: tuple[IpAddress, ...] = ()  # at which it can be reached besides
 
 
 class IkeEndpoint:
@@ -267,6 +270,14 @@ class IkeEndpoint:
             if found.state is State.ESTABLISHED:
                 start_liveness(found)
 
+    def move(self, session: int, local: Endpoint, remote: Endpoint, now: float) -> bool:
+        """By MOBIKE (RFC 4555): our end is `local` from now on, or (where we decide, see `SessionInfo.mobike`) the
+        peer is to be reached at `remote`. ESP follows with PeerMoved. False where that cannot be done."""
+        done = False
+        for found in self._with_number(session, now):
+            done = move(found, local, remote)
+        return done
+
     def traffic_seen(self, spi_in: int, now: float) -> None:
         """Good ESP packets came in on this SA: the peer lives, and has the SA (RFC 7296 §2.4, 2.8)."""
         for session in self._with_child(spi_in, now):
@@ -340,4 +351,6 @@ def _info(session: Session) -> SessionInfo:
         ),
         session.label,
         session.connection,
+        "" if session.mobike is None else "decides" if session.mobike.decides else "follows",
+        session.mobike.peer_addresses if session.mobike is not None else (),
     )

@@ -220,9 +220,18 @@ class ReauthenticationBegun(IkeEvent):
 @dataclass(frozen=True, slots=True)
 class PeerMoved(IkeEvent):
     """An authenticated message came from another address or port (a NAT between us changed its mind,
-    RFC 7296 §2.23): ESP should follow."""
+    RFC 7296 §2.23), or one of us has moved by MOBIKE: ESP should follow, in UDP where `encap` says so."""
 
     local: Endpoint
+    remote: Endpoint
+    encap: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PathLost(IkeEvent):
+    """The peer does not answer at `remote`, or is no longer there, and we may try another of its addresses
+    (`SessionInfo.peer_addresses`): by `IkeEndpoint.move`. Nothing is lost if nobody does."""
+
     remote: Endpoint
 
 
@@ -354,6 +363,7 @@ __all__ = [
     "NeedSignature",
     "NeedSpi",
     "NeedStatus",
+    "PathLost",
     "PeerMoved",
     "Question",
     "ReauthenticationBegun",

@@ -38,7 +38,7 @@ PeerSteps = Generator[Question, Any, list[Payload]]
 class Flow:
     """`request_id` is the message ID of the peer's request, None for an exchange of ours."""
 
-    __slots__ = ("asked_at", "first_datagram", "generator", "request_id", "session", "token", "what")
+    __slots__ = ("asked_at", "first_datagram", "generator", "path", "request_id", "session", "token", "what")
 
     def __init__(
         self,
@@ -53,6 +53,7 @@ class Flow:
         self.what = what
         self.request_id = request_id
         self.first_datagram = first_datagram  # digest of the request, for the window
+        self.path = session.arrived  # our end and the peer's, by which the request came
         self.token = 0
         self.asked_at = 0.0
 

@@ -48,6 +48,11 @@ class Followup:
     link: bytes
     since: float
     done: int = 0
+    decided: bool = False  # ours has given way to it: nothing else may come in between
+
+    @property
+    def until(self) -> float:
+        return self.since + PATIENCE
 
 
 def follow_up(session: Session, made: Agreed, answer: Message) -> Steps[str]:
@@ -82,7 +87,7 @@ def serve_followup(session: Session, message: Message) -> PeerSteps:
     if waiting is None or not known or session.state is not State.ESTABLISHED:
         return [notify(NotifyType.STATE_NOT_FOUND)]
     session.followup = None
-    if session.context.now > waiting.since + PATIENCE:
+    if session.context.now > waiting.until:
         return [notify(NotifyType.STATE_NOT_FOUND)]
     if is_busy(session):
         return [notify(NotifyType.TEMPORARY_FAILURE)]

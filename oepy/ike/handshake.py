@@ -43,6 +43,7 @@ class Handshake:
         "offers",
         "peer_childless",
         "peer_hashes",
+        "peer_nat_t",
         "peer_ppk",
         "pending",
         "refusal",
@@ -60,6 +61,7 @@ class Handshake:
         self.nonce_r = b""
         self.peer_hashes: frozenset[int] = frozenset()
         self.peer_ppk = False
+        self.peer_nat_t = False
         self.peer_childless = False
         self.certificates_asked = False  # X.509, by the peer
         self.sk_pi: Secret | None = None
@@ -100,26 +102,47 @@ def nat_hash(spi_i: bytes, spi_r: bytes, endpoint: Endpoint) -> bytes:
     return hashlib.sha1(data, usedforsecurity=False).digest()
 
 
-def common_notifies(session: Session, spi_r: bytes) -> list[Payload]:
-    """NAT detection, hash algorithms and fragmentation, which both IKE_SA_INIT messages carry."""
-    source = nat_hash(session.spi_i, spi_r, session.local)
+def nat_detection(
+    session: Session, spi_r: bytes, ends: tuple[Endpoint, Endpoint] | None = None
+) -> list[Payload]:
+    """`ends`: ours and the peer's, where they are not those of the session."""
+    local, remote = ends or (session.local, session.remote)
+    source = nat_hash(session.spi_i, spi_r, local)
     if session.settings.force_encap:
         # a source that cannot be: the peer then sees a NAT, and both encapsulate ESP in UDP
         source = bytes(byte ^ 0xFF for byte in source)
     return [
         notify(NotifyType.NAT_DETECTION_SOURCE_IP, source),
-        notify(NotifyType.NAT_DETECTION_DESTINATION_IP, nat_hash(session.spi_i, spi_r, session.remote)),
+        notify(NotifyType.NAT_DETECTION_DESTINATION_IP, nat_hash(session.spi_i, spi_r, remote)),
+    ]
+
+
+def nats_found(session: Session, message: Message, spi_r: bytes) -> tuple[bool, bool] | None:
+    """Whether there is a NAT before the peer, and one before us; None where the peer says nothing of it."""
+    sources = [n.data for n in message.notifies() if n.type == NotifyType.NAT_DETECTION_SOURCE_IP]
+    ours = message.notify(NotifyType.NAT_DETECTION_DESTINATION_IP)
+    if not sources or ours is None:
+        return None
+    return (
+        nat_hash(session.spi_i, spi_r, session.remote) not in sources,
+        nat_hash(session.spi_i, spi_r, session.local) != ours.data,
+    )
+
+
+def common_notifies(session: Session, spi_r: bytes) -> list[Payload]:
+    """NAT detection, hash algorithms and fragmentation, which both IKE_SA_INIT messages carry."""
+    return [
+        *nat_detection(session, spi_r),
         notify(NotifyType.SIGNATURE_HASH_ALGORITHMS, b"".join(h.to_bytes(2, "big") for h in OUR_HASHES)),
         notify(NotifyType.FRAGMENTATION_SUPPORTED),
     ]
 
 
 def read_common_notifies(session: Session, handshake: Handshake, message: Message, spi_r: bytes) -> None:
-    sources = [n.data for n in message.notifies() if n.type == NotifyType.NAT_DETECTION_SOURCE_IP]
-    ours = message.notify(NotifyType.NAT_DETECTION_DESTINATION_IP)
-    if sources and ours is not None:
-        session.nat_remote = nat_hash(session.spi_i, spi_r, session.remote) not in sources
-        session.nat_local = nat_hash(session.spi_i, spi_r, session.local) != ours.data
+    nats = nats_found(session, message, spi_r)
+    handshake.peer_nat_t = nats is not None
+    if nats is not None:
+        session.nat_remote, session.nat_local = nats
         session.encap = session.nat_local or session.nat_remote or session.settings.force_encap
     hashes = message.notify(NotifyType.SIGNATURE_HASH_ALGORITHMS)
     if hashes is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from oepy.ike import mobike
 from oepy.ike.algorithms import accepted, choose, ike_suite, to_proposals
 from oepy.ike.crypto import derive_ike_keys, skeyseed_rekey
 from oepy.ike.events import DownReason, IkeRekeyed
@@ -23,8 +24,8 @@ from oepy.ike.states import Happening, State
 if TYPE_CHECKING:
     from oepy.ike.message import Message
 
-_HARMLESS = frozenset(("liveness", "confirm", "rekey-ike"))
-"""Exchanges of ours during which the peer may rekey the IKE SA (§2.25.2)."""
+_HARMLESS = frozenset(("liveness", "confirm", "rekey-ike", mobike.UPDATE, mobike.CHECK, mobike.TELL))
+"""Exchanges of ours during which the peer may rekey the IKE SA (§2.25.2): they are begun again in the new one."""
 MAX_PREDECESSORS = 4  # a peer that rekeys on and on, and never deletes, fills no memory
 
 
@@ -107,6 +108,7 @@ INHERITED = (
     "key",
     "label",
     "last_error",
+    "mobike",
     "nat_local",
     "nat_remote",
     "own_proof",
@@ -138,6 +140,7 @@ def take_over(old: Session, new: Session) -> None:
     old.move(Happening.REPLACED)
     old.moved_to = new
     context.moved(old, None)
+    mobike.take_over(old, new)
     context.established(new)
     context.by_number[new.number] = new
     context.counters["ike_rekeyed"] += 1
@@ -219,6 +222,8 @@ def _settle(session: Session, successor: Session, lowest: bytes) -> None:
     if session.moved_to is not None or lowest < rival:
         counters["rekey_collisions_lost"] += 1
         session.rekey_at = session.context.now + session.settings.lifetimes.rekey_retry
+        if session.followup is not None:
+            session.followup.decided = True
         resolve_candidate(session)
         successor.start("delete-ike", lambda it: delete_ike(it, DownReason.REKEYED))
         successor.reschedule()

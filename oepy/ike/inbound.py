@@ -44,6 +44,8 @@ def receive(session: Session, outer: Message, local: Endpoint, remote: Endpoint)
     elif not _expects(session, header, data, local, remote):
         return
     opened = open_sealed(data, chain.encrypted, session.unprotect)
+    if not header.is_response:
+        session.arrived = (local, remote)
     _heard(session, local, remote)
     whole = _reassemble(session, header, chain, opened)
     if whole is None:
@@ -80,8 +82,8 @@ def _heard(session: Session, local: Endpoint, remote: Endpoint) -> None:
     could come to speak for anybody's address, and have the traffic of that sent to itself.
     """
     session.heard_at = session.context.now
-    if remote == session.remote and local == session.local:
-        return
+    if (remote == session.remote and local == session.local) or session.mobike is not None:
+        return  # RFC 4555 §3.8: with MOBIKE nothing moves but by UPDATE_SA_ADDRESSES
     proven = session.established_at != _NEVER and session.authenticated is not Authenticated.NULL
     if remote.address != session.remote.address and not proven:
         session.context.counters["moves_refused"] += 1
@@ -90,7 +92,7 @@ def _heard(session: Session, local: Endpoint, remote: Endpoint) -> None:
         if session.established_at != _NEVER:
             if remote.address != session.remote.address:
                 session.context.moved(session, remote.address)
-            session.context.emit(PeerMoved(session.number, local, remote))
+            session.context.emit(PeerMoved(session.number, local, remote, session.encap))
         session.local, session.remote = local, remote
 
 

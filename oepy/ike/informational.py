@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from oepy.ike import mobike
 from oepy.ike.events import ChildUsable, DownReason
 from oepy.ike.flow import OwnSteps, PeerSteps, Send
 from oepy.ike.header import Exchange, PayloadType
@@ -42,6 +43,7 @@ def serve_informational(session: Session, message: Message) -> PeerSteps:
         session.context.counters["peer_rejects_our_proof"] += 1
         _peer_ends(session)
         return []
+    answer += mobike.serve(session, message)
     if deleted:
         answer.append((PayloadType.DELETE, build_delete(Delete(PROTOCOL_ESP, tuple(deleted)))))
     return answer
@@ -119,4 +121,5 @@ def delete_child(session: Session, spi_in: int, reason: DownReason) -> OwnSteps:
 
 def liveness(session: Session) -> OwnSteps:
     session.context.counters["liveness_checks"] += 1
-    yield Send(Exchange.INFORMATIONAL, [])
+    answer: Message = yield Send(Exchange.INFORMATIONAL, mobike.probe(session))
+    mobike.after_probe(session, answer)

@@ -159,6 +159,7 @@ def _init_answered(session: Session, handshake: Handshake, answer: Message) -> N
     session.move(Happening.INIT_ANSWERED)
     session.window.next_own = 1
     settings = session.settings
-    if session.encap and session.remote.port == settings.ike_port:
+    floats = session.encap or (settings.mobike and handshake.peer_nat_t)  # RFC 4555 §3.3
+    if floats and session.remote.port == settings.ike_port:
         session.local = Endpoint(session.local.address, settings.nat_t_port)
         session.remote = Endpoint(session.remote.address, settings.nat_t_port)

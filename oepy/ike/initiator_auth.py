@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from oepy.ike import aggregation, certificates, configuration, ppk, reauthentication, transport
+from oepy.ike import aggregation, certificates, configuration, mobike, ppk, reauthentication, transport
 from oepy.ike.algorithms import accepted, esp_suite, to_proposals, without_groups
 from oepy.ike.authentication import AuthMethod, matches, null_auth, psk_auth, verify_auth
 from oepy.ike.child import ChildSa, install, read_selectors, spi_of, within
@@ -69,7 +69,7 @@ def authenticate(session: Session, request: Initiate, handshake: Handshake) -> O
     offers = tuple(without_groups(offer) for offer in request.esp_offers or session.settings.esp_offers)
     keys = ppk.Keys.of(session, handshake)
     payloads = yield from _identity_and_proof(session, request, handshake, secret)
-    payloads += configuration.request_payloads(request)
+    payloads += [*configuration.request_payloads(request), *mobike.offer(session)]
     if not childless:
         payloads += _child_payloads(session, request, offers, spi_in)
     answer = yield Send(Exchange.IKE_AUTH, payloads)
@@ -81,6 +81,7 @@ def authenticate(session: Session, request: Initiate, handshake: Handshake) -> O
     if secret is not None:
         ppk.confirm(session, handshake, secret, keys, answer)
     yield from _verify_peer(session, request, handshake, answer)
+    mobike.agree(session, answer)
     session.connection = request.connection
     _establish_with_child(session, request, handshake, answer, offers, spi_in, childless=childless)
 

@@ -11,6 +11,7 @@ from oepy.ike.events import Datagram, DownReason, FailureKind
 from oepy.ike.header import Exchange
 from oepy.ike.ike_rekey import rekey_ike
 from oepy.ike.informational import delete_child, delete_ike, liveness
+from oepy.ike.mobike import another_path
 from oepy.ike.reauthentication import reauthenticate
 from oepy.ike.states import LIVE, State
 
@@ -49,13 +50,16 @@ def handle_timer(session: Session) -> None:
             session.fail(FailureKind.REFUSED, "the exchange took too long", "")
         return
     if session.state in LIVE:
+        session.next_queued()  # what waited for a rekey of the peer's that it has not completed
         live_timers(session)
     session.reschedule()
 
 
 def _silent(session: Session) -> None:
     session.context.counters["silent"] += 1
-    if session.state in LIVE:
+    if session.state is State.ESTABLISHED and another_path(session):
+        session.reschedule()
+    elif session.state in LIVE:
         session.last_error = "the peer is silent"
         session.end(DownReason.LIVENESS)
     elif session.state is State.DELETING:

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from oepy.ike.context import Context, HalfOpenKey
     from oepy.ike.followup import Followup
     from oepy.ike.handshake import Handshake
+    from oepy.ike.mobike import Mobike
     from oepy.model import Secret
 
 MAX_QUEUED = 16
@@ -58,6 +59,7 @@ Starter = Callable[["Session"], OwnSteps]
 
 class Session:
     __slots__ = (
+        "arrived",
         "authenticated",
         "candidate",
         "candidate_for",
@@ -82,6 +84,7 @@ class Session:
         "last_error",
         "leaving",
         "local",
+        "mobike",
         "moved_to",
         "nat_local",
         "nat_remote",
@@ -153,10 +156,10 @@ class Session:
         self.label = self.connection = self.last_error = ""
         self.encap = False
         self.nat_local = self.nat_remote = False
-        self.created = context.now
-        self.established_at = NEVER
-        self.heard_at = context.now
-        self.childless_since = NEVER
+        self.mobike: Mobike | None = None  # where both agreed on it
+        self.arrived = (local, remote)  # our end and the peer's of its last request
+        self.created = self.heard_at = context.now
+        self.established_at = self.childless_since = NEVER
         self.rekey_at = self.reauth_at = self.keepalive_at = NEVER
         self.request: Initiate | None = None  # ours, with which it began: for a reauthentication
         self.reauthenticates = self.reauthenticated_by = 0
@@ -194,6 +197,11 @@ class Session:
     @property
     def spi_r(self) -> bytes:
         return self.spi_peer if self.initiator else self.spi_own
+
+    @property
+    def esp_ends(self) -> tuple[Endpoint, Endpoint, bool]:
+        """Our end and the peer's of ESP, and whether it is in UDP: behind those of IKE while the peer moves."""
+        return self.mobike.settled if self.mobike is not None else (self.local, self.remote, self.encap)
 
     def set_keys(self, suite: IkeSuite, keys: IkeKeyMaterial, *, final: bool = True) -> None:
         """`final` False: others follow before IKE_AUTH, so these are of no use to a reader of captures."""
@@ -262,7 +270,7 @@ class Session:
 
     def start(self, what: str, starter: Starter) -> bool:
         """Begin an exchange of ours, or queue it behind the running one. False where the queue is full."""
-        if self.own is not None or self.window.outstanding is not None:
+        if self.own is not None or self.window.outstanding is not None or self.waits_for_peer:
             if self.queue is None:
                 self.queue = deque()
             if len(self.queue) >= MAX_QUEUED:
@@ -273,6 +281,13 @@ class Session:
         self.drive(self.own, None)
         self.reschedule()
         return True
+
+    @property
+    def waits_for_peer(self) -> bool:
+        """Our rekey of the IKE SA has given way to the peer's, which is not complete yet: it could not take over
+        while an exchange of ours is under way, and none would be left."""
+        waiting = self.followup
+        return waiting is not None and waiting.decided and self.context.now <= waiting.until
 
     def busy_with(self, what: str) -> bool:
         return (self.own is not None and self.own.what == what) or any(
@@ -339,7 +354,10 @@ class Session:
         assert flow.request_id is not None
         datagrams = self.build(exchange, flow.request_id, payloads, response=True)
         self.window.respond(flow.first_datagram, datagrams)
-        self.send(datagrams)
+        local, remote = self.local, self.remote
+        if self.mobike is not None:
+            local, remote = flow.path  # to where it was asked from, which may be a path that is only tried
+        self.send(datagrams, remote, local)
 
     def _failed(self, flow: Flow, failure: HandshakeFailed) -> None:
         if flow.request_id is not None:
@@ -354,7 +372,7 @@ class Session:
         self.fail(failure.kind, failure.text, failure.notify)
 
     def next_queued(self) -> None:
-        while self.own is None and self.queue and self.state in LIVE:
+        while self.own is None and self.queue and self.state in LIVE and not self.waits_for_peer:
             what, starter = self.queue.popleft()
             self.own = Flow(self, starter(self), what)
             self.drive(self.own, None)

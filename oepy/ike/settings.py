@@ -96,6 +96,10 @@ class IkeSettings:
     max_half_open_per_prefix: int = 64  # of one IPv4 /24 or IPv6 /56
     max_sessions: int = 100_000
     force_encap: bool = True
+    mobike: bool = False  # RFC 4555, with peers that prove who they are
+    additional_addresses: tuple[
+        IpAddress, ...
+    ] = ()  # of ours, which the peer may use as well (RFC 4555 §3.4)
     aggregation: bool = False  # AGGFRAG payloads (RFC 9347): whether the datapath can
     ike_port: int = 500
     nat_t_port: int = 4500
