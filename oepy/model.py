@@ -147,8 +147,8 @@ class TrafficSelector:
             return None
         if self.protocol and other.protocol and self.protocol != other.protocol:
             return None
-        start = max(self.start, other.start, key=int)
-        end = min(self.end, other.end, key=int)
+        start = self.start if int(self.start) >= int(other.start) else other.start
+        end = self.end if int(self.end) <= int(other.end) else other.end
         start_port = max(self.start_port, other.start_port)
         end_port = min(self.end_port, other.end_port)
         if int(start) > int(end) or start_port > end_port:

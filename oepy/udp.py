@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import errno
+import functools
 import socket
 import struct
 from collections.abc import Iterable, Sequence
@@ -95,6 +96,13 @@ def received_at(ancillary: Iterable[tuple[int, int, bytes]]) -> IpAddress | None
     return None
 
 
+@functools.lru_cache(maxsize=4096)
+def _endpoint(text: str, port: int) -> Endpoint:
+    """As the socket module names it. A peer's is the same object each time, in all that keeps it."""
+    address = IPv6Address(text.partition("%")[0]) if ":" in text else IPv4Address(text)
+    return Endpoint(address, port)
+
+
 class UdpSocket:
     """One bound socket of one family. Never blocks."""
 
@@ -119,8 +127,7 @@ class UdpSocket:
         local = received_at(ancillary)
         if local is None:  # cannot happen: asked for in open_socket
             return None
-        source = IPv4Address(address[0]) if self.version == 4 else IPv6Address(address[0].partition("%")[0])
-        return Datagram(data, Endpoint(local, self.port), Endpoint(source, address[1]))
+        return Datagram(data, Endpoint(local, self.port), _endpoint(address[0], address[1]))
 
     def send(self, data: bytes, source: IpAddress, remote: Endpoint) -> bool:
         """Whether the kernel took it. False where it is lost on the way out (no route, no buffer)."""

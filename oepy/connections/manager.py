@@ -124,7 +124,19 @@ class _Group:
     attempt: int = 0  # that is under way
     session: int = 0  # of that attempt, 0 until it has begun
     sessions: dict[int, str] = field(default_factory=dict)  # established, with the peer's identity
+    by_identity: dict[str, dict[int, None]] = field(default_factory=dict)
     waiting: list[str] = field(default_factory=list)  # children that join as soon as it is established
+
+    def enter(self, session: int, identity: str) -> None:
+        self.sessions[session] = identity
+        self.by_identity.setdefault(identity, {})[session] = None
+
+    def leave(self, session: int) -> None:
+        identity = self.sessions.pop(session, None)
+        if identity is not None:
+            del self.by_identity[identity][session]
+            if not self.by_identity[identity]:
+                del self.by_identity[identity]
 
 
 class Manager:
@@ -350,7 +362,7 @@ class Manager:
         if group is None:
             yield CloseSession(message.session)
             return
-        others = [session for session, peer in group.sessions.items() if peer == message.identity]
+        others = group.by_identity.get(message.identity)
         if others and group.connection.unique == "keep" and not message.initiator:
             yield CloseSession(message.session)
             yield Tell(
@@ -362,11 +374,11 @@ class Manager:
                 },
             )
             return
-        group.sessions[message.session] = message.identity
+        replaced = list(others or ()) if group.connection.unique == "replace" else []
+        group.enter(message.session, message.identity)
         self._by_session[message.session] = message.connection
-        if others and group.connection.unique == "replace":
-            for session in others:
-                yield CloseSession(session)
+        for session in replaced:
+            yield CloseSession(session)
         if message.session == group.session:
             self._by_attempt.pop(group.attempt, None)
             group.attempt = group.session = 0
@@ -513,7 +525,7 @@ class Manager:
         group = self._groups.get(self._by_session.pop(message.session, ""))
         if group is None:
             return
-        group.sessions.pop(message.session, None)
+        group.leave(message.session)
         for child in group.connection.children:
             state = self.children[group.connection.label(child)]
             lost = state.state is State.CONNECTING

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from oepy.connections import messages as m
 from oepy.connections.manager import ChildState, Manager
 from oepy.connections.match import Matcher
-from oepy.connections.model import EMPTY, Child, Connection, ConnectionSet, Place, Selector
+from oepy.connections.model import EMPTY, Child, Connection, ConnectionSet, Life, Place, Selector
 from oepy.daemon.crlreader import read_long_crl
 from oepy.daemon.paths import Paths
 from oepy.daemon.pools import Pools
@@ -103,6 +103,7 @@ class Conventional:
         self.pools = Pools(given.leases, self._core.journal.add)
         self.revocation = Revocation(given.fetch, read_long_crl, given.wall_clock)
         self._settings_of = functools.lru_cache(maxsize=4096)(self._make_settings)
+        self._settings_of_all = functools.lru_cache(maxsize=4096)(self._make_settings_of_all)
         self._offers_of = functools.lru_cache(maxsize=4096)(_esp_offers)
 
     def _wall_clock(self) -> float:
@@ -123,6 +124,7 @@ class Conventional:
         self.trusts = trusts
         self.revocation.begin_anew(trusts.authority_of)
         self._settings_of.cache_clear()
+        self._settings_of_all.cache_clear()
         self._claimed = PrefixTable()
         for connection in configured.connections:
             for child in connection.children:
@@ -518,9 +520,13 @@ class Conventional:
         found = self.matcher.by_address(local.address, remote.address, self.resolved)
         if not found:
             return base
+        certain = all(self._known_address(connection, remote.address) for connection in found)
+        return self._settings_of_all(tuple(found), certain)
+
+    def _make_settings_of_all(self, found: tuple[Connection, ...], certain: bool) -> IkeSettings:
+        base = self._core.given.ike_settings
         every = [self._settings_of(connection) for connection in found]
         best = every[0]
-        certain = all(self._known_address(connection, remote.address) for connection in found)
         offers = tuple(dict.fromkeys(map(_Same, (o for one in every for o in one.ike_offers))))
         others = () if certain else tuple(map(_Same, base.ike_offers))
         unique = dict.fromkeys((*offers, *others))
@@ -546,7 +552,7 @@ class Conventional:
     def psk(self, event: ike.NeedPsk) -> Secret | ike.Known:
         """A secret in any case: where there is none, one that nobody knows, so that the peer sees no difference
         in what comes back nor in when."""
-        local = self._local_of(event.session)
+        local = self._local_of(event)
         own = event.own_identity
         candidates = [
             connection
@@ -577,7 +583,7 @@ class Conventional:
         if not self.configured.ppks:
             return None
         name = event.name.decode(errors="replace")
-        local = self._local_of(event.session)
+        local = self._local_of(event)
         found = self._by_identity(local, event.remote.address, event.identity, None)
         if not any(connection.ppk_id in ("", name) for connection in found):
             return None
@@ -611,7 +617,7 @@ class Conventional:
             return self._certified(event, [self._connection_of[event.session]])
         if not self.configured.connections:
             return NOT_OURS
-        local = self._local_of(event.session)
+        local = self._local_of(event)
         found = self._by_identity(local, event.remote.address, event.identity, event.own_identity)
         named = [connection for connection in found if connection.remote.id.text != "%any"]
         by_key = [connection for connection in found if connection.remote.auth == "pubkey"]
@@ -666,8 +672,10 @@ class Conventional:
     ) -> list[Connection]:
         return self.matcher.by_identity(local, remote, identity, own, self.resolved)
 
-    def _local_of(self, session: int) -> IpAddress:
-        info = self._core.negotiator.endpoint.session(session)
+    def _local_of(self, event: ike.NeedPsk | ike.NeedPeerKey | ike.NeedPpk) -> IpAddress:
+        if not isinstance(event, ike.NeedPpk) and event.local is not None:
+            return event.local.address
+        info = self._core.negotiator.endpoint.session(event.session)
         assert info is not None
         return info.local.address
 
@@ -750,18 +758,8 @@ class Conventional:
 
     def _acceptable(self, connection: Connection, session: int) -> bool:
         """Whether the IKE SA's algorithms are the connection's: by address it may have been taken for another."""
-        info = self._core.negotiator.endpoint.session(session)
-        offers = _ike_offers(connection)
-        if info is None or offers is None:
-            return True
-        try:
-            chosen = parse_ike_proposal(info.suite)
-        except OepyError:
-            return False
-        return any(
-            set(chosen) <= set(offer) and all(set(chosen[kind]) <= set(offer[kind]) for kind in chosen)
-            for offer in offers
-        )
+        suite = self._core.negotiator.endpoint.suite(session)
+        return not suite or _ike_offers(connection) is None or _is_of(suite, connection.proposals)
 
     def _narrowed(
         self,
@@ -910,8 +908,25 @@ def _ike_offers(connection: Connection) -> tuple[Offer, ...] | None:
     return _offers(connection.proposals)
 
 
+@functools.lru_cache(maxsize=4096)
+def _is_of(suite: str, proposals: tuple[str, ...]) -> bool:
+    """Whether each algorithm of an IKE SA is in one of the proposals."""
+    try:
+        chosen = parse_ike_proposal(suite)
+    except OepyError:
+        return False
+    return any(
+        set(chosen) <= set(offer) and all(set(chosen[kind]) <= set(offer[kind]) for kind in chosen)
+        for offer in _offers(proposals) or ()
+    )
+
+
 def _lifetimes(child: Child) -> Lifetimes:
-    life = child.life
+    return _lifetimes_of(child.life)
+
+
+@functools.lru_cache(maxsize=4096)
+def _lifetimes_of(life: Life) -> Lifetimes:
     return Lifetimes(
         child_rekey=life.rekey_time,
         child_hard=life.life_time,

@@ -81,6 +81,7 @@ class Negotiator:
         self._contacted: set[IpAddress] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
         self._pumping = False
         self._closing = False
         self._sign_alert_at = float("-inf")
@@ -240,13 +241,17 @@ class Negotiator:
         self._arm()
 
     def _arm(self) -> None:
+        """A timer that is set already and too early does no harm; to set it anew with each message would cost."""
+        when = self.endpoint.next_timer()
         if self._timer is not None:
+            if when is not None and self._timer_at <= when:
+                return
             self._timer.cancel()
             self._timer = None
-        when = self.endpoint.next_timer()
         if when is not None:
             delay = max(0.0, when - self._ports.monotonic())
             self._timer = asyncio.get_running_loop().call_later(delay, self._timer_fired)
+            self._timer_at = when
 
     def _timer_fired(self) -> None:
         self._timer = None

@@ -5,14 +5,12 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
-from ipaddress import IPv4Network, IPv6Network
 from typing import TYPE_CHECKING, TypeVar
 
 from oepy.ike.cookies import CookieJar
 from oepy.ike.events import Datagram, IkeEvent, Question
 from oepy.ike.settings import IkeSettings
-from oepy.model import Endpoint, IpAddress, IpNetwork, PeerIdentity
+from oepy.model import Endpoint, IpAddress, PeerIdentity
 
 if TYPE_CHECKING:
     from oepy.ike.child import ChildSa
@@ -24,11 +22,13 @@ HalfOpenKey = tuple[Endpoint, bytes]
 SettingsFor = Callable[[Endpoint, Endpoint], IkeSettings]
 
 
-def prefix_of(address: IpAddress) -> IpNetwork:
+Prefix = tuple[int, int]
+"""IP version, and the bits of an IPv4 /24 or an IPv6 /56."""
+
+
+def prefix_of(address: IpAddress) -> Prefix:
     """The network whose half-open sessions are counted together."""
-    if address.version == 4:
-        return IPv4Network((int(address) & ~0xFF, 24))
-    return IPv6Network((int(address) >> 72 << 72, 56))
+    return address.version, int(address) >> (8 if address.version == 4 else 72)
 
 
 class Context:
@@ -53,7 +53,7 @@ class Context:
         self.by_child: dict[int, int] = {}  # our inbound ESP SPI → session number
         self._alike: dict[int, tuple[int, ...]] = {}  # inbound ESP SPIs by ChildSa.likeness
         self.half_open: dict[HalfOpenKey, Session] = {}
-        self.half_open_of: Counter[IpNetwork] = Counter()
+        self.half_open_of: Counter[Prefix] = Counter()
         self.questions: dict[int, Flow] = {}
         self._next_number = 0
         self._next_token = 0
@@ -83,7 +83,8 @@ class Context:
     def ask(self, flow: Flow, question: Question) -> int:
         self._next_token += 1
         self.questions[self._next_token] = flow
-        self.events.append(replace(question, token=self._next_token))
+        object.__setattr__(question, "token", self._next_token)  # frozen, but nobody else has it yet
+        self.events.append(question)
         return self._next_token
 
     def jitter(self, seconds: float, part: float) -> float:

@@ -303,6 +303,11 @@ class IkeEndpoint:
         session = self._context.by_number.get(number)
         return None if session is None else _info(session)
 
+    def suite(self, number: int) -> str:
+        """The algorithms of a session's IKE SA, "" where there is none."""
+        session = self._context.by_number.get(number)
+        return str(session.suite or "") if session is not None else ""
+
     def session_with_child(self, spi_in: int) -> SessionInfo | None:
         return self.session(self._context.by_child.get(spi_in, 0))
 

@@ -85,11 +85,12 @@ def parse_header(data: bytes) -> Header:
     return header
 
 
-def build_header(header: Header, length: int) -> bytes:
+def build_header(header: Header, length: int, first: int | None = None) -> bytes:
+    """`first`: the type of the first payload, where the header does not know it yet."""
     return _HEADER.pack(
         header.spi_i,
         header.spi_r,
-        header.next_payload,
+        header.next_payload if first is None else first,
         header.version,
         header.exchange,
         header.flags,

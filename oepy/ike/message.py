@@ -46,24 +46,15 @@ class Message:
         return [n for n in self.chain.parsed.get(PayloadType.NOTIFY, ()) if isinstance(n, Notify)]
 
     def notify(self, kind: NotifyType) -> Notify | None:
-        return next((notify for notify in self.notifies() if notify.type == kind), None)
+        for item in self.chain.parsed.get(PayloadType.NOTIFY, ()):
+            if isinstance(item, Notify) and item.type == kind:
+                return item
+        return None
 
 
 def build_plain(header: Header, payloads: Sequence[Payload]) -> bytes:
     first, body = build_chain(payloads)
-    return build_header(_with_next(header, first), HEADER_SIZE + len(body)) + body
-
-
-def _with_next(header: Header, first: int) -> Header:
-    return Header(
-        header.spi_i,
-        header.spi_r,
-        first,
-        header.version,
-        header.exchange,
-        header.flags,
-        header.message_id,
-    )
+    return build_header(header, HEADER_SIZE + len(body), first) + body
 
 
 def build_sealed(
@@ -95,7 +86,7 @@ def _seal(
 ) -> bytes:
     inner = _GENERIC + len(fields) + len(plain) + protection.overhead(len(plain))
     associated = (
-        build_header(_with_next(header, kind), HEADER_SIZE + inner)
+        build_header(header, HEADER_SIZE + inner, kind)
         + bytes((first, 0))
         + inner.to_bytes(2, "big")
         + fields

@@ -25,6 +25,8 @@ MAX_ID = 1024
 
 _CRITICAL = 0x80
 _GENERIC = struct.Struct("!BBH")
+_NOTIFY = struct.Struct("!BBH")
+_KE = struct.Struct("!HH")
 
 Payload = tuple[PayloadType, bytes]
 """A payload to send: its type and its body without the generic header."""
@@ -79,11 +81,7 @@ def parse_ke(reader: Reader) -> KeyShareData:
 
 
 def build_ke(group: int, data: bytes) -> bytes:
-    writer = Writer()
-    writer.push_u16(group)
-    writer.push_u16(0)
-    writer.push_bytes(data)
-    return writer.finish()
+    return _KE.pack(group, 0) + data
 
 
 def parse_nonce(reader: Reader) -> bytes:
@@ -101,13 +99,7 @@ def parse_notify(reader: Reader) -> Notify:
 
 
 def build_notify(notify: Notify) -> bytes:
-    writer = Writer()
-    writer.push_u8(notify.protocol)
-    writer.push_u8(len(notify.spi))
-    writer.push_u16(notify.type)
-    writer.push_bytes(notify.spi)
-    writer.push_bytes(notify.data)
-    return writer.finish()
+    return _NOTIFY.pack(notify.protocol, len(notify.spi), notify.type) + notify.spi + notify.data
 
 
 def notify(kind: NotifyType, data: bytes = b"", protocol: int = 0, spi: bytes = b"") -> Payload:
@@ -143,6 +135,9 @@ def build_auth(auth: AuthData) -> bytes:
     return bytes((auth.method, 0, 0, 0)) + auth.data
 
 
+_ID_SIZES = {IdType.IPV4_ADDR: 4, IdType.IPV6_ADDR: 16, IdType.NULL: 0}
+
+
 def parse_id(reader: Reader) -> Identification:
     if reader.remaining > MAX_ID:
         raise ParseError(f"identification of {reader.remaining} bytes")
@@ -154,8 +149,7 @@ def parse_id(reader: Reader) -> Identification:
     except ValueError:
         return Identification(body, None)
     data = body[4:]
-    sizes = {IdType.IPV4_ADDR: 4, IdType.IPV6_ADDR: 16, IdType.NULL: 0}
-    if sizes.get(kind, len(data)) != len(data):
+    if _ID_SIZES.get(kind, len(data)) != len(data):
         raise ParseError(f"identification: {kind.name} with {len(data)} bytes")
     return Identification(body, PeerIdentity(kind, data))
 
@@ -237,10 +231,8 @@ def parse_chain(data: bytes, first: int, start: int = 0, *, sealed: bool = True)
 
 def build_chain(payloads: Iterable[Payload]) -> tuple[int, bytes]:
     """The type of the first payload and the bytes of them all."""
-    items = list(payloads)
-    writer = Writer()
-    for index, (_, body) in enumerate(items):
-        following = items[index + 1][0] if index + 1 < len(items) else PayloadType.NONE
-        writer.push_bytes(_GENERIC.pack(following, 0, len(body) + 4))
-        writer.push_bytes(body)
-    return (items[0][0] if items else PayloadType.NONE), writer.finish()
+    following, parts = int(PayloadType.NONE), list[bytes]()
+    for kind, body in reversed(list(payloads)):
+        parts += body, _GENERIC.pack(following, 0, len(body) + 4)
+        following = kind
+    return following, b"".join(reversed(parts))
