@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from oepy.connections.model import Connection, ConnectionSet, IdPattern, Place
-from oepy.model import IpAddress, PeerIdentity, Secret
+from oepy.connections.model import Connection, ConnectionSet, IdPattern, Place, SharedSecret
+from oepy.model import IdType, IpAddress, PeerIdentity, Secret
 
 Resolved = Mapping[str, frozenset[IpAddress]]
 """The addresses of names, as last heard."""
@@ -28,7 +28,19 @@ class Matcher:
     however many there are; the others are looked through."""
 
     def __init__(self, configured: ConnectionSet) -> None:
-        self._secrets = configured.secrets
+        # Wildcards and secrets for everybody are looked through; the rest is found by name
+        self._shared = configured.secrets
+        self._wide: list[int] = []
+        self._alone: dict[_Key, list[int]] = {}  # with one ID
+        self._paired: dict[_Key, list[int]] = {}
+        for number, shared in enumerate(configured.secrets):
+            exact = [each.exact() for each in shared.ids]
+            if not exact or any(one is None or one.type is IdType.DER_ASN1_DN for one in exact):
+                self._wide.append(number)
+                continue
+            table = self._alone if len(exact) == 1 else self._paired
+            for key in {_key(one) for one in exact if one is not None}:
+                table.setdefault(key, []).append(number)
         self._by_address: dict[IpAddress, list[tuple[int, Connection]]] = {}
         self._others: list[tuple[int, Connection]] = []
         for number, connection in enumerate(configured.connections):
@@ -73,11 +85,31 @@ class Matcher:
         than one, one is better than none; among these, exact before wildcards."""
         ours, theirs = tuple(ours), tuple(theirs)
         best: tuple[tuple[int, int], Secret] | None = None
-        for shared in self._secrets:
+        for shared in self._candidates(ours, theirs):
             rank = _secret_rank(shared.ids, ours, theirs)
             if rank is not None and (best is None or rank < best[0]):
                 best = rank, shared.secret
         return None if best is None else best[1]
+
+    def _candidates(
+        self, ours: tuple[PeerIdentity, ...], theirs: tuple[PeerIdentity, ...]
+    ) -> Iterator[SharedSecret]:
+        """In the order of the file. Our own name is in most of the pairs: only the peer's leads to one."""
+        numbers = set(self._wide)
+        for one in theirs:
+            numbers.update(self._paired.get(_key(one), ()))
+        for one in (*ours, *theirs):
+            numbers.update(self._alone.get(_key(one), ()))
+        for number in sorted(numbers):
+            yield self._shared[number]
+
+
+_Key = tuple[IdType, bytes]
+
+
+def _key(identity: PeerIdentity) -> _Key:
+    """The same for identities that are `same_as` each other, but for distinguished names."""
+    return identity.type, identity.data.lower() if identity.type is IdType.FQDN else identity.data
 
 
 def _secret_rank(

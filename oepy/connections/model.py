@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import fnmatch
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address, ip_network
@@ -54,13 +55,19 @@ class IdPattern:
         if self.is_dn:
             return identity.type is IdType.DER_ASN1_DN and dn.matches(dn.parse(self.text), identity.data)
         if self.rank == 0:
-            return identity.same_as(PeerIdentity.parse(self.text))
+            return identity.same_as(_identity(self.text))
         named = identity.type in (IdType.FQDN, IdType.RFC822_ADDR)
         return named and fnmatch.fnmatchcase(str(identity).lower(), self.text)
 
     def exact(self) -> PeerIdentity | None:
         """The identity itself, None where there are many."""
-        return None if self.rank else PeerIdentity.parse(self.text)
+        return None if self.rank else _identity(self.text)
+
+
+@functools.lru_cache(maxsize=20_000)
+def _identity(text: str) -> PeerIdentity:
+    """Of the configuration; each handshake asks for some."""
+    return PeerIdentity.parse(text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +119,16 @@ class Selector:
     def at(self, outer: IpAddress | None) -> TrafficSelector | None:
         """With `dynamic` filled in; None where that is not known yet."""
         network = self.network if self.network is not None else outer
-        return None if network is None else TrafficSelector.of(network, self.protocol, self.port or None)
+        return None if network is None else _selector(network, self.protocol, self.port or None)
 
     def __str__(self) -> str:
         text = "dynamic" if self.network is None else str(self.network)
         return f"{text}[{self.protocol}/{self.port or 'any'}]" if self.protocol or self.port else text
+
+
+@functools.lru_cache(maxsize=4096)
+def _selector(network: IpNetwork | IpAddress, protocol: int, port: int | None) -> TrafficSelector:
+    return TrafficSelector.of(network, protocol, port)
 
 
 @dataclass(frozen=True, slots=True)
