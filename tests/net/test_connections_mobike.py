@@ -27,22 +27,26 @@ LINKS = (("eth0", "wan0", "198.18.6", 100), ("eth1", "wan1", "198.18.7", 200))
 SECRETS = [{"type": "ike", "id": ["gate.example", "one.road.example"], "secret_file": "psk"}]
 
 
+def lay_out(lab: Lab) -> tuple[Namespace, Namespace, Namespace]:
+    warrior, gate, inside = (lab.namespace(name) for name in ("warrior", "gate", "inside"))
+    for ours, theirs, net, _ in LINKS:
+        lab.veth(warrior, gate, ours, theirs)
+        warrior.address(ours, f"{net}.2/24")
+        gate.address(theirs, f"{net}.1/24")
+    lab.veth(gate, inside, "lan", "eth0")
+    gate.address("lan", "10.1.0.1/24")
+    gate.address("lo", f"{GATE}/32")
+    inside.address("eth0", f"{INSIDE}/24")
+    inside.ip("route", "add", "default", "via", "10.1.0.1")
+    gate.ip("route", "add", "default", "via", "198.18.6.2")
+    gate.sysctl("net.ipv4.ip_forward", "1")
+    return warrior, gate, inside
+
+
 @pytest.fixture(scope="module")
 def network() -> Iterator[tuple[Namespace, Namespace, Namespace]]:
     with Lab() as lab:
-        warrior, gate, inside = (lab.namespace(name) for name in ("warrior", "gate", "inside"))
-        for ours, theirs, net, _ in LINKS:
-            lab.veth(warrior, gate, ours, theirs)
-            warrior.address(ours, f"{net}.2/24")
-            gate.address(theirs, f"{net}.1/24")
-        lab.veth(gate, inside, "lan", "eth0")
-        gate.address("lan", "10.1.0.1/24")
-        gate.address("lo", f"{GATE}/32")
-        inside.address("eth0", f"{INSIDE}/24")
-        inside.ip("route", "add", "default", "via", "10.1.0.1")
-        gate.ip("route", "add", "default", "via", "198.18.6.2")
-        gate.sysctl("net.ipv4.ip_forward", "1")
-        yield warrior, gate, inside
+        yield lay_out(lab)
 
 
 @pytest.fixture
@@ -56,6 +60,28 @@ def hosts(network: tuple[Namespace, Namespace, Namespace], tmp_path: Path) -> It
     finally:
         for host in made:
             host.stop()
+
+
+def gate_section() -> dict[str, Any]:
+    road = {
+        "local_addrs": [GATE],
+        "local": {"auth": "psk", "id": "gate.example"},
+        "remote": {"auth": "psk", "id": "one.road.example"},
+        "pools": ["four"],
+        "children": {"net": {"local_ts": ["10.1.0.0/16"]}},
+    }
+    return {"connections": {"road": road}, "secrets": SECRETS, "pools": {"four": {"addrs": "10.9.0.0/24"}}}
+
+
+def client_section() -> dict[str, Any]:
+    home = {
+        "remote_addrs": [GATE],
+        "local": {"auth": "psk", "id": "one.road.example"},
+        "remote": {"auth": "psk", "id": "gate.example"},
+        "vips": ["0.0.0.0"],
+        "children": {"net": {"remote_ts": ["10.1.0.0/16"], "start_action": "start"}},
+    }
+    return {"connections": {"home": home}, "secrets": SECRETS}
 
 
 def routes(warrior: Namespace) -> None:
@@ -114,33 +140,8 @@ def test_traffic_goes_on_over_another_link(
     warrior, gate, _ = network
     client, server = hosts
     routes(warrior)
-    server.start(
-        {},
-        connections={
-            "road": {
-                "local_addrs": [GATE],
-                "local": {"auth": "psk", "id": "gate.example"},
-                "remote": {"auth": "psk", "id": "one.road.example"},
-                "pools": ["four"],
-                "children": {"net": {"local_ts": ["10.1.0.0/16"]}},
-            }
-        },
-        secrets=SECRETS,
-        pools={"four": {"addrs": "10.9.0.0/24"}},
-    )
-    client.start(
-        {},
-        connections={
-            "home": {
-                "remote_addrs": [GATE],
-                "local": {"auth": "psk", "id": "one.road.example"},
-                "remote": {"auth": "psk", "id": "gate.example"},
-                "vips": ["0.0.0.0"],
-                "children": {"net": {"remote_ts": ["10.1.0.0/16"], "start_action": "start"}},
-            }
-        },
-        secrets=SECRETS,
-    )
+    server.start({}, **gate_section())
+    client.start({}, **client_section())
     up = client.oepy("connection", "up", "home")
     assert up.returncode == 0, up.stdout + up.stderr + client.log() + server.log()
     (before,) = client.json("sas")
