@@ -75,7 +75,9 @@ class Core:
         self.journal = journal
         self.policy = policy
         self.manual = ManualKeying(NoBackend())
-        self.engine = Engine(engine_settings(policy, insecure_keys, block, self.settled_elsewhere))
+        self.engine = Engine(
+            engine_settings(policy, insecure_keys, block, self.settled_elsewhere, self.is_own)
+        )
         self.steps = Steps(self._internal_error)
         self.connections = Conventional(self)
         self.names = LearnedNames()
@@ -91,6 +93,9 @@ class Core:
             return f"manual {manual}", bool(manual.selector.protocol)
         label = self.connections.settles(address)
         return None if label is None else (f"connection {label}", False)
+
+    def is_own(self, address: IpAddress) -> bool:
+        return self.given.is_own(address)
 
     def reload_trap(self) -> None:
         """The configured rules are others. `runtime.Daemon` does it."""
@@ -353,6 +358,7 @@ def engine_settings(
     insecure_keys: bool,
     block: bool,
     settled: Callable[[IpAddress], tuple[str, bool] | None],
+    own: Callable[[IpAddress], bool],
 ) -> EngineSettings:
     """`settled`: by what a destination is settled (a manual policy, a connection), and whether of some protocols
     only. To the engine such a destination is clear: it begins nothing with it, and answers no offer, so that no
@@ -372,4 +378,4 @@ def engine_settings(
         other = policy.groups_of(address) if configured[1] else frozenset()
         return other | {PolicyGroup.CLEAR}
 
-    return EngineSettings(group_of, insecure_keys, block, groups_of)
+    return EngineSettings(group_of, insecure_keys, block, groups_of, own)

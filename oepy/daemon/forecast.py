@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from oepy import config as configuration
 from oepy.config import Config
 from oepy.daemon import views
+from oepy.daemon.addresses import is_own
 from oepy.daemon.manual import first_match
 from oepy.engine.forecast import STATIC, forecast
 from oepy.interfaces import KeySource
@@ -26,7 +27,7 @@ async def foretell(
     if match.group in STATIC:
         return views.would_be(str(destination), match, None, STATIC[match.group])
     answer = await source.peer_keys(destination)
-    outcome = forecast(match.group, answer, use_insecure_keys=use_insecure_keys)
+    outcome = forecast(match.group, answer, use_insecure_keys=use_insecure_keys, is_own=is_own)
     return views.would_be(str(destination), match, answer, outcome)
 
 

@@ -365,7 +365,8 @@ class Daemon(Core):
         self._use_key(host_key)
         self.policy = PolicyTable(config.rules, config.default_group)
         self.engine.settings = engine_settings(
-            self.policy, config.insecure_keys, config.after_failed_ike_blocks, self.settled_elsewhere
+            *(self.policy, config.insecure_keys, config.after_failed_ike_blocks),
+            *(self.settled_elsewhere, self.is_own),
         )
         self.connections.load(config.connections, keys)
         self.feed(engine_messages.Reloaded())

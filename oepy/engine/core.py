@@ -70,12 +70,14 @@ _FAILURE_CAUSE = {
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
     """`group_of` maps an address to its policy group and the text of the matching prefix; `groups_of` to all
-    groups that single ports or protocols may have there as well (None: only that one)."""
+    groups that single ports or protocols may have there as well (None: only that one). `is_own`: whether an address
+    is this host's."""
 
     group_of: Callable[[IpAddress], tuple[PolicyGroup, str]]
     use_insecure_keys: bool = False
     after_failed_ike_blocks: bool = False
     groups_of: Callable[[IpAddress], frozenset[PolicyGroup]] | None = None
+    is_own: Callable[[IpAddress], bool] = lambda _: False
 
     def possible(self, address: IpAddress) -> frozenset[PolicyGroup]:
         if self.groups_of is not None:
@@ -239,7 +241,11 @@ class Engine:
                 },
             )
             self._choose(entry, answer, now)
-            if entry.candidates:
+            if any(self.settings.is_own(candidate.gateway) for candidate in entry.candidates):
+                # Nobody protects the last stretch but whoever is at its end (RFC 4322 §3.2)
+                entry.candidates = []
+                yield from self._settle(entry, Cause.OURS, "its records name one of our addresses", now)
+            elif entry.candidates:
                 yield from self._next_gateway(entry, now)
             else:
                 yield from self._settle(entry, cause_of(answer), answer.reason, now)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from oepy.engine import table
 from oepy.engine.table import Cause
-from oepy.model import Absent, Bogus, Insecure, KeyAnswer, PolicyGroup, Secure, Verdict
+from oepy.model import Absent, Bogus, Insecure, IpAddress, KeyAnswer, PolicyGroup, Secure, Verdict
 
 STATIC = {
     PolicyGroup.CLEAR: "always in the clear; offers of this peer are not answered",
@@ -24,16 +26,23 @@ def cause_of(answer: KeyAnswer) -> Cause:
     return Cause.UNREACHABLE
 
 
-def forecast(group: PolicyGroup, answer: KeyAnswer, *, use_insecure_keys: bool) -> str:
+def forecast(
+    group: PolicyGroup,
+    answer: KeyAnswer,
+    *,
+    use_insecure_keys: bool,
+    is_own: Callable[[IpAddress], bool] = lambda _: False,
+) -> str:
     """One sentence: what the first packet would meet."""
     usable = answer.keys if isinstance(answer, Secure) else ()
     if isinstance(answer, Insecure) and use_insecure_keys:
         usable = answer.keys
     reachable = [record for record in usable if record.gateways]  # not `@fqdn`: that one comes to us
-    if reachable:
+    ours = any(is_own(gateway) for record in reachable for gateway in record.gateways)
+    if reachable and not ours:
         gateways = ", ".join(str(address) for address in reachable[0].gateways)
         return f"the first packet is held while IKE is negotiated with {gateways}"
-    cause = cause_of(answer)
+    cause = Cause.OURS if ours else cause_of(answer)
     outcome = table.outcome_for(group, cause, after_failed_ike_blocks=False)
     then = "goes on in the clear" if outcome.verdict is Verdict.CLEAR else "is blocked"
     detail = f" ({answer.reason})" if answer.reason else ""

@@ -44,6 +44,7 @@ class Cause(enum.Enum):
     """Why a lookup or a negotiation ended without a tunnel."""
 
     ABSENT = "no key published"
+    OURS = "this host is its gateway"
     INSECURE = "keys in an unsigned zone do not count"
     UNREACHABLE = "DNS is silent"
     BOGUS = "DNSSEC validation failed"
@@ -80,6 +81,7 @@ BACK_OFF_LONGEST = 300.0
 
 _PERMISSIVE = {
     Cause.ABSENT: Outcome(_CLEAR, *_RECORD),
+    Cause.OURS: Outcome(_CLEAR, *_RECORD),
     Cause.INSECURE: Outcome(_CLEAR, *_RECORD),
     Cause.UNREACHABLE: Outcome(_CLEAR, *_MINUTE),
     Cause.BOGUS: Outcome(_BLOCK, *_MINUTE, alert=True),
@@ -92,6 +94,7 @@ _PERMISSIVE = {
 
 _STRICT = {
     Cause.ABSENT: Outcome(_BLOCK, *_RECORD),
+    Cause.OURS: Outcome(_BLOCK, *_RECORD),
     Cause.INSECURE: Outcome(_BLOCK, *_RECORD),
     Cause.UNREACHABLE: Outcome(_BLOCK, *_SOON),
     Cause.BOGUS: Outcome(_BLOCK, *_MINUTE, alert=True),

@@ -12,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oepy.datapath.esp.mss import clamp
+from oepy.datapath.esp.offload import NONE
 from oepy.datapath.tun import control
 from oepy.datapath.tun.forwarder import MAX_EVENTS_PER_INTERVAL, Forwarder
+from oepy.datapath.tun.waiting import LIFE, MAX_BYTES, MAX_OF_ONE, MAX_PACKETS, Waiting
 from oepy.errors import ParseError
 from oepy.interfaces import DatapathEvent
 from oepy.model import Endpoint, EspSuite, Lifetime, SaCounters, SaPair
@@ -67,8 +69,8 @@ def test_packets_cross_between_two_forwarders(ends: tuple[End, End]) -> None:
     assert b.forwarder.counters["replayed"] == 1
 
 
-def test_what_has_no_sa_is_dropped_and_counted(ends: tuple[End, End]) -> None:
-    """Also rubbish from the device, and a pair that only receives."""
+def test_what_has_no_sa_waits_and_is_counted(ends: tuple[End, End]) -> None:
+    """Also rubbish from the device, and a pair that only receives: what waited goes first when it may send."""
     a, _ = ends
     a.send(ipv4_packet(A, "192.0.2.3"))
     a.send(b"\x45")
@@ -79,7 +81,40 @@ def test_what_has_no_sa_is_dropped_and_counted(ends: tuple[End, End]) -> None:
     assert quiet.forwarder.counters["no_sa"] == 1
     quiet.forwarder.install(pairs()[0], True, 1.0)
     quiet.send(ipv4_packet(A, B))
-    assert len(quiet.socket.sent) == 1
+    assert len(quiet.socket.sent) == 2
+    assert quiet.forwarder.counters["waited"] == 1
+
+
+def test_what_waits_leaves_by_its_own_sa_in_time_or_not_at_all() -> None:
+    """In order, bounded for each pair of addresses and in all, and never after its time."""
+    one = End(pairs()[0], sending=False)
+    for number in range(MAX_OF_ONE + 5):
+        one.send(ipv4_packet(A, B, bytes((number,))))
+    one.send(ipv4_packet(A, "192.0.2.9"))
+    one.forwarder.install(pairs()[0], True, 1.0)
+    assert len(one.socket.sent) == MAX_OF_ONE
+    sequence = [int.from_bytes(data[4:8], "big") for data, _ in one.socket.sent]
+    assert sequence == sorted(sequence)
+    late = End(pairs()[0], sending=False)
+    late.send(ipv4_packet(A, B))
+    late.forwarder.tick(LIFE + 1.0)
+    late.forwarder.install(pairs()[0], True, LIFE + 1.0)
+    assert late.socket.sent == []
+
+
+def test_nobody_fills_the_memory_with_what_waits() -> None:
+    """By many addresses, or by large packets: what was there first stays."""
+    waiting = Waiting()
+    for number in range(MAX_PACKETS + 100):
+        waiting.hold(number.to_bytes(8, "big"), bytes(40), NONE, 0.0)
+    assert len(waiting) == MAX_PACKETS
+    waiting.expire(LIFE)
+    assert len(waiting) == 0
+    for number in range(100):
+        waiting.hold(number.to_bytes(8, "big"), bytes(65_000), NONE, 0.0)
+    assert len(waiting) == MAX_BYTES // 65_000
+    assert [len(packet) for packet, _ in waiting.release(bytes(8))] == [65_000]
+    assert len(waiting) == MAX_BYTES // 65_000 - 1
 
 
 def test_ike_and_keepalives_are_told_from_esp(ends: tuple[End, End]) -> None:

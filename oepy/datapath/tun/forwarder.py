@@ -26,6 +26,7 @@ from oepy.datapath.esp.segment import segments
 from oepy.datapath.esp.suites import IntegrityError
 from oepy.datapath.tun.outbox import Outbox
 from oepy.datapath.tun.seams import OuterSocket, PacketDevice, Received, Route
+from oepy.datapath.tun.waiting import Waiting
 from oepy.errors import MisuseError, ParseError
 from oepy.interfaces import DatapathEvent
 from oepy.model import Endpoint, IpAddress, SaPair
@@ -89,6 +90,7 @@ class Forwarder:
         self._outbox = Outbox(outers, self.counters, lambda pair: self._alarms(pair, self._now))
         self._now = 0.0
         self._super: set[EspPair] = set()  # those that carry super-packets whole
+        self._kept = Waiting()
         self._waiting: dict[EspPair, Packer] = {}  # AGGFRAG payloads that are not full
         self._inbox = Coalescer(self._deliver, self._deliver_one)
 
@@ -117,6 +119,7 @@ class Forwarder:
             if pair.super_packets:
                 self._super.add(known)
                 self._device.offload(True)
+            self._send_waiting(now)
 
     def remove(self, spi_in: int) -> None:
         pair = self.database.remove(spi_in)
@@ -130,6 +133,7 @@ class Forwarder:
         """Once a second: the lifetimes in time."""
         for pair in self.database:
             self._alarms(pair, now)
+        self._kept.expire(now)
 
     def _alarms(self, pair: EspPair, now: float) -> None:
         for kind in pair.new_alarms(now):
@@ -162,7 +166,7 @@ class Forwarder:
             return
         pair = self.database.outbound(packet)
         if pair is None:
-            self._no_sa(packet, now)
+            self._no_sa(packet, offload, now)
             return
         try:
             if pair.packer is not None:
@@ -302,15 +306,31 @@ class Forwarder:
             self._outbox.laid(batch, fitting * length, fitting)
             count -= fitting
 
-    def _no_sa(self, packet: memoryview, now: float) -> None:
-        """A host with several addresses: the tunnel to this destination was made for another of them."""
+    def _no_sa(self, packet: memoryview, offload: Offload, now: float) -> None:
+        """The tunnel to this destination was made for another source: of a host with several addresses, or behind a
+        gateway. The packet waits for one of its own."""
         if _is_multicast(packet):  # the kernel's own listener reports (MLD) on the device
             self.counters["multicast"] += 1
             return
         self.counters["no_sa"] += 1
-        source, destination = (_inner_address(part) for part in addresses(packet))
+        ends = addresses(packet)
+        self._kept.hold(b"".join(ends), bytes(packet), offload, now)
+        source, destination = (_inner_address(part) for part in ends)
         if self._limit.allows("no-sa", (source, destination), now):
             self._on_event(DatapathEvent("no-sa", 0, destination, source=source))
+
+    def _send_waiting(self, now: float) -> None:
+        """What has an SA now goes on."""
+        self._now = now
+        for ends in self._kept.ends():
+            packet = self._kept.first(ends)
+            if self.database.outbound(packet) is None:
+                continue
+            for data, offload in self._kept.release(ends):
+                self.counters["waited"] += 1
+                self._outward(memoryview(data), offload, now)
+            self._lay_rests()
+            self._outbox.flush()
 
     def pump_outer(self, outer: OuterSocket, limit: int, now: float) -> int:
         """Take datagrams off the network, up to `limit` system calls. Returns how many datagrams there were."""
