@@ -123,8 +123,7 @@ class Conventional:
         self.matcher = matcher
         self.trusts = trusts
         self.revocation.begin_anew(trusts.authority_of)
-        self._settings_of.cache_clear()
-        self._settings_of_all.cache_clear()
+        self._forget_settings()
         self._claimed = PrefixTable()
         for connection in configured.connections:
             for child in connection.children:
@@ -480,6 +479,17 @@ class Conventional:
                         "name-resolved", subject=name, reason=", ".join(sorted(map(str, addresses)))
                     )
                 self.resolved[name] = addresses
+
+    def _forget_settings(self) -> None:
+        self._settings_of.cache_clear()
+        self._settings_of_all.cache_clear()
+
+    async def watch_own_status(self) -> None:
+        """What responders say of our certificates, to send along (RFC 4806)."""
+        while True:
+            if await self.trusts.refresh_responses(self.revocation):
+                self._forget_settings()
+            await asyncio.sleep(RESOLVE_SECONDS)
 
     async def watch_names(self) -> None:
         """Peers known by a name may begin from a new address, and are followed to it."""

@@ -35,6 +35,7 @@ MAX_CRL_BYTES = 32 * 1024 * 1024  # of all that are kept, in the short form
 MAX_CRLS = 64
 MAX_STATUSES = 4096
 MAX_FAILED = 1024
+MAX_OWN_RESPONSE = 8 * 1024  # bytes; it goes into IKE_AUTH
 
 
 class FetchFailed(Exception):
@@ -105,6 +106,19 @@ class Revocation:
             if policy != "relaxed":
                 return "the servers that know whether its certificate is revoked took too long"
         return ""
+
+    async def own_response(self, certificate: Certificate, issuer: Certificate) -> tuple[bytes, float] | None:
+        """What a responder says of our own certificate, to send along (RFC 4806), and until when; None where nobody
+        says that it is good."""
+        for url in dict.fromkeys((*self._authority_of(issuer).ocsp_uris, *ocsp_urls(certificate))):
+            try:
+                data = await self._get(Fetch(url, ocsp_request(certificate, issuer)))
+                status = read_ocsp(data, certificate, issuer, self._wall_clock())
+            except (FetchFailed, Unusable):
+                continue
+            if status.standing is Standing.GOOD and len(data) <= MAX_OWN_RESPONSE:
+                return data, status.until
+        return None
 
     async def _status(
         self, certificate: Certificate, issuer: Certificate, responses: Sequence[bytes]

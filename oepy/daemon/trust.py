@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from oepy.connections.model import Authority, Connection, ConnectionSet
-from oepy.daemon.revocation import NOTHING_CONFIGURED
+from oepy.daemon.revocation import NOTHING_CONFIGURED, RETRY_SECONDS, Revocation
 from oepy.errors import KeyFormatError
 from oepy.ike.settings import Certificates
 from oepy.keys import to_public_key
@@ -27,6 +27,8 @@ class Trusts:
         self._configured = configured
         self._wall_clock = wall_clock
         self._authorities: dict[Certificate, Authority] | None = None
+        self._responses: dict[Certificate | None, tuple[bytes, ...]] = {}  # by our own certificate
+        self._ask_again: dict[Certificate, float] = {}
         self._trust: dict[tuple[tuple[str, ...], tuple[str, ...]], Trust] = {}
 
     def of(self, connection: Connection) -> Trust:
@@ -48,6 +50,32 @@ class Trusts:
                     )
         return self._authorities.get(certificate, NOTHING_CONFIGURED)
 
+    def _shown(self, connection: Connection) -> Certificate | None:
+        certs = self._configured.certificates_of(connection.local.certs)
+        return certs[0] if certs else None
+
+    async def refresh_responses(self, revocation: Revocation) -> bool:
+        """Ask about our own certificates, each when half of its last answer's time is over. Whether anything is
+        another answer now."""
+        changed = False
+        everybody = [one for found in self._configured.certificates.values() for one in found]
+        shown = [self._shown(one) for one in self._configured.connections if one.send_cert != "never"]
+        for certificate in dict.fromkeys(shown):
+            now = self._wall_clock()
+            if certificate is None or now < self._ask_again.get(certificate, 0.0):
+                continue
+            issuer = next((one for one in everybody if one.subject == certificate.issuer), None)
+            if issuer is None:
+                continue
+            found = await revocation.own_response(certificate, issuer)
+            before = self._responses.get(certificate, ())
+            self._responses[certificate] = () if found is None else (found[0],)
+            self._ask_again[certificate] = now + (
+                RETRY_SECONDS if found is None else max((found[1] - now) / 2, 60.0)
+            )
+            changed = changed or before != self._responses[certificate]
+        return changed
+
     def settings(self, connection: Connection) -> Certificates:
         remote = connection.remote
         ask = remote.auth == "x509" and connection.send_certreq
@@ -56,6 +84,7 @@ class Trusts:
             send=connection.send_cert,
             ask=ask,
             authorities=self.of(connection).key_hashes() if ask else (),
+            responses=self._responses.get(self._shown(connection), ()),
             ask_status=ask and remote.revocation != "relaxed",
         )
 

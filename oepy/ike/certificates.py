@@ -31,17 +31,20 @@ def requests(certificates: Certificates) -> list[Payload]:
     return [(PayloadType.CERTREQ, build_certreq(request)) for request in wanted]
 
 
-def are_asked_for(message: Message) -> bool:
-    """Whether the peer wants X.509; which CAs it names is no more than a hint."""
+def asked_for(message: Message) -> frozenset[int]:
+    """Encodings that the peer wants; which CAs it names is no more than a hint."""
     found = message.chain.parsed.get(PayloadType.CERTREQ, ())
-    return any(isinstance(item, CertRequest) and item.encoding == CertEncoding.X509 for item in found)
+    return frozenset(item.encoding for item in found if isinstance(item, CertRequest))
 
 
-def own(certificates: Certificates, *, asked: bool) -> list[Payload]:
-    """CERT, our own first (RFC 7296 §3.6), then those that lead to the root."""
-    if certificates.send == "never" or (certificates.send == "ifasked" and not asked):
+def own(certificates: Certificates, asked: frozenset[int]) -> list[Payload]:
+    """CERT, our own first (RFC 7296 §3.6), then those that lead to the root, then what a responder says of it."""
+    if certificates.send == "never" or (certificates.send == "ifasked" and CertEncoding.X509 not in asked):
         return []
-    return [(PayloadType.CERT, build_cert(CertData(CertEncoding.X509, data))) for data in certificates.chain]
+    shown = [CertData(CertEncoding.X509, data) for data in certificates.chain]
+    if CertEncoding.OCSP in asked:
+        shown += [CertData(CertEncoding.OCSP, data) for data in certificates.responses]
+    return [(PayloadType.CERT, build_cert(item)) for item in shown]
 
 
 def sent(message: Message, encoding: CertEncoding = CertEncoding.X509) -> tuple[bytes, ...]:

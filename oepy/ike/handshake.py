@@ -63,7 +63,7 @@ class Handshake:
         self.peer_ppk = False
         self.peer_nat_t = False
         self.peer_childless = False
-        self.certificates_asked = False  # X.509, by the peer
+        self.certificates_asked: frozenset[int] = frozenset()  # encodings, by the peer
         self.sk_pi: Secret | None = None
         self.sk_pr: Secret | None = None
         self.additional: list[str] = []  # key exchanges that IKE_AUTH waits for, in order (RFC 9370)
@@ -150,7 +150,7 @@ def read_common_notifies(session: Session, handshake: Handshake, message: Messag
         handshake.peer_hashes = frozenset(
             int.from_bytes(data[at : at + 2], "big") for at in range(0, len(data) - 1, 2)
         )
-    handshake.certificates_asked = certificates.are_asked_for(message)
+    handshake.certificates_asked = certificates.asked_for(message)
     handshake.peer_ppk = message.notify(NotifyType.USE_PPK) is not None
     handshake.peer_childless = message.notify(NotifyType.CHILDLESS_IKEV2_SUPPORTED) is not None
     session.peer_fragments = message.notify(NotifyType.FRAGMENTATION_SUPPORTED) is not None

@@ -93,7 +93,7 @@ def _identity_and_proof(
     id_body = build_id(own_identity(session, request.identity, request.own_auth))
     payloads: list[Payload] = [(PayloadType.IDI, id_body)]
     if request.own_auth == "pubkey":
-        payloads += certificates.own(session.settings.certificates, asked=handshake.certificates_asked)
+        payloads += certificates.own(session.settings.certificates, handshake.certificates_asked)
     payloads += certificates.requests(session.settings.certificates)
     if secret is not None:
         without = None

@@ -280,8 +280,7 @@ def _own_identity_and_proof(
     proof = yield from _own_proof(session, handshake, own_auth, psk, id_body)
     payloads: list[Payload] = [(PayloadType.IDR, id_body)]
     if proof.method not in (AuthMethod.PSK, AuthMethod.NULL):
-        is_asked = certificates.are_asked_for(message)
-        payloads += certificates.own(session.settings.certificates, asked=is_asked)
+        payloads += certificates.own(session.settings.certificates, certificates.asked_for(message))
     return [*payloads, (PayloadType.AUTH, build_auth(proof))]
 
 

@@ -63,6 +63,7 @@ class Certificates:
     ask: bool = False  # the peer for its own
     authorities: tuple[bytes, ...] = ()  # whose certificates we take
     ask_status: bool = False  # the peer for an OCSP response (RFC 4806)
+    responses: tuple[bytes, ...] = ()  # our own, for peers that ask
 
 
 @dataclass(frozen=True, slots=True)

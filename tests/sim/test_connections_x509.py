@@ -11,11 +11,12 @@ import pytest
 import yaml
 
 from oepy.connections.manager import State
+from oepy.connections.messages import Up
 from oepy.connections.model import ConnectionSet
 from oepy.daemon.revocation import Fetch, Fetcher, FetchFailed, nothing_fetched
 from oepy.keys import HostKey
 from oepy.model import Authenticated, KeyAnswer
-from tests.fakes.certificates import DNS, NOW, Holder, points, revocation_list
+from tests.fakes.certificates import DNS, NOW, Holder, ocsp_response, points, responder, revocation_list
 from tests.fakes.clock import run_virtual
 from tests.fakes.connections import good, read
 from tests.sim.world import Host, Router, matching_pairs
@@ -150,6 +151,36 @@ def test_a_server_that_says_nothing(policy: str, page: FetchFailed | None) -> No
     one, other, _ = run_with_list(page, policy, REVOKED)
     assert up(one, other) is (policy == "relaxed")
     assert ("nobody could say whether CN=alpha is revoked" in reasons(other)) is (policy != "relaxed")
+
+
+def test_a_peer_brings_what_its_responder_says() -> None:
+    """RFC 4806: alpha asks about its own certificate, beta need not; with `strict`, and no network of beta's."""
+    ask = "http://ca.example/ocsp"
+    own = holder("alpha", extensions=[responder(ask)])
+    asked = []
+
+    async def fetch(wanted: Fetch) -> bytes:
+        asked.append(wanted.url)
+        return ocsp_response(own, ROOT)
+
+    async def main() -> None:
+        strict = {"auth": "x509", "cacerts": ["ca.pem"], "revocation": "strict"}
+        wanted = (
+            configured(A, B, own, trusted=[ROOT]),
+            configured(B, A, BETA, chain=[MIDDLE], remote=strict),
+        )
+        one, other = world(*wanted, (own, BETA), fetch=fetch)
+        other.core.connections.revocation._fetch = nothing_fetched
+        watching = asyncio.create_task(one.core.connections.watch_own_status())
+        await asyncio.sleep(2)
+        one.core.connections.feed(Up("site/net"))
+        await asyncio.sleep(5)
+        watching.cancel()
+        assert up(one, other), other.events
+        assert asked == [ask]
+        await asyncio.sleep(3600)
+
+    run_virtual(main())
 
 
 def test_nothing_is_fetched_for_whoever_cannot_prove_the_key() -> None:

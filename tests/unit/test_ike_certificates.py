@@ -72,5 +72,15 @@ def test_of_too_many_authorities_none_is_named() -> None:
     [("ifasked", True, 2), ("ifasked", False, 0), ("always", False, 2), ("never", True, 0)],
 )
 def test_the_chain_goes_as_configured(send: str, asked: bool, count: int) -> None:
-    chain = certificates.own(Certificates(chain=(b"own", b"above"), send=send), asked=asked)
+    wanted = frozenset((CertEncoding.X509,)) if asked else frozenset[int]()
+    chain = certificates.own(Certificates(chain=(b"own", b"above"), send=send), wanted)
     assert chain == [(PayloadType.CERT, b"\x04own"), (PayloadType.CERT, b"\x04above")][:count]
+
+
+def test_what_a_responder_says_goes_along_where_it_is_asked_for() -> None:
+    """RFC 4806; never without the certificate itself."""
+    ours = Certificates(chain=(b"own",), responses=(b"good",))
+    both = frozenset((CertEncoding.X509, CertEncoding.OCSP))
+    assert certificates.own(ours, both) == [(PayloadType.CERT, b"\x04own"), (PayloadType.CERT, b"\x0egood")]
+    assert certificates.own(ours, frozenset((CertEncoding.X509,))) == [(PayloadType.CERT, b"\x04own")]
+    assert certificates.own(ours, frozenset((CertEncoding.OCSP,))) == []
