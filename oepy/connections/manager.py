@@ -428,7 +428,7 @@ class Manager:
             tunnel.pair = replace(
                 tunnel.pair, local=message.local, remote=message.remote, encap=message.encap
             )
-            yield Install(tunnel.pair, tunnel.usable)
+            yield Install(tunnel.pair, tunnel.usable, moves=True)
 
     def _tunnel(self, spi_in: int) -> Tunnel | None:
         state = self.children.get(self._by_spi.get(spi_in, ""))

@@ -161,8 +161,11 @@ class AddChild:
 
 @dataclass(frozen=True, slots=True)
 class Install:
+    """`moves`: it is there already, and one of its ends is another now."""
+
     pair: SaPair
     outbound: bool
+    moves: bool = False
 
 
 @dataclass(frozen=True, slots=True)

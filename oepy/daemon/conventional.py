@@ -250,8 +250,8 @@ class Conventional:
                 core.spawn(self._begin(action))
             case m.AddChild(session, connection, child):
                 self._add_child(session, connection, child)
-            case m.Install(pair, outbound):
-                return self._install(pair, outbound)
+            case m.Install():
+                return self._install(action)
             case m.Remove(spi_in):
                 return core.datapath.remove(spi_in)
             case m.Join():
@@ -272,15 +272,17 @@ class Conventional:
                 core.journal.add(event, alert, **fields)
         return None
 
-    async def _install(self, pair: Any, outbound: bool) -> None:
-        core = self._core
-        if core.given.key_log is not None:
+    async def _install(self, action: m.Install) -> None:
+        core, pair = self._core, action.pair
+        if core.given.key_log is not None and not action.moves:
             core.given.key_log.write_esp(pair)
         try:
-            await core.datapath.install(pair, outbound=outbound)
+            await core.datapath.install(pair, outbound=action.outbound)
         except OepyError as error:
             core.journal.add("install-failed", True, connection=pair.connection, reason=str(error))
-            self.feed(m.ChildWent(pair.spi_in, f"the datapath refused it: {error}"))
+            # What could not move is negotiated anew, like what a datapath that ended has lost
+            reason = "datapath" if action.moves else f"the datapath refused it: {error}"
+            self.feed(m.ChildWent(pair.spi_in, reason))
             core.negotiator.close(pair.spi_in)
 
     def _join(self, action: m.Join) -> None:

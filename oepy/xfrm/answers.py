@@ -126,6 +126,11 @@ def _sa_id(body: bytes) -> v.SaId:
     )
 
 
+def _sa_deleted(body: bytes) -> v.SaDeleted:
+    attributes = parse_attributes(body[p.SA_ID.size :])
+    return v.SaDeleted(_sa_id(body), _replay(attributes.get(p.A_REPLAY_ESN)))
+
+
 def _expire(body: bytes) -> v.Expire:
     hard = p.unpack(p.EXPIRE, body, "expiry")[1]
     return v.Expire(_sa(body, between=p.EXPIRE.size - p.SA.size), bool(hard))
@@ -344,7 +349,7 @@ def _set_mark(attributes: dict[int, bytes]) -> v.Mark | None:
 _PARSERS: dict[int, Callable[[bytes], v.Answer]] = {
     p.MSG_NEWSA: _sa,
     p.MSG_UPDSA: _sa,
-    p.MSG_DELSA: lambda body: v.SaDeleted(_sa_id(body)),
+    p.MSG_DELSA: _sa_deleted,
     p.MSG_NEWPOLICY: _policy,
     p.MSG_UPDPOLICY: _policy,
     p.MSG_DELPOLICY: _policy_deleted,

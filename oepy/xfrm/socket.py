@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -20,7 +21,7 @@ from oepy.xfrm.values import Answer, Policy, PolicyDeleted, Sa, SaDeleted
 BATCH = 64  # requests in one system call
 DUMP_SECONDS = 10  # without a word of the kernel in the middle of a list
 _SOL_NETLINK = 270
-_ADD_MEMBERSHIP, _CAP_ACK, _EXT_ACK = 1, 10, 11
+_ADD_MEMBERSHIP, _DROP_MEMBERSHIP, _CAP_ACK, _EXT_ACK = 1, 2, 10, 11
 _SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
 _BUFFER = 4 << 20
 _MESSAGE_BUFFER = 1 << 17
@@ -184,6 +185,15 @@ class EventSocket:
             if answer is not None:
                 found.append(answer)
         return found, False
+
+    @contextlib.contextmanager
+    def listening(self, group: int) -> Iterator[None]:
+        """To one more group, for a while."""
+        self._socket.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, group)
+        try:
+            yield
+        finally:
+            self._socket.setsockopt(_SOL_NETLINK, _DROP_MEMBERSHIP, group)
 
     def close(self) -> None:
         self._socket.close()

@@ -277,7 +277,10 @@ class PolicyExpire:
 
 @dataclass(frozen=True, slots=True)
 class SaDeleted:
+    """`replay`: what it had sent and received at its end, where the kernel tells it (as news of groups do)."""
+
     id: SaId
+    replay: Replay | None = None
 
 
 @dataclass(frozen=True, slots=True)

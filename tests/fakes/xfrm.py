@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
 from collections.abc import Iterator, Sequence
@@ -132,6 +133,7 @@ class FakeEvents:
         self.ours.setblocking(False)
         self.events: list[v.Answer] = []
         self.lost = False
+        self.groups: list[int] = []
 
     def fileno(self) -> int:
         return self.ours.fileno()
@@ -149,6 +151,11 @@ class FakeEvents:
         events, self.events = self.events, []
         lost, self.lost = self.lost, False
         return events, lost
+
+    @contextlib.contextmanager
+    def listening(self, group: int) -> Iterator[None]:
+        self.groups.append(group)
+        yield
 
     def close(self) -> None:
         self.ours.close()

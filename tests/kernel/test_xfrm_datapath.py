@@ -357,6 +357,36 @@ async def test_a_moved_peer_is_followed(hosts: Hosts, net: Wired) -> None:
     net.b.ip("address", "delete", f"{new}/24", "dev", "eth0")
 
 
+async def test_our_own_end_moves(hosts: Hosts, net: Wired) -> None:
+    """a has another address from now on: its inbound SA is there, with what it had received, and its outbound one
+    leaps; traffic goes on both ways, and no packet is in the clear. ESP goes into UDP by the same way."""
+    a, b = hosts
+    new = "198.18.0.98"
+    net.a.address("eth0", f"{new}/24")
+    pair = pair_of()
+    await join(a, b, pair)
+    with talkers(net.a, net.b) as (one, other), tap(net.b) as wire:
+        for _ in range(5):
+            assert await both_ways(one, other)
+        for number, encap in enumerate((False, True), 1):
+            ours = Endpoint(ip_address(new), 4500)
+            await a.datapath.install(dataclasses.replace(pair, local=ours, encap=encap))
+            theirs = dataclasses.replace(mirrored(pair), remote=ours, encap=encap)
+            await b.datapath.install(theirs)
+            text = a.ip(
+                "xfrm", "state", "get", "src", B4, "dst", new, "proto", "esp", "spi", f"{pair.spi_in:#x}"
+            )
+            received = 5 if number == 1 else SEQUENCE_LEAP + 6
+            assert f"seq {received:#x}" in text, text
+            assert ("encap" in text) is encap
+            assert await both_ways(one, other)
+        assert wire.kinds() == {"esp"}
+        (counters,) = await a.datapath.counters()
+        assert (counters.packets_in, counters.packets_out) == (7, 7)
+    await part(a, b, pair)
+    net.a.ip("address", "delete", f"{new}/24", "dev", "eth0")
+
+
 async def test_a_nats_new_port_is_followed(hosts: Hosts, net: Wired) -> None:
     """ESP in UDP: the outbound SA goes to the port that IKE has learned."""
     a, b = hosts

@@ -63,9 +63,11 @@ class _Installed:
     outbound: v.SaId
     sending: bool
     told: str = ""
-    # What its former outbound SAs have sent, before it moved
+    # What its former SAs have sent and received, before one of its ends moved
     moved_bytes: int = 0
     moved_packets: int = 0
+    received_bytes: int = 0
+    received_packets: int = 0
     # As last read, and when they had changed
     packets_in: int = 0
     packets_out: int = 0
@@ -101,6 +103,7 @@ class XfrmDatapath:
         self._on_event: Callable[[DatapathEvent], None] = lambda _: None
         self._kernel: Xfrm | None = None
         self._events: EventSocket | None = None
+        self._news: EventSocket | None = None  # of SAs that end, while one of ours is to move
         self._watcher: asyncio.Task[None] | None = None
         self._counts: IO[str] | None = None
         self._before: dict[str, int] = {}
@@ -136,6 +139,7 @@ class XfrmDatapath:
             for sock in self._nat_t:
                 sockets.decapsulate(sock)
             self._events = self._open_events((p.GROUP_EXPIRE, p.GROUP_ACQUIRE))
+            self._news = self._open_events(())
         except OepyError:
             await self.stop()
             raise
@@ -211,6 +215,9 @@ class XfrmDatapath:
             asyncio.get_running_loop().remove_reader(self._events.fileno())
             self._events.close()
             self._events = None
+        if self._news is not None:
+            self._news.close()
+            self._news = None
         if self._watcher is not None:
             self._watcher.cancel()
             self._watcher = None
@@ -274,15 +281,10 @@ class XfrmDatapath:
         """Only the outbound SA knows where the peer is. It is made anew there, its sequence numbers after
         those of the old one, so that no nonce is used twice. (XFRM_MSG_MIGRATE copies them while packets
         still leave by the old SA.) The inbound one does not name the peer's address to find a packet's SA,
-        and stays: so does its replay window."""
-        if pair.local != known.pair.local:
-            raise OepyError(
-                f"our own end of the tunnel moved from {known.pair.local} to {pair.local}",
-                "it is negotiated anew",
-            )
-        if pair.encap != known.pair.encap:
-            raise OepyError("a NAT has come in between, or has gone", "the tunnel is negotiated anew")
+        and stays, with its replay window, unless our own end moves or a NAT comes or goes."""
         kernel = self._running()
+        if pair.local != known.pair.local or pair.encap != known.pair.encap:
+            self._receive_elsewhere(known, pair)
         (frame,) = kernel.ask([requests.get_sa(known.outbound)])
         current = None if frame is None else parse(frame)
         if not isinstance(current, v.Sa):
@@ -300,6 +302,30 @@ class XfrmDatapath:
         if known.sending:
             changes += self._claims.claim(pair.spi_in, self._outward(known))
         self._must(changes)
+
+    def _receive_elsewhere(self, known: _Installed, pair: SaPair) -> None:
+        """The inbound SA at another address of ours, or in UDP. What it has received until its very end the kernel
+        tells with the news of that end, and in no other way: a packet between a look and the end could be replayed.
+        """
+        assert self._news is not None
+        (frame,) = self._running().ask([requests.get_sa(known.inbound)])
+        current = None if frame is None else parse(frame)
+        if not isinstance(current, v.Sa):
+            raise OepyError("the SA that is to move has ended", "the tunnel is negotiated anew")
+        with self._news.listening(p.GROUP_SA):
+            self._must([requests.delete_sa(known.inbound)])
+            replay = _last_state(self._news, known.inbound)
+        if replay is None or not replay.bitmap:
+            raise OepyError(
+                "the kernel does not say what the SA had received", "the tunnel is negotiated anew"
+            )
+        fresh, _ = plan.sas(pair, known.reqid, known.scheme)
+        fresh = replace(_limited(fresh, current, int(time.time())), replay=replay, replay_window=0)
+        known.received_bytes += current.usage.bytes
+        known.received_packets += current.usage.packets
+        known.inbound = fresh.id
+        inward = list(plan.inward_policies(pair, known.reqid, known.scheme))
+        self._must([requests.new_sa(fresh), *self._claims.claim(pair.spi_in, inward)])
 
     def _all_or_nothing(self, owner: int, changes: Sequence[Request], made: Sequence[v.SaId]) -> None:
         """Carry out; of what a refusal leaves, remove what is ours. Raises OepyError."""
@@ -347,7 +373,7 @@ class XfrmDatapath:
         self, known: _Installed, found: Mapping[tuple[bytes, int, int], Counted], now: float
     ) -> SaCounters:
         inward, outward = found.get(_field(known.inbound)), found.get(_field(known.outbound))
-        packets_in = inward.packets if inward else known.packets_in
+        packets_in = inward.packets + known.received_packets if inward else known.packets_in
         packets_out = outward.packets + known.moved_packets if outward else known.packets_out
         if packets_in != known.packets_in:
             known.packets_in, known.last_in = packets_in, now
@@ -355,7 +381,7 @@ class XfrmDatapath:
             known.packets_out, known.last_out = packets_out, now
         return SaCounters(
             known.pair.spi_in,
-            bytes_in=inward.bytes if inward else 0,
+            bytes_in=(inward.bytes if inward else 0) + known.received_bytes,
             bytes_out=(outward.bytes if outward else 0) + known.moved_bytes,
             packets_in=packets_in,
             packets_out=packets_out,
@@ -479,10 +505,23 @@ def _carried_on(fresh: v.Sa, current: v.Sa, now: int) -> v.Sa:
     sequence = current.replay.sequence_out + SEQUENCE_LEAP
     if sequence >= (1 << 64 if v.SaFlag.ESN in current.flags else 1 << 32) - 1:
         raise OepyError("the sequence numbers of the SA are used up", "the tunnel is negotiated anew")
+    return replace(_limited(fresh, current, now), replay=replace(fresh.replay, sequence_out=sequence))
+
+
+def _last_state(news: EventSocket, name: v.SaId) -> v.Replay | None:
+    """Of an SA that has ended just now: the news is there before the request is acknowledged."""
+    while (received := news.receive()) is not None:
+        for event in received[0]:
+            if isinstance(event, v.SaDeleted) and _key(event.id) == _key(name):
+                return event.replay
+    return None
+
+
+def _limited(fresh: v.Sa, current: v.Sa, now: int) -> v.Sa:
+    """`fresh` with what is left of the limits of `current`."""
     limits, usage, age = fresh.limits, current.usage, max(now - current.usage.added, 0)
     return replace(
         fresh,
-        replay=replace(fresh.replay, sequence_out=sequence),
         limits=v.Limits(
             _left(limits.soft_bytes, usage.bytes),
             _left(limits.hard_bytes, usage.bytes),
