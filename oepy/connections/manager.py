@@ -394,6 +394,8 @@ class Manager:
         if state is None or message.session not in self._by_session:
             yield CloseChild(pair.spi_in)
             return
+        if state.child.tfc_padding and pair.takes_tfc and pair.mode == "tunnel":
+            pair = replace(pair, tfc_padding=state.child.tfc_padding)
         fresh = not state.tunnels
         tunnel = Tunnel(pair, now, message.session, now, message.outbound)
         join = state.take(tunnel)

@@ -178,6 +178,7 @@ class Child:
     dpd_action: Action = Action.NONE
     life: Life = Life()
     inactivity: float = 0.0
+    tfc_padding: int = 0  # least bytes of a packet inside; 0 is none
     updown: tuple[str, ...] = ()
 
 

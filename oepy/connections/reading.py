@@ -53,6 +53,7 @@ SECTIONS = ("connections", "secrets", "pools", "authorities")
 MAX_CONNECTIONS = 20_000
 MAX_CHILDREN = 32
 MAX_SECRETS = 20_000
+MAX_TFC_PADDING = 65_535
 MAX_AUTHORITIES = 1024
 MIN_SECRET = 1
 RESERVED = ("manual",)  # what `sas` calls SAs keyed by hand
@@ -107,7 +108,6 @@ _NOT_YET_CHILD = {
     "set_mark_in": "",
     "set_mark_out": "",
     "sha256_96": "",
-    "tfc_padding": "",
 }
 _NOT_YET_SIDE = {
     "ca_id": "",
@@ -350,12 +350,22 @@ def _child(name: str, value: object, path: Path, problems: list[Problem], files:
         dpd_action=fields.take("dpd_action", Action.NONE, action(clear="none", restart="start")),
         life=_life(fields),
         inactivity=fields.take("inactivity", 0.0, duration),
+        tfc_padding=fields.take("tfc_padding", 0, _tfc_padding),
         updown=fields.take("updown", (), command),
     )
     fields.finish(_NOT_YET_CHILD)
     if not made.local_ts or not made.remote_ts:
         fields.wrong("local_ts and remote_ts need an entry each")
     return made
+
+
+def _tfc_padding(value: object) -> int:
+    if value == "mtu":
+        return MAX_TFC_PADDING
+    size = number(value)
+    if size > MAX_TFC_PADDING:
+        raise Refused(f"{size}: at most {MAX_TFC_PADDING} bytes, or mtu")
+    return size
 
 
 def _life(fields: Fields) -> Life:

@@ -47,6 +47,7 @@ class ChildSa:
         "spi_in",
         "spi_out",
         "suite",
+        "takes_tfc",
         "usable",
     )
 
@@ -72,6 +73,7 @@ class ChildSa:
         self.lifetimes: Lifetimes | None = None  # None: the settings'
         self.mode = "tunnel"
         self.aggregation: Aggregation | None = None
+        self.takes_tfc = True
         self.installed_at = 0.0
         self.rekey_at = float("inf")
         self.expires_at = float("inf")
@@ -115,6 +117,11 @@ def spi_of(chosen: Chosen) -> int:
     if len(chosen.spi) != 4 or spi < MIN_SPI:
         raise ChildRefused(NotifyType.NO_PROPOSAL_CHOSEN, f"ESP SPI {chosen.spi.hex()}")
     return spi
+
+
+def note_tfc(child: ChildSa, message: Message) -> None:
+    """RFC 7296 §1.3.1: whether the peer takes padding for traffic flow confidentiality."""
+    child.takes_tfc = message.notify(NotifyType.ESP_TFC_PADDING_NOT_SUPPORTED) is None
 
 
 def install(
@@ -171,6 +178,7 @@ def install(
         aggregation=child.aggregation is not None,
         fragments=child.aggregation is None or child.aggregation.fragments,
         super_packets=child.aggregation is not None and child.aggregation.super_packets,
+        takes_tfc=child.takes_tfc,
     )
     context.counters["children"] += 1
     context.emit(ChildUp(session.number, pair, child.initiator, replaces, outbound, child.label))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from oepy.ike import aggregation, transport
 from oepy.ike.algorithms import choose, without_groups
-from oepy.ike.child import ChildSa, install
+from oepy.ike.child import ChildSa, install, note_tfc
 from oepy.ike.flow import ChildRefused, PeerSteps
 from oepy.ike.handshake import GROUP_NAMES, NONCE_SIZE
 from oepy.ike.header import PayloadType
@@ -73,6 +73,7 @@ def _make_successor(
     chosen, share, peer_share = _choose(session, message, narrowed.offers)
     shared = share.shared_secret(peer_share) if share else b""
     child = yield from make_child(session, narrowed, chosen)
+    note_tfc(child, message)
     sa, *rest = child_payloads(child, chosen, selectors)
     answer: list[Payload] = [sa, (PayloadType.NONCE, nonces[1])]
     if share is not None:

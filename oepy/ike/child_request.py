@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from oepy.ike import aggregation, transport
 from oepy.ike.algorithms import accepted, esp_suite, to_proposals, without_groups
-from oepy.ike.child import ChildSa, install, read_selectors, spi_of, within
+from oepy.ike.child import ChildSa, install, note_tfc, read_selectors, spi_of, within
 from oepy.ike.events import ChildFailed, DownReason, FailureKind, NeedSpi
 from oepy.ike.flow import ChildRefused, OwnSteps, Send, Steps
 from oepy.ike.handshake import GROUP_NAMES, NONCE_SIZE
@@ -225,6 +225,7 @@ def _agreed(
         spi_in, spi_of(chosen), esp_suite(chosen), local_ts=local_ts, remote_ts=remote_ts, initiator=True
     )
     child.mode = transport.agreed_on(answer, wanted.mode, required=wanted.transport_required)
+    note_tfc(child, answer)
     if wanted.old is None:
         asked = session.settings.aggregation and wanted.mode == transport.TUNNEL
         child.aggregation = aggregation.agreed_on(answer, asked=asked)

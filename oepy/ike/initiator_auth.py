@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from oepy.ike import aggregation, certificates, configuration, mobike, ppk, reauthentication, transport
 from oepy.ike.algorithms import accepted, esp_suite, to_proposals, without_groups
 from oepy.ike.authentication import AuthMethod, matches, null_auth, psk_auth, verify_auth
-from oepy.ike.child import ChildSa, install, read_selectors, spi_of, within
+from oepy.ike.child import ChildSa, install, note_tfc, read_selectors, spi_of, within
 from oepy.ike.child_request import create_child
 from oepy.ike.events import FailureKind, Known, NeedPeerKey, NeedSignature, NeedSpi, Refused
 from oepy.ike.flow import ChildRefused, HandshakeFailed, OwnSteps, Send, Steps
@@ -143,6 +143,7 @@ def _establish_with_child(
             child = _agreed_child(request, offers, spi_in, answer)
             if not request.local_ts:
                 child.local_ts = configuration.within_addresses(child.local_ts, addresses)
+            note_tfc(child, answer)
             child.aggregation = aggregation.agreed_on(answer, asked=_aggregates(session, request))
     except ChildRefused as refused:
         # An IKE SA without its child is of no use to us: the peer hears of its end

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from oepy.ike import aggregation, certificates, configuration, mobike, ppk, rules, transport
 from oepy.ike.algorithms import choose, ike_suite, without_additional, without_groups
 from oepy.ike.authentication import AuthMethod, matches, null_auth, psk_auth, verify_auth
-from oepy.ike.child import ChildSa, install
+from oepy.ike.child import ChildSa, install, note_tfc
 from oepy.ike.events import (
     FailureKind,
     Known,
@@ -316,6 +316,7 @@ def _child(
     if chosen is None:
         raise ChildRefused(NotifyType.NO_PROPOSAL_CHOSEN, "no ESP suite in common")
     child = yield from make_child(session, narrowed, chosen)
+    note_tfc(child, message)
     if session.settings.aggregation and child.mode == transport.TUNNEL:
         child.aggregation = aggregation.asked_for(message)
     return child, child_payloads(child, chosen, selectors)

@@ -10,8 +10,13 @@ import pytest
 
 from oepy.connections.manager import State
 from oepy.connections.messages import Asked, Down, Up
+from oepy.ike.child import ChildSa, note_tfc
+from oepy.ike.header import Header
+from oepy.ike.message import Message
+from oepy.ike.notify import NotifyType
+from oepy.ike.payloads import build_chain, notify, parse_chain
 from oepy.keys import HostKey
-from oepy.model import Authenticated, Flow, KeyAnswer
+from oepy.model import Authenticated, EspSuite, Flow, KeyAnswer
 from tests.fakes.clock import run_virtual
 from tests.fakes.connections import between, good
 from tests.sim.world import Host, Router, matching_pairs
@@ -274,5 +279,26 @@ def test_the_engine_keeps_off_and_opportunistic_offers_are_refused() -> None:
         await asyncio.sleep(20)
         assert not one.datapath.pairs
         assert any("belongs to the connection site/net" in str(event) for event in one.named("offer-refused"))
+
+    run_virtual(main())
+
+
+def test_padding_is_for_peers_that_take_it() -> None:
+    """tfc_padding of our side goes to our datapath; a peer that says ESP_TFC_PADDING_NOT_SUPPORTED gets none."""
+
+    async def main() -> None:
+        router = Router(random.Random(5))
+        one, other = pair(router, "start", child={"tfc_padding": "mtu"})
+        other.core.connections.load(
+            good(between(B, A, own="b.example", peer="a.example", child={"tfc_padding": 0}), PSK), {}
+        )
+        await asyncio.sleep(3)
+        (ours,), (theirs,) = one.datapath.pairs.values(), other.datapath.pairs.values()
+        assert (ours.tfc_padding, theirs.tfc_padding) == (65_535, 0)
+        refused = ChildSa(1, 2, EspSuite("aes128gcm16"), local_ts=(), remote_ts=(), initiator=True)
+        said = [notify(NotifyType.ESP_TFC_PADDING_NOT_SUPPORTED)]
+        kind, data = build_chain(said)
+        note_tfc(refused, Message(Header(bytes(8), bytes(8), 0, 32, 35, 0, 1), parse_chain(data, kind), data))
+        assert not refused.takes_tfc
 
     run_virtual(main())

@@ -69,6 +69,39 @@ def test_packets_cross_between_two_forwarders(ends: tuple[End, End]) -> None:
     assert b.forwarder.counters["replayed"] == 1
 
 
+@pytest.mark.parametrize("aggregation", [False, True])
+def test_padded_packets_are_all_of_one_size(aggregation: bool) -> None:
+    """tfc_padding: sizes on the wire say nothing, and the other side gets what was sent."""
+    one, other = pairs()
+    one = dataclasses.replace(one, tfc_padding=1200, aggregation=aggregation, super_packets=aggregation)
+    other = dataclasses.replace(other, aggregation=aggregation, super_packets=aggregation)
+    a, b = End(one), End(other)
+    small = [ipv4_packet(A, B, bytes(size)) for size in (0, 1, 500, 1172)]
+    large = ipv4_packet(A, B, bytes(1300))
+    for packet in (*small, large):
+        a.send(packet)
+    sizes = [len(data) for data, _ in a.socket.sent]
+    assert len(set(sizes[:4])) == 1
+    assert sizes[4] > sizes[0] > 1200
+    for data, _ in list(a.socket.sent):
+        b.take(data)
+    assert b.device.written == [*small, large]
+
+
+def test_padding_goes_up_to_the_mtu_and_not_into_transport_mode() -> None:
+    one, other = pairs()
+    a, b = End(dataclasses.replace(one, tfc_padding=65_535)), End(other)
+    a.send(ipv4_packet(A, B))
+    a.send(ipv4_packet(A, B, bytes(1362)))
+    (first, _), (second, _) = a.socket.sent
+    assert len(first) == len(second)
+    b.take(first)
+    assert b.device.written == [ipv4_packet(A, B)]
+    bare = End(dataclasses.replace(one, tfc_padding=65_535, mode="transport"))
+    bare.send(ipv4_packet(A, B))
+    assert len(bare.socket.sent[0][0]) < 100
+
+
 def test_what_has_no_sa_waits_and_is_counted(ends: tuple[End, End]) -> None:
     """Also rubbish from the device, and a pair that only receives: what waited goes first when it may send."""
     a, _ = ends

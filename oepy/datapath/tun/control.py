@@ -93,6 +93,7 @@ def encode_pair(pair: SaPair) -> Json:
         "lifetime": dataclasses.astuple(pair.lifetime),
         "connection": pair.connection,
         "aggregation": [pair.aggregation, pair.fragments, pair.super_packets],
+        "tfc_padding": pair.tfc_padding,
     }
 
 
@@ -132,6 +133,7 @@ def decode_pair(value: Json) -> SaPair:
         aggregation=value["aggregation"][0],
         fragments=value["aggregation"][1],
         super_packets=value["aggregation"][2],
+        tfc_padding=value["tfc_padding"],
     )
 
 

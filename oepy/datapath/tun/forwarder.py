@@ -186,7 +186,9 @@ class Forwarder:
         block = b""
         if offload.gso or offload.flags & NEEDS_CHECKSUM:
             clamped = clamp(packet, self._mtu) is not packet
-            wanted = pair.pair.super_packets and pair.pair.fragments and not clamped
+            wanted = (
+                pair.pair.super_packets and pair.pair.fragments and not clamped and not pair.pair.tfc_padding
+            )
             block = (wanted and offload_block(packet, offload)) or b""
             if not block and offload.gso:
                 for header, payload in segments(clamp(packet, self._mtu), offload)[2]:
@@ -197,7 +199,7 @@ class Forwarder:
         if not packer.fits(len(packet)):
             self.counters["too_big"] += 1
             return
-        if packer.alone(len(packet) + len(block)):
+        if packer.alone(len(packet) + len(block)) or pair.pair.tfc_padding:
             self._lay(pair, clamp(packet, self._mtu), WHOLE + block)
             return
         full = packer.add(clamp(packet, self._mtu), block)
@@ -248,7 +250,10 @@ class Forwarder:
                 self.counters["not_for_transport"] += 1
                 return
             packet, next_header = packet[split[0] :], split[1]
-        length = len(head) + len(packet)
+        length = size = len(head) + len(packet)
+        if pair.pair.tfc_padding and pair.transport is None:
+            # RFC 4303 §2.7; behind a packet alone in an AGGFRAG payload it is a pad block (RFC 9347)
+            length = max(size, min(pair.pair.tfc_padding, self._mtu))
         route = self._routes.get(pair)
         if route is None:  # it has ended amid this turn
             self.counters["sa_ended"] += 1
@@ -256,10 +261,12 @@ class Forwarder:
         batch, _ = self._outbox.place(pair, route, pair.sealed_length(length))
         view, start = batch.view, batch.used + pair.prefix
         end, trailer = start + length, pair.trailer(length, next_header)
+        if length > size:
+            view[start + size : end] = bytes(length - size)
         if head:
             view[start : start + len(head)] = head
             start += len(head)
-        view[start:end] = packet
+        view[start : start + len(packet)] = packet
         view[end : end + len(trailer)] = trailer
         self._outbox.laid(batch, length)
 
@@ -289,6 +296,10 @@ class Forwarder:
         next_header: int,
     ) -> None:
         """`count` segments of one length, without the first `skip` bytes of their headers."""
+        if pair.pair.tfc_padding and pair.transport is None:
+            for header, payload in islice(pieces, count):
+                self._lay(pair, memoryview(b"".join((header, payload))))
+            return
         route, prefix = self._routes.get(pair), pair.prefix
         if route is None:
             self.counters["sa_ended"] += count

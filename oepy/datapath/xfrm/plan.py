@@ -73,6 +73,7 @@ def sas(pair: SaPair, reqid: int, scheme: Scheme) -> tuple[v.Sa, v.Sa]:
             flags=outbound.flags | v.SaFlag.NO_PMTU_DISCOVERY,
             set_mark=_OUTBOUND_MARK,
             extra_flags=_DONT_ENCAP_DSCP if tunnel else 0,
+            tfc_padding=pair.tfc_padding if tunnel and pair.protocol == "esp" else 0,
         ),
     )
 
