@@ -19,7 +19,7 @@ from oepy.daemon.crlreader import read_long_crl
 from oepy.daemon.paths import Paths
 from oepy.daemon.pools import Pools
 from oepy.daemon.revocation import Revocation
-from oepy.daemon.trust import CertificateRefused, Trusts, asked_by_all
+from oepy.daemon.trust import CertificateRefused, Trusts, asked_by_all, endings
 from oepy.daemon.updown import Updown
 from oepy.daemon.vips import Vips
 from oepy.engine import messages as engine_messages
@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 NEVER_SECONDS = 10 * 365 * 86400.0
 RESOLVE_SECONDS = 60.0  # between two looks at the names in remote_addrs
 RESOLVE_LIMIT = 10.0
+TOLD_AGAIN = 86400.0  # seconds between two alerts about one certificate that ends
+MAX_ENDINGS_TOLD = 16
 _AUTHENTICATED = {
     "psk": Authenticated.PSK,
     "pubkey": Authenticated.MANUAL,
@@ -486,9 +488,18 @@ class Conventional:
         self._settings_of.cache_clear()
         self._settings_of_all.cache_clear()
 
-    async def watch_own_status(self) -> None:
-        """What responders say of our certificates, to send along (RFC 4806)."""
+    async def watch_certificates(self) -> None:
+        """Those that end, and what responders say of our own, to send along (RFC 4806)."""
+        told: dict[str, float] = {}
         while True:
+            now = self._wall_clock()
+            for ending in endings(self.configured, now)[:MAX_ENDINGS_TOLD]:
+                if now - told.get(ending.certificate, float("-inf")) >= TOLD_AGAIN:
+                    told[ending.certificate] = now
+                    reason = f"{ending}; {ending.mend}"
+                    self._core.journal.add(
+                        "certificate-ends", True, subject=ending.certificate, reason=reason
+                    )
             if await self.trusts.refresh_responses(self.revocation):
                 self._forget_settings()
             await asyncio.sleep(RESOLVE_SECONDS)

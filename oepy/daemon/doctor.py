@@ -51,6 +51,7 @@ def examine(config: Config) -> list[Finding]:
         *_trap(config),
         *_ports(),
         *_key(config),
+        *_certificates(config),
         *asyncio.run(_names(config)),
         *judge_relay(config.relay, system_resolvers()),
         *_guard(),
@@ -150,6 +151,18 @@ def _key(config: Config) -> Iterator[Finding]:
         yield Finding("host key", "warning", f"{config.key} is not readable for this user", "run as root")
     else:
         yield Finding("host key", "good", f"{describe(key.public)} {fingerprint(key.public)}")
+
+
+def _certificates(config: Config) -> Iterator[Finding]:
+    from oepy.daemon.trust import endings
+
+    if not config.connections.certificates:
+        return
+    found = endings(config.connections, time.time())
+    for ending in found:
+        yield Finding("certificate", "bad" if ending.remaining < 0 else "warning", str(ending), ending.mend)
+    if not found:
+        yield Finding("certificates", "good", "none of the connections' ends soon")
 
 
 async def _names(config: Config) -> list[Finding]:

@@ -153,7 +153,7 @@ class Daemon(Core):
         self.spawn(self._learn_own_records())
         self.spawn(self.watch_traffic())
         self.spawn(self.connections.watch_names())
-        self.spawn(self.connections.watch_own_status())
+        self.spawn(self.connections.watch_certificates())
         self.spawn(self.connections.vips.watch())
         self.spawn(self.connections.paths.watch())
 

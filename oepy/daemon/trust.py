@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from oepy.connections.model import Authority, Connection, ConnectionSet
@@ -11,9 +12,49 @@ from oepy.errors import KeyFormatError
 from oepy.ike.settings import Certificates
 from oepy.keys import to_public_key
 from oepy.model import PeerIdentity, PublicKey
-from oepy.x509.certificates import Certificate, to_der
-from oepy.x509.path import Path, PathError
+from oepy.x509.certificates import Certificate, subject_of, to_der
+from oepy.x509.path import Path, PathError, remaining
 from oepy.x509.trust import Trust, accept
+
+MAX_OF_SITE = 8  # certificates in a file that somebody has chosen one by one
+EXPIRES_SOON = 14 * 86400.0  # seconds before its end from which on a certificate is spoken of
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """A certificate of the configuration that has ended, or will soon."""
+
+    certificate: str
+    file: str
+    own: bool  # ours, not one that peers are trusted by
+    remaining: float  # seconds
+
+    def __str__(self) -> str:
+        when = "has expired" if self.remaining < 0 else f"expires in {self.remaining / 86400:.1f} days"
+        return f"{self.certificate} in {self.file} {when}"
+
+    @property
+    def mend(self) -> str:
+        return "renew it, and `oepy connection load`" if self.own else "ask its CA for the one that follows"
+
+
+def endings(configured: ConnectionSet, now: float) -> list[Ending]:
+    """Of what the connections show and trust; the soonest first. `now` in seconds since 1970. Not of a system's whole
+    bundle of CAs, of which some always end."""
+    shown = {file for connection in configured.connections for file in connection.local.certs}
+    trusted = {
+        file
+        for connection in configured.connections
+        for file in (*connection.remote.cacerts, *connection.remote.certs)
+    }
+    found = [
+        Ending(subject_of(certificate), file, file in shown, left)
+        for file in sorted(shown | trusted)
+        for certificate in configured.certificates[file]
+        if len(configured.certificates[file]) <= MAX_OF_SITE
+        and (left := remaining(certificate, now)) < EXPIRES_SOON
+    ]
+    return sorted(found, key=lambda ending: ending.remaining)
 
 
 class CertificateRefused(Exception):

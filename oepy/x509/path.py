@@ -160,6 +160,11 @@ def validate(
     return found
 
 
+def remaining(certificate: Certificate, now: float) -> float:
+    """Seconds until it ends; negative where it has ended. `now` in seconds since 1970."""
+    return certificate.not_valid_after_utc.timestamp() - now
+
+
 def out_of_time(certificate: Certificate, now: datetime) -> str:
     if now < certificate.not_valid_before_utc:
         return f"not valid before {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC"

@@ -171,7 +171,7 @@ def test_a_peer_brings_what_its_responder_says() -> None:
         )
         one, other = world(*wanted, (own, BETA), fetch=fetch)
         other.core.connections.revocation._fetch = nothing_fetched
-        watching = asyncio.create_task(one.core.connections.watch_own_status())
+        watching = asyncio.create_task(one.core.connections.watch_certificates())
         await asyncio.sleep(2)
         one.core.connections.feed(Up("site/net"))
         await asyncio.sleep(5)
@@ -416,3 +416,23 @@ def test_mistakes_are_named(side: dict[str, Any], text: str) -> None:
         {"own.pem": [ALPHA.certificate], "ca.pem": [ROOT.certificate]},
     )
     assert text in str([problem.text for problem in problems])
+
+
+def test_certificates_that_end_are_told_once_a_day() -> None:
+    """Our own and the CA's, from two weeks before; with what to do."""
+
+    async def main() -> None:
+        own = holder("alpha", end=10)
+        one, _ = world(configured(A, B, own), configured(B, A, BETA, chain=[MIDDLE]), (own, BETA))
+        watching = asyncio.create_task(one.core.connections.watch_certificates())
+        await asyncio.sleep(7200)
+        (told,) = one.named("certificate-ends")
+        assert "CN=alpha in own.pem expires in 10.0 days; renew it, and `oepy connection load`" in str(told)
+        one.wall_clock += 31 * 86400
+        await asyncio.sleep(120)
+        texts = [str(entry["reason"]) for entry in one.named("certificate-ends")[1:]]
+        assert [text.split(" in ")[0] for text in texts] == ["CN=alpha", "CN=Root"]
+        assert all("has expired" in text for text in texts)
+        watching.cancel()
+
+    run_virtual(main())
