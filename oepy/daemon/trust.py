@@ -39,8 +39,8 @@ class Ending:
 
 
 def endings(configured: ConnectionSet, now: float) -> list[Ending]:
-    """Of what the connections show and trust; the soonest first. `now` in seconds since 1970. Not of a system's whole
-    bundle of CAs, of which some always end."""
+    """Of what the connections show and trust; the soonest first. `now` in seconds since 1970. Not of a system's
+    whole bundle of CAs, of which some always end."""
     shown = {file for connection in configured.connections for file in connection.local.certs}
     trusted = {
         file
