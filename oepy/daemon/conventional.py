@@ -645,9 +645,10 @@ class Conventional:
         named = [connection for connection in found if connection.remote.id.text != "%any"]
         by_key = [connection for connection in found if connection.remote.auth == "pubkey"]
         by_certificate = [connection for connection in found if connection.remote.auth == "x509"]
-        if by_certificate and (event.certificates or not by_key):
+        pinned = any(connection.remote.certs for connection in by_certificate)
+        if by_certificate and (event.certificates or pinned or named):
             answer = self._certified(event, by_certificate)
-            if isinstance(answer, ike.Known) or not by_key:
+            if isinstance(answer, ike.Known) or (named and not by_key):
                 return answer
         if by_key:
             self._connection_of[event.session] = by_key[0]
@@ -711,8 +712,7 @@ class Conventional:
         """Which child the peer's proposal is for, and what of it is allowed (RFC 7296 §2.9)."""
         connection = self._connection_of_peer(event)
         if connection is None:
-            claimed = self._claimed_by(event)
-            return ike.Refused(f"its traffic belongs to the connection {claimed}") if claimed else NOT_OURS
+            return self._unless_claimed(event)
         if connection.name not in self._by_name:
             return ike.Refused("its connection is no longer configured", peer=True)
         if connection.ppk_required and event.session not in self._ppk_used:
@@ -736,6 +736,14 @@ class Conventional:
                 whole = set(ours) == set(event.local_ts) and set(theirs) == set(event.remote_ts)
                 found.append(((child.mode != event.mode, not whole, order), child, ours, theirs))
         if not found:
+            if (
+                connection.remote.auth == "null"
+                and event.rekey_of is None
+                and not self.pools.of(event.session)
+            ):
+                # Whoever proves nothing was taken for this one's by its address: it may be an opportunistic peer
+                del self._connection_of[event.session]
+                return self._unless_claimed(event)
             return ike.Refused(
                 f"no child of {connection.name} has {_text(event.local_ts)} and {_text(event.remote_ts)}"
             )
@@ -772,12 +780,13 @@ class Conventional:
                 return candidate
         return None
 
-    def _claimed_by(self, event: ike.NeedNarrowing) -> str | None:
+    def _unless_claimed(self, event: ike.NeedNarrowing) -> ike.Refused | NotOurs:
+        """Opportunistic peers get nothing that a connection names."""
         for selector in event.remote_ts[:16]:
             single = selector.start if selector.start == selector.end else event.remote.address
             if selector.contains_address(single) and (claimed := self.claims(single)):
-                return claimed
-        return None
+                return ike.Refused(f"its traffic belongs to the connection {claimed}")
+        return NOT_OURS
 
     def _acceptable(self, connection: Connection, session: int) -> bool:
         """Whether the IKE SA's algorithms are the connection's: by address it may have been taken for another."""

@@ -355,6 +355,51 @@ def test_a_server_with_a_certificate_serves_clients_that_have_none() -> None:
     assert (sa.authenticated, theirs.authenticated) == (Authenticated.X509, Authenticated.NULL)
 
 
+def test_a_hub_for_anybody_with_a_certificate_leaves_opportunistic_peers_alone() -> None:
+    """`id` %any and `remote_addrs` %any: who has no certificate is served by its key in DNS."""
+
+    async def main() -> None:
+        hub = configured(B, "%any", BETA, chain=[MIDDLE])
+        answers: dict[str, KeyAnswer] = {}
+        wire = Router(random.Random(1))
+        other = Host(wire, B, answers, configured=hub, keys={"own.key": HostKey(BETA.key)}, wall_clock=NOW)
+        stranger = Host(wire, A, answers)
+        stranger.publish()
+        other.publish()
+        stranger.send_to(other)
+        await asyncio.sleep(5)
+        (sa,) = other.datapath.pairs.values()
+        assert (sa.authenticated, sa.connection) == (Authenticated.DNS, "")
+        assert matching_pairs(stranger, other)
+
+    run_virtual(main())
+
+
+def test_a_server_for_anonymous_clients_leaves_anonymous_opportunistic_peers_alone() -> None:
+    """They ask for another child than the server has: theirs is the opportunistic one."""
+
+    async def main() -> None:
+        server = configured(
+            *(B, "%any", BETA),
+            chain=[MIDDLE],
+            own_id="beta.example",
+            remote={"auth": "null"},
+            children={"net": {"local_ts": ["10.9.0.0/24"]}},
+        )
+        answers: dict[str, KeyAnswer] = {}
+        wire = Router(random.Random(1))
+        other = Host(wire, B, answers, configured=server, keys={"own.key": HostKey(BETA.key)}, wall_clock=NOW)
+        stranger = Host(wire, A, answers)
+        other.publish()
+        stranger.send_to(other)
+        await asyncio.sleep(5)
+        (sa,) = other.datapath.pairs.values()
+        assert (sa.authenticated, sa.connection) == (Authenticated.NULL, "")
+        assert matching_pairs(stranger, other)
+
+    run_virtual(main())
+
+
 def test_a_renewed_certificate_ends_nothing_and_is_shown_from_then_on() -> None:
     """The old one has expired for newcomers; what is up stays; the next IKE SA has the new one. Another CA in the
     file of those that are trusted begins the connection anew."""
