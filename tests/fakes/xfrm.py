@@ -59,6 +59,7 @@ class FakeKernel:
         self.asked: list[Request] = []
         self.refusing: dict[int, int] = {}
         self.closed = False
+        self.keeps = False  # an update changes nothing, as of an SA that has keys
 
     # -- socket.Xfrm
 
@@ -111,7 +112,8 @@ class FakeKernel:
             case v.Sa():
                 if (_key(answer.id) in self.sas) != (request.kind == p.MSG_UPDSA):
                     return errno.ESRCH if request.kind == p.MSG_UPDSA else errno.EEXIST
-                self.sas[_key(answer.id)] = answer
+                if not (self.keeps and request.kind == p.MSG_UPDSA):
+                    self.sas[_key(answer.id)] = answer
             case v.SaDeleted(name):
                 return 0 if self.sas.pop(_key(name), None) else errno.ESRCH
             case v.Policy():

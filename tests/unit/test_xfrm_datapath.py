@@ -21,6 +21,7 @@ from oepy.xfrm import pieces as p
 from oepy.xfrm import requests
 from oepy.xfrm import values as v
 from oepy.xfrm.ids import AUTOMATIC_REQIDS, TRAP_REQID
+from oepy.xfrm.requests import Request
 from tests.fakes.datapath import keys_of, pairs, selector
 from tests.fakes.xfrm import FakeEvents, FakeKernel
 
@@ -330,6 +331,37 @@ async def test_our_own_end_moves(bed: Bed, encap: bool) -> None:
     assert str(out.templates[0].source) == "192.0.2.7"
     (counters,) = await bed.datapath.counters()
     assert (counters.packets_in, counters.bytes_in) == (30, 900)
+
+
+async def test_a_packet_during_a_move_does_not_stand_in_its_way(bed: Bed) -> None:
+    """The kernel has asked for an SA (ACQUIRE) between the old one and the new, and what waits has the same name:
+    it is filled. Where it is an SA of somebody else's, the tunnel ends."""
+    await bed.datapath.install(FIRST)
+    key = (ip_address("192.0.2.2"), 0x2001, v.ESP)
+    change = bed.kernel._change
+    larval: list[v.Sa] = []
+
+    def and_then(request: Request) -> int:
+        outcome = change(request)
+        if request.kind == p.MSG_DELSA and larval and key not in bed.kernel.sas:
+            bed.kernel.sas[key] = larval.pop()
+        return outcome
+
+    bed.kernel._change = and_then  # type: ignore[method-assign]
+    for number, place in enumerate(("192.0.2.7", "192.0.2.8")):
+        old = bed.kernel.sas[key]
+        larval.append(dataclasses.replace(old, reqid=0))
+        inbound = next(sa for sa in bed.kernel.sas.values() if sa.spi == 0x1001)
+        bed.news.send(v.SaDeleted(inbound.id, v.Replay(32, bitmap=bytes(4))))
+        moved = dataclasses.replace(FIRST, local=Endpoint(ip_address(place), 4500))
+        bed.kernel.keeps = number == 1
+        if number == 0:
+            await bed.datapath.install(moved)
+            assert bed.kernel.sas[key].source == ip_address(place)
+        else:
+            with pytest.raises(OepyError, match="another SA"):
+                await bed.datapath.install(moved)
+    del bed.kernel.sas[key]
 
 
 async def test_moves_that_would_weaken_something_are_refused(bed: Bed) -> None:

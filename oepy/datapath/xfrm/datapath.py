@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -298,10 +299,25 @@ class XfrmDatapath:
         known.moved_bytes += current.usage.bytes
         known.moved_packets += current.usage.packets
         self._by_outbound[_key(known.outbound)] = pair.spi_in
-        changes = [requests.new_sa(fresh)]
+        self._put_back(fresh)
         if known.sending:
-            changes += self._claims.claim(pair.spi_in, self._outward(known))
-        self._must(changes)
+            self._must(self._claims.claim(pair.spi_in, self._outward(known)))
+
+    def _put_back(self, fresh: v.Sa) -> None:
+        """Where an SA has just been taken away. A packet that was to leave by it meanwhile has made the kernel ask
+        for one (ACQUIRE), and what waits for the answer has the same name."""
+        kernel = self._running()
+        (refused,) = kernel.carry_out([requests.new_sa(fresh)])
+        if refused is None:
+            return
+        if refused.errno != errno.EEXIST:
+            raise explained(refused)
+        self._must([requests.update_sa(fresh)])
+        (frame,) = kernel.ask([requests.get_sa(fresh.id)])
+        there = None if frame is None else parse(frame)
+        known = isinstance(there, v.Sa) and there.replay is not None and fresh.replay is not None
+        if not known or there.replay.sequence_out < fresh.replay.sequence_out:  # type: ignore[union-attr]
+            raise OepyError("another SA has come in its place", "the tunnel is negotiated anew")
 
     def _receive_elsewhere(self, known: _Installed, pair: SaPair) -> None:
         """The inbound SA at another address of ours, or in UDP. What it has received until its very end the kernel
