@@ -298,7 +298,7 @@ def _read_connections(
 ) -> tuple[ConnectionSet, list[str]]:
     if all(data.get(section) is None for section in SECTIONS):
         return EMPTY, []
-    from oepy.ike.algorithms import parse_esp_proposal, parse_ike_proposal
+    from oepy.ike.algorithms import parse_ah_proposal, parse_esp_proposal, parse_ike_proposal
     from oepy.keys import HostKey, parse_public, to_public_key
 
     base = Path(source).parent
@@ -340,6 +340,7 @@ def _read_connections(
         read=read,
         proposal_ike=parse_ike_proposal,
         proposal_esp=parse_esp_proposal,
+        proposal_ah=parse_ah_proposal,
     )
     found, wrong = read_connections(data, files)
     return found, [_placed(problem.path, problem.text, lines) for problem in wrong]

@@ -171,6 +171,7 @@ class Child:
     local_ts: tuple[Selector, ...] = (Selector(None),)
     remote_ts: tuple[Selector, ...] = (Selector(None),)
     esp_proposals: tuple[str, ...] = ()
+    ah_proposals: tuple[str, ...] = ()  # instead of ESP, or after what is proposed of it
     mode: str = "tunnel"
     trap: bool = False  # of start_action, which may be both
     start: bool = False

@@ -75,6 +75,7 @@ class Files:
     read: dict[str, Any]  # certificates by file
     proposal_ike: Callable[[str], object]
     proposal_esp: Callable[[str], object]
+    proposal_ah: Callable[[str], object]
 
 
 # What swanctl.conf has and this version has not, with what to do about it. Lifted one by one.
@@ -90,7 +91,6 @@ _NOT_YET_CONNECTION = {
     "remote_port": "IKE speaks to ports 500 and 4500",
 }
 _NOT_YET_CHILD = {
-    "ah_proposals": "IKE negotiates ESP only; AH can be keyed by hand (`manual:`)",
     "copy_df": "",
     "copy_dscp": "",
     "copy_ecn": "",
@@ -343,6 +343,7 @@ def _child(name: str, value: object, path: Path, problems: list[Problem], files:
         local_ts=fields.take_list("local_ts", (Selector(None),), selector),
         remote_ts=fields.take_list("remote_ts", (Selector(None),), selector),
         esp_proposals=fields.take_list("esp_proposals", (), _checked(files.proposal_esp)),
+        ah_proposals=fields.take_list("ah_proposals", (), _checked(files.proposal_ah)),
         mode=fields.take("mode", "tunnel", one_of("tunnel", "transport")),
         trap="trap" in started,
         start="start" in started,
@@ -354,6 +355,8 @@ def _child(name: str, value: object, path: Path, problems: list[Problem], files:
         updown=fields.take("updown", (), command),
     )
     fields.finish(_NOT_YET_CHILD)
+    if "" in made.ah_proposals:
+        fields.wrong("name the algorithms of AH, such as sha256-x25519", "ah_proposals")
     if not made.local_ts or not made.remote_ts:
         fields.wrong("local_ts and remote_ts need an entry each")
     return made

@@ -25,7 +25,7 @@ from oepy.daemon.vips import Vips
 from oepy.engine import messages as engine_messages
 from oepy.errors import OepyError
 from oepy.ike import events as ike
-from oepy.ike.algorithms import Offer, parse_esp_proposal, parse_ike_proposal
+from oepy.ike.algorithms import DEFAULT_ESP, Offer, parse_ah_proposal, parse_esp_proposal, parse_ike_proposal
 from oepy.ike.endpoint import SessionInfo
 from oepy.ike.settings import ChildRequest, IkeSettings, Initiate, Lifetimes, Ppk
 from oepy.interfaces import ConfiguredRule, Way
@@ -106,7 +106,7 @@ class Conventional:
         self.revocation = Revocation(given.fetch, read_long_crl, given.wall_clock)
         self._settings_of = functools.lru_cache(maxsize=4096)(self._make_settings)
         self._settings_of_all = functools.lru_cache(maxsize=4096)(self._make_settings_of_all)
-        self._offers_of = functools.lru_cache(maxsize=4096)(_esp_offers)
+        self._offers_of = functools.lru_cache(maxsize=4096)(_child_offers)
 
     def _wall_clock(self) -> float:
         return self._core.given.wall_clock()
@@ -433,7 +433,7 @@ class Conventional:
             identity=connection.local.id,
             expected_identity=None if connection.remote.auth == "null" else connection.remote.id.exact(),
             ike_offers=_ike_offers(connection),
-            esp_offers=self._offers_of(child.esp_proposals),
+            esp_offers=self._offers_of(child.esp_proposals, child.ah_proposals),
             initial_contact=(connection.name, remote) not in self._contacted,
             authenticated_by="manual",
             connection=connection.label(child),
@@ -464,7 +464,7 @@ class Conventional:
             ChildRequest(
                 _selectors(child.local_ts, self.vips.of(session) or (info.local.address,)),
                 _selectors(child.remote_ts, self.pools.of(session) or (info.remote.address,)),
-                self._offers_of(child.esp_proposals),
+                self._offers_of(child.esp_proposals, child.ah_proposals),
                 child.mode,
                 connection=connection.label(child),
                 lifetimes=_lifetimes(child),
@@ -803,7 +803,7 @@ class Conventional:
         return ike.Narrowed(
             ours,
             theirs,
-            offers=self._offers_of(child.esp_proposals),
+            offers=self._offers_of(child.esp_proposals, child.ah_proposals),
             connection=connection.label(child),
             authenticated=_AUTHENTICATED[connection.remote.auth],
             mode=child.mode,
@@ -926,9 +926,12 @@ class _Same:
         return isinstance(other, _Same) and self._key == other._key
 
 
-def _esp_offers(proposals: tuple[str, ...]) -> tuple[Offer, ...] | None:
-    named = tuple(parse_esp_proposal(text) for text in proposals if text)
-    return named or None
+def _child_offers(esp: tuple[str, ...], ah: tuple[str, ...]) -> tuple[Offer, ...] | None:
+    """None: oepy's own list."""
+    named = [parse_esp_proposal(text) for text in esp if text] or [
+        parse_esp_proposal(text) for text in DEFAULT_ESP if esp
+    ]
+    return (*named, *map(parse_ah_proposal, ah)) or None
 
 
 @functools.lru_cache(maxsize=4096)

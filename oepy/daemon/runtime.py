@@ -244,6 +244,10 @@ class Daemon(Core):
                     problems.append(
                         f"{label}: start_action trap needs the trap nfqueue, and this host has {self.trap_name}"
                     )
+                if child.ah_proposals and self.chosen.name == "tun":
+                    problems.append(
+                        f"{label}: AH is the kernel's, and this host has the datapath tun: take ESP"
+                    )
                 if child.mode == "transport" and self.chosen.name == "xfrm":
                     problems.append(f"{label}: transport mode is for the datapath tun; take mode tunnel")
         if problems:

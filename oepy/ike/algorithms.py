@@ -4,11 +4,18 @@ the choice between two proposals.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from oepy.errors import UsageError
-from oepy.ike.payload_sa import Proposal, Transform, TransformType
+from oepy.ike.payload_sa import (
+    PROTOCOL_AH,
+    PROTOCOL_ESP,
+    PROTOCOL_IKE,
+    Proposal,
+    Transform,
+    TransformType,
+)
 from oepy.model import EspSuite
 
 ENCR_NULL = 11
@@ -152,6 +159,35 @@ def parse_ike_proposal(text: str) -> Offer:
     return offer
 
 
+def parse_ah_proposal(text: str) -> Offer:
+    """`sha256-x25519-esn-noesn`: an offer without encryption, which makes it AH's (RFC 4302). Raises UsageError."""
+    integrity, groups, esn = [], [], []
+    for part in _split(text):
+        if part in INTEGRITIES:
+            integrity.append(INTEGRITIES[part])
+        elif part in GROUPS:
+            groups.append(GROUPS[part])
+        elif part in ("esn", "noesn"):
+            esn.append(ESN_YES if part == "esn" else ESN_NO)
+        else:
+            what = "AH does not encrypt" if part in ENCRYPTIONS else f"{part!r} is no algorithm known here"
+            raise UsageError(f"AH proposal {text!r}: {what}")
+    if not integrity:
+        raise UsageError(f"AH proposal {text!r} names no integrity algorithm")
+    offer: Offer = {TransformType.INTEG: tuple(integrity)}
+    if groups:
+        offer[TransformType.KE] = tuple(groups)
+    offer[TransformType.ESN] = tuple(esn) or (ESN_YES, ESN_NO)
+    return offer
+
+
+def protocol_of(transforms: Collection[int]) -> int:
+    """IKE, ESP or AH, by the types of the transforms: only IKE has a PRF, and AH no encryption."""
+    if TransformType.PRF in transforms:
+        return PROTOCOL_IKE
+    return PROTOCOL_ESP if TransformType.ENCR in transforms else PROTOCOL_AH
+
+
 def parse_esp_proposal(text: str) -> Offer:
     """`aes256gcm16-x25519-esn-noesn`; both are offered unless `esn` or `noesn` is written. Groups are for
     CREATE_CHILD_SA; without one there is no forward secrecy beyond the IKE SA's. Raises UsageError."""
@@ -203,9 +239,9 @@ def without_groups(offer: Offer) -> Offer:
     return {kind: transforms for kind, transforms in offer.items() if kind is not TransformType.KE}
 
 
-def to_proposals(offers: Sequence[Offer], protocol: int, spi: bytes) -> tuple[Proposal, ...]:
+def to_proposals(offers: Sequence[Offer], spi: bytes) -> tuple[Proposal, ...]:
     return tuple(
-        Proposal(number, protocol, spi, tuple(t for kind in offer.values() for t in kind))
+        Proposal(number, protocol_of(offer), spi, tuple(t for kind in offer.values() for t in kind))
         for number, offer in enumerate(offers, 1)
     )
 
@@ -219,18 +255,16 @@ class Chosen:
     offer_index: int
     transforms: dict[int, Transform]
 
-    def proposal(self, protocol: int, spi: bytes) -> Proposal:
-        return Proposal(self.number, protocol, spi, tuple(self.transforms.values()))
+    def proposal(self, spi: bytes) -> Proposal:
+        return Proposal(self.number, protocol_of(self.transforms), spi, tuple(self.transforms.values()))
 
 
-def choose(
-    offers: Sequence[Offer], peer: tuple[Proposal, ...], protocol: int, *, prefer_group: int = 0
-) -> Chosen | None:
+def choose(offers: Sequence[Offer], peer: tuple[Proposal, ...], *, prefer_group: int = 0) -> Chosen | None:
     """The best of ours that the peer proposes too. `prefer_group`: among the acceptable key exchanges take
     this one if it is proposed, for it is the one whose share the peer already sent."""
     for index, offer in enumerate(offers):
         for proposal in peer:
-            if proposal.protocol != protocol:
+            if proposal.protocol != protocol_of(offer):
                 continue
             transforms = _match(offer, proposal, prefer_group)
             if transforms is not None:
@@ -258,9 +292,9 @@ def _match(offer: Offer, proposal: Proposal, prefer_group: int) -> dict[int, Tra
     return chosen
 
 
-def accepted(offers: Sequence[Offer], answer: tuple[Proposal, ...], protocol: int) -> Chosen | None:
+def accepted(offers: Sequence[Offer], answer: tuple[Proposal, ...]) -> Chosen | None:
     """What the responder chose, if it is exactly one transform a type out of one proposal of ours."""
-    if len(answer) != 1 or answer[0].protocol != protocol:
+    if len(answer) != 1:
         return None
     proposal = answer[0]
     kinds = [
@@ -268,8 +302,9 @@ def accepted(offers: Sequence[Offer], answer: tuple[Proposal, ...], protocol: in
     ]
     if len(kinds) != len(set(kinds)) or not 1 <= proposal.number <= len(offers):
         return None
-    transforms = _match(offers[proposal.number - 1], proposal, 0)
-    if transforms is None:
+    offer = offers[proposal.number - 1]
+    transforms = _match(offer, proposal, 0)
+    if transforms is None or proposal.protocol != protocol_of(offer):
         return None
     return Chosen(proposal.number, proposal.spi, proposal.number - 1, transforms)
 
@@ -290,9 +325,10 @@ def ike_suite(chosen: Chosen) -> IkeSuite:
 
 
 def esp_suite(chosen: Chosen) -> EspSuite:
+    """ESP's, or AH's, which has no encryption."""
     names = {kind: transform_name(transform) for kind, transform in chosen.transforms.items()}
     return EspSuite(
-        names[TransformType.ENCR],
+        names.get(TransformType.ENCR, ""),
         names.get(TransformType.INTEG, ""),
         esn=chosen.transforms[TransformType.ESN].id == 1,
     )

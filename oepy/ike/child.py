@@ -11,7 +11,7 @@ from oepy.ike.events import ChildUp
 from oepy.ike.flow import ChildRefused
 from oepy.ike.header import PayloadType
 from oepy.ike.notify import NotifyType
-from oepy.ike.payload_sa import PROTOCOL_ESP
+from oepy.ike.payload_sa import PROTOCOL_AH, PROTOCOL_ESP, TransformType
 from oepy.model import Lifetime, SaPair, TrafficSelector
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ MIN_SPI = 256
 
 
 class ChildSa:
-    """One ESP pair, without its keys. `spi_in` is ours, its name everywhere in this host."""
+    """One pair of ESP or AH, without its keys. `spi_in` is ours, its name everywhere in this host."""
 
     __slots__ = (
         "aggregation",
@@ -84,6 +84,10 @@ class ChildSa:
         self.peer_rekey = b""
         """Of the peer's rekey, from the moment that it is being served: the lower of its two nonces."""
 
+    @property
+    def protocol(self) -> int:
+        return PROTOCOL_ESP if self.suite.encryption else PROTOCOL_AH
+
     def inherit(self, old: ChildSa) -> None:
         """What a rekey does not negotiate anew. RFC 9347 §5.1: it says nothing of aggregation."""
         self.offers, self.connection, self.label = old.offers, old.connection, old.label
@@ -111,11 +115,13 @@ def read_selectors(message: Message) -> tuple[tuple[TrafficSelector, ...], tuple
     return tsi, tsr
 
 
-def spi_of(chosen: Chosen) -> int:
-    """The peer's ESP SPI. Raises ChildRefused for one that RFC 4303 §2.1 reserves."""
+def spi_of(session: Session, chosen: Chosen) -> int:
+    """The peer's SPI. Raises ChildRefused for one that RFC 4303 §2.1 reserves, and for AH through a NAT."""
+    if TransformType.ENCR not in chosen.transforms and (session.nat_local or session.nat_remote):
+        raise ChildRefused(NotifyType.NO_PROPOSAL_CHOSEN, "AH does not pass a NAT (RFC 3948 §1)")
     spi = int.from_bytes(chosen.spi, "big")
     if len(chosen.spi) != 4 or spi < MIN_SPI:
-        raise ChildRefused(NotifyType.NO_PROPOSAL_CHOSEN, f"ESP SPI {chosen.spi.hex()}")
+        raise ChildRefused(NotifyType.NO_PROPOSAL_CHOSEN, f"SPI {chosen.spi.hex()}")
     return spi
 
 
@@ -163,7 +169,8 @@ def install(
         remote_ts=child.remote_ts,
         authenticated=session.authenticated,
         peer=session.identity,
-        encap=encap,
+        encap=encap and child.protocol == PROTOCOL_ESP,
+        protocol="esp" if child.protocol == PROTOCOL_ESP else "ah",
         mode=child.mode,
         natted=child.mode == "transport" and (session.nat_local or session.nat_remote),
         lifetime=Lifetime(

@@ -41,7 +41,8 @@ def serve_create_child(session: Session, message: Message) -> PeerSteps:
         session.context.counters["children_refused"] += 1
         session.last_error = refused.text
         if refused.notify is NotifyType.CHILD_SA_NOT_FOUND:
-            return [notify(refused.notify, b"", PROTOCOL_ESP, refused.data)]
+            rekey = message.notify(NotifyType.REKEY_SA)
+            return [notify(refused.notify, b"", rekey.protocol if rekey else PROTOCOL_ESP, refused.data)]
         return [notify(refused.notify, refused.data)]
 
 
@@ -104,7 +105,14 @@ def _rekeyed(session: Session, message: Message) -> ChildSa | None:
     if rekey is None:
         return None
     spi = int.from_bytes(rekey.spi, "big")
-    found = next((child for child in session.children.values() if child.spi_out == spi), None)
+    found = next(
+        (
+            child
+            for child in session.children.values()
+            if (child.spi_out, child.protocol) == (spi, rekey.protocol)
+        ),
+        None,
+    )
     if found is None and creates_child(session):  # perhaps the one that our own exchange is about to make
         raise ChildRefused(NotifyType.TEMPORARY_FAILURE, f"no child SA {spi:08x} yet")
     if found is None:
@@ -121,11 +129,11 @@ def _choose(
     offers = child_offers or session.settings.esp_offers
     proposals = message.must(PayloadType.SA, SaPayload).proposals
     ke = message.get(PayloadType.KE, KeyShareData)
-    chosen = choose(offers, proposals, PROTOCOL_ESP, prefer_group=ke.group if ke else 0)
+    chosen = choose(offers, proposals, prefer_group=ke.group if ke else 0)
     if chosen is None:
-        chosen = choose([without_groups(offer) for offer in offers], proposals, PROTOCOL_ESP)
+        chosen = choose([without_groups(offer) for offer in offers], proposals)
     if chosen is None:
-        raise ChildRefused(NotifyType.NO_PROPOSAL_CHOSEN, "no ESP suite in common")
+        raise ChildRefused(NotifyType.NO_PROPOSAL_CHOSEN, "no suite in common")
     group = chosen.transforms.get(TransformType.KE)
     if group is None:
         return chosen, None, b""

@@ -15,7 +15,7 @@ from oepy.ike.header import Exchange, PayloadType
 from oepy.ike.informational import delete_child
 from oepy.ike.key_exchange import Share, generate
 from oepy.ike.notify import NotifyType, notify_name
-from oepy.ike.payload_sa import PROTOCOL_ESP, SaPayload, TransformType, build_sa
+from oepy.ike.payload_sa import SaPayload, TransformType, build_sa
 from oepy.ike.payload_ts import build_ts
 from oepy.ike.payloads import Delete, KeyShareData, Notify, Payload, build_delete, build_ke, notify
 from oepy.ike.rules import first_error
@@ -105,7 +105,7 @@ def rekey_child(session: Session, spi_in: int) -> OwnSteps:
     if old.peer_rekey and min(nonces) < old.peer_rekey:
         # §2.8.1: the lowest of the four nonces is ours, so ours is the one too many
         session.context.counters["rekey_collisions_lost"] += 1
-        yield _delete(child.spi_in)
+        yield _delete(child.spi_in, child.protocol)
         return
     if old.peer_rekey:
         session.context.counters["rekey_collisions_won"] += 1
@@ -115,7 +115,7 @@ def rekey_child(session: Session, spi_in: int) -> OwnSteps:
     if spi_in not in session.children:
         return  # the peer deleted the old one meanwhile
     old.deleting = True
-    yield _delete(spi_in)
+    yield _delete(spi_in, old.protocol)
     session.child_down(spi_in, DownReason.REKEYED)
 
 
@@ -124,9 +124,9 @@ def _deleted_early(session: Session, child: ChildSa) -> bool:
     return child.spi_out in early
 
 
-def _delete(spi_in: int) -> Send:
+def _delete(spi_in: int, protocol: int) -> Send:
     spis = (spi_in.to_bytes(4, "big"),)
-    return Send(Exchange.INFORMATIONAL, [(PayloadType.DELETE, build_delete(Delete(PROTOCOL_ESP, spis)))])
+    return Send(Exchange.INFORMATIONAL, [(PayloadType.DELETE, build_delete(Delete(protocol, spis)))])
 
 
 def _not_rekeyed(session: Session, old: ChildSa, refused: ChildRefused) -> None:
@@ -161,7 +161,8 @@ def _exchange(session: Session, wanted: _Wanted) -> Steps[Made]:
                 child = _agreed(session, wanted, offers, spi_in, answer)
                 shared = _finish(answer, offers, share, answer.get(PayloadType.KE, KeyShareData))
             except ChildRefused:
-                yield _delete(spi_in)  # the peer has it already
+                # the peer has it already
+                yield _delete(spi_in, answer.must(PayloadType.SA, SaPayload).proposals[0].protocol)
                 raise
             return child, shared, (nonce_i, answer.must(PayloadType.NONCE, bytes))
         group = next((t.id for t in groups if error.data == t.id.to_bytes(2, "big")), 0)
@@ -191,12 +192,14 @@ def _request(
     spi = spi_in.to_bytes(4, "big")
     payloads: list[Payload] = []
     if wanted.old is not None:
-        payloads.append(notify(NotifyType.REKEY_SA, b"", PROTOCOL_ESP, wanted.old.spi_in.to_bytes(4, "big")))
+        payloads.append(
+            notify(NotifyType.REKEY_SA, b"", wanted.old.protocol, wanted.old.spi_in.to_bytes(4, "big"))
+        )
     elif session.settings.aggregation and wanted.mode == transport.TUNNEL:
         payloads += aggregation.payloads()
     payloads += [
         *transport.payloads(wanted.mode),
-        (PayloadType.SA, build_sa(SaPayload(to_proposals(offers, PROTOCOL_ESP, spi)))),
+        (PayloadType.SA, build_sa(SaPayload(to_proposals(offers, spi)))),
         (PayloadType.NONCE, nonce),
     ]
     if share is not None:
@@ -213,16 +216,21 @@ def _agreed(
     session: Session, wanted: _Wanted, offers: tuple[Offer, ...], spi_in: int, answer: Message
 ) -> ChildSa:
     proposals = answer.must(PayloadType.SA, SaPayload).proposals
-    chosen = accepted(offers, proposals, PROTOCOL_ESP)
+    chosen = accepted(offers, proposals)
     if chosen is None:
-        chosen = accepted([without_groups(offer) for offer in offers], proposals, PROTOCOL_ESP)
+        chosen = accepted([without_groups(offer) for offer in offers], proposals)
     if chosen is None:
-        raise ChildRefused(NotifyType.NO_PROPOSAL_CHOSEN, "the peer chose an ESP suite that was not proposed")
+        raise ChildRefused(NotifyType.NO_PROPOSAL_CHOSEN, "the peer chose a suite that was not proposed")
     local_ts, remote_ts = read_selectors(answer)
     if not within(local_ts, wanted.local_ts) or not within(remote_ts, wanted.remote_ts):
         raise ChildRefused(NotifyType.TS_UNACCEPTABLE, "the peer widened the traffic selectors")
     child = ChildSa(
-        spi_in, spi_of(chosen), esp_suite(chosen), local_ts=local_ts, remote_ts=remote_ts, initiator=True
+        spi_in,
+        spi_of(session, chosen),
+        esp_suite(chosen),
+        local_ts=local_ts,
+        remote_ts=remote_ts,
+        initiator=True,
     )
     child.mode = transport.agreed_on(answer, wanted.mode, required=wanted.transport_required)
     note_tfc(child, answer)
@@ -236,7 +244,7 @@ def _finish(
     answer: Message, offers: tuple[Offer, ...], share: Share | None, peer: KeyShareData | None
 ) -> bytes:
     """The new shared secret; a peer must use the key exchange exactly where it chose one."""
-    chosen = accepted(offers, answer.must(PayloadType.SA, SaPayload).proposals, PROTOCOL_ESP)
+    chosen = accepted(offers, answer.must(PayloadType.SA, SaPayload).proposals)
     group = chosen.transforms.get(TransformType.KE) if chosen else None
     if group is None:
         if any(TransformType.KE in offer for offer in offers) and peer is not None:

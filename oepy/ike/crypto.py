@@ -47,9 +47,9 @@ def prf_plus(name: str, key: bytes, seed: bytes, size: int) -> bytes:
 
 def encryption_key_size(name: str) -> int:
     """Bytes of key material that an encryption algorithm takes, the salt of an AEAD included."""
-    transform = ENCRYPTIONS[name]
-    if name == "null":
+    if name in ("null", ""):  # "": of AH
         return 0
+    transform = ENCRYPTIONS[name]
     if name == "chacha20poly1305":
         return 32 + _AEAD_SALT
     return transform.key_length // 8 + (_AEAD_SALT if transform.id in AEADS else 0)

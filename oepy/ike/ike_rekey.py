@@ -15,7 +15,7 @@ from oepy.ike.header import NO_SPI, Exchange, PayloadType
 from oepy.ike.informational import delete_ike
 from oepy.ike.key_exchange import generate
 from oepy.ike.notify import NotifyType, notify_name
-from oepy.ike.payload_sa import PROTOCOL_IKE, SaPayload, TransformType, build_sa
+from oepy.ike.payload_sa import SaPayload, TransformType, build_sa
 from oepy.ike.payloads import KeyShareData, build_ke, notify
 from oepy.ike.rules import first_error
 from oepy.ike.session import Session
@@ -38,7 +38,7 @@ def serve_rekey_ike(session: Session, message: Message) -> PeerSteps:
         return [notify(NotifyType.TEMPORARY_FAILURE)]
     ke = message.must(PayloadType.KE, KeyShareData)
     proposals = message.must(PayloadType.SA, SaPayload).proposals
-    chosen = choose(session.settings.ike_offers, proposals, PROTOCOL_IKE, prefer_group=ke.group)
+    chosen = choose(session.settings.ike_offers, proposals, prefer_group=ke.group)
     if chosen is None or len(chosen.spi) != 8 or chosen.spi == NO_SPI:
         return [notify(NotifyType.NO_PROPOSAL_CHOSEN)]
     wanted = chosen.transforms[TransformType.KE].id
@@ -50,7 +50,7 @@ def serve_rekey_ike(session: Session, message: Message) -> PeerSteps:
     spi = context.new_spi()
     session.followup = None
     answer = [
-        (PayloadType.SA, build_sa(SaPayload((chosen.proposal(PROTOCOL_IKE, spi),)))),
+        (PayloadType.SA, build_sa(SaPayload((chosen.proposal(spi),)))),
         (PayloadType.NONCE, nonces[1]),
         (PayloadType.KE, build_ke(wanted, share.public)),
     ]
@@ -169,7 +169,7 @@ def rekey_ike(session: Session) -> OwnSteps:
     assert session.suite is not None
     group = session.suite.group if session.suite.group in ids else next(iter(ids))
     spi = context.new_spi()
-    sa = build_sa(SaPayload(to_proposals(offers, PROTOCOL_IKE, spi)))
+    sa = build_sa(SaPayload(to_proposals(offers, spi)))
     for attempt in range(2):
         share = generate(group, context.random)
         nonce = context.random(NONCE_SIZE)
@@ -188,7 +188,7 @@ def rekey_ike(session: Session) -> OwnSteps:
             continue
         _not_rekeyed(session, f"the peer answers the IKE rekey with {notify_name(error.type)}")
         return
-    chosen = accepted(offers, answer.must(PayloadType.SA, SaPayload).proposals, PROTOCOL_IKE)
+    chosen = accepted(offers, answer.must(PayloadType.SA, SaPayload).proposals)
     ke = answer.must(PayloadType.KE, KeyShareData)
     right = chosen is not None and len(chosen.spi) == 8 and ke.group == ids[group]
     if chosen is None or not right or ike_suite(chosen).group != group:

@@ -9,7 +9,7 @@ from oepy.ike.events import ChildUsable, DownReason
 from oepy.ike.flow import OwnSteps, PeerSteps, Send
 from oepy.ike.header import Exchange, PayloadType
 from oepy.ike.notify import NotifyType
-from oepy.ike.payload_sa import PROTOCOL_ESP, PROTOCOL_IKE
+from oepy.ike.payload_sa import PROTOCOL_AH, PROTOCOL_ESP, PROTOCOL_IKE
 from oepy.ike.payloads import Delete, Payload, build_delete
 from oepy.ike.states import Happening, State
 
@@ -30,23 +30,19 @@ def creates_child(session: Session) -> bool:
 def serve_informational(session: Session, message: Message) -> PeerSteps:
     yield from ()  # a generator like the others, which asks nothing
     answer: list[Payload] = []
-    deleted: list[bytes] = []
     for item in message.chain.parsed.get(PayloadType.DELETE, ()):
         assert isinstance(item, Delete)
         if item.protocol == PROTOCOL_IKE:
             _peer_ends(session)
             return []
-        if item.protocol == PROTOCOL_ESP:
-            deleted += _peer_deletes(session, item)
+        if item.protocol in (PROTOCOL_ESP, PROTOCOL_AH) and (ours := _peer_deletes(session, item)):
+            answer.append((PayloadType.DELETE, build_delete(Delete(item.protocol, tuple(ours)))))
     if message.notify(NotifyType.AUTHENTICATION_FAILED) is not None:
         session.last_error = "the peer says AUTHENTICATION_FAILED"
         session.context.counters["peer_rejects_our_proof"] += 1
         _peer_ends(session)
         return []
-    answer += mobike.serve(session, message)
-    if deleted:
-        answer.append((PayloadType.DELETE, build_delete(Delete(PROTOCOL_ESP, tuple(deleted)))))
-    return answer
+    return answer + mobike.serve(session, message)
 
 
 def _peer_ends(session: Session) -> None:
@@ -67,7 +63,8 @@ def _peer_deletes(session: Session, delete: Delete) -> list[bytes]:
     if creates_child(session):
         unknown = gone - {child.spi_out for child in session.children.values()}
         session.early_deletes = tuple(unknown)[:MAX_EARLY_DELETES]
-    for child in [child for child in session.children.values() if child.spi_out in gone]:
+    of_protocol = [child for child in session.children.values() if child.protocol == delete.protocol]
+    for child in [child for child in of_protocol if child.spi_out in gone]:
         if not child.deleting:  # both sides delete at once: the answer then names nothing
             ours.append(child.spi_in.to_bytes(4, "big"))
         if child.replaced:
@@ -113,7 +110,7 @@ def delete_child(session: Session, spi_in: int, reason: DownReason) -> OwnSteps:
         return
     child.deleting = True
     spis = (spi_in.to_bytes(4, "big"),)
-    yield Send(Exchange.INFORMATIONAL, [(PayloadType.DELETE, build_delete(Delete(PROTOCOL_ESP, spis)))])
+    yield Send(Exchange.INFORMATIONAL, [(PayloadType.DELETE, build_delete(Delete(child.protocol, spis)))])
     if child.replaced:  # by the peer's rekey, whose end would have told us that it can be used
         make_usable(session, child)
     session.child_down(spi_in, reason)

@@ -22,7 +22,7 @@ from oepy.ike.intermediate import exchange_keys
 from oepy.ike.key_exchange import generate
 from oepy.ike.message import Message
 from oepy.ike.notify import NotifyType, notify_name
-from oepy.ike.payload_sa import PROTOCOL_IKE, SaPayload, TransformType, build_sa
+from oepy.ike.payload_sa import SaPayload, TransformType, build_sa
 from oepy.ike.payloads import (
     KeyShareData,
     Notify,
@@ -63,7 +63,7 @@ def _init_rounds(session: Session, request: Initiate, handshake: Handshake) -> S
     handshake.nonce_i = context.random(NONCE_SIZE)
     group = GROUP_NAMES[offers[0][TransformType.KE][0].id]
     handshake.offers, handshake.share = offers, generate(group, context.random)
-    sa = build_sa(SaPayload(to_proposals(offers, PROTOCOL_IKE, b"")))
+    sa = build_sa(SaPayload(to_proposals(offers, b"")))
     cookie: list[Payload] = []
     while True:
         share = handshake.share
@@ -127,7 +127,7 @@ def _wanted_group(handshake: Handshake, error: Notify) -> str:
 
 
 def _good_answer(handshake: Handshake, answer: Message) -> bool:
-    chosen = accepted(handshake.offers, answer.must(PayloadType.SA, SaPayload).proposals, PROTOCOL_IKE)
+    chosen = accepted(handshake.offers, answer.must(PayloadType.SA, SaPayload).proposals)
     ke = answer.must(PayloadType.KE, KeyShareData)
     sent = handshake.sent.get(GROUP_NAMES.get(ke.group, ""))
     if chosen is None or sent is None or ike_suite(chosen).group != sent[1].group:

@@ -14,7 +14,7 @@ from oepy.ike.flow import ChildRefused, HandshakeFailed, OwnSteps, Send, Steps
 from oepy.ike.handshake import establish
 from oepy.ike.header import Exchange, PayloadType
 from oepy.ike.notify import NotifyType, notify_name
-from oepy.ike.payload_sa import PROTOCOL_ESP, SaPayload, build_sa
+from oepy.ike.payload_sa import SaPayload, build_sa
 from oepy.ike.payload_ts import build_ts
 from oepy.ike.payloads import AuthData, Identification, Payload, build_auth, build_id, notify
 from oepy.ike.rules import first_error
@@ -117,7 +117,7 @@ def _child_payloads(
     session: Session, request: Initiate, offers: tuple[Offer, ...], spi_in: int
 ) -> list[Payload]:
     return [
-        (PayloadType.SA, build_sa(SaPayload(to_proposals(offers, PROTOCOL_ESP, spi_in.to_bytes(4, "big"))))),
+        (PayloadType.SA, build_sa(SaPayload(to_proposals(offers, spi_in.to_bytes(4, "big"))))),
         (PayloadType.TSI, build_ts(configuration.proposed_selectors(request))),
         (PayloadType.TSR, build_ts(request.remote_ts)),
         *transport.payloads(request.mode),
@@ -140,7 +140,7 @@ def _establish_with_child(
     try:
         addresses = configuration.read_reply(session, request, answer)
         if not childless:
-            child = _agreed_child(request, offers, spi_in, answer)
+            child = _agreed_child(session, request, offers, spi_in, answer)
             if not request.local_ts:
                 child.local_ts = configuration.within_addresses(child.local_ts, addresses)
             note_tfc(child, answer)
@@ -250,19 +250,23 @@ def _unproven(text: str) -> HandshakeFailed:
     )
 
 
-def _agreed_child(request: Initiate, offers: tuple[Offer, ...], spi_in: int, answer: Message) -> ChildSa:
+def _agreed_child(
+    session: Session, request: Initiate, offers: tuple[Offer, ...], spi_in: int, answer: Message
+) -> ChildSa:
     error = first_error(answer.chain)
     sa = answer.get(PayloadType.SA, SaPayload)
     if sa is None:
         name = notify_name(error.type) if error else "nothing"
         raise ChildRefused(NotifyType.NO_PROPOSAL_CHOSEN, f"the peer answers the child SA with {name}")
-    chosen = accepted(offers, sa.proposals, PROTOCOL_ESP)
+    chosen = accepted(offers, sa.proposals)
     if chosen is None:
-        raise ChildRefused(NotifyType.NO_PROPOSAL_CHOSEN, "the peer chose an ESP suite that was not proposed")
+        raise ChildRefused(NotifyType.NO_PROPOSAL_CHOSEN, "the peer chose a suite that was not proposed")
     tsi, tsr = read_selectors(answer)
     if not within(tsi, configuration.proposed_selectors(request)) or not within(tsr, request.remote_ts):
         raise ChildRefused(NotifyType.TS_UNACCEPTABLE, "the peer widened the traffic selectors")
-    child = ChildSa(spi_in, spi_of(chosen), esp_suite(chosen), local_ts=tsi, remote_ts=tsr, initiator=True)
+    child = ChildSa(
+        spi_in, spi_of(session, chosen), esp_suite(chosen), local_ts=tsi, remote_ts=tsr, initiator=True
+    )
     child.mode = transport.agreed_on(answer, request.mode, required=request.transport_required)
     child.offers, child.connection, child.label = request.esp_offers, request.connection, request.label
     child.lifetimes = request.lifetimes

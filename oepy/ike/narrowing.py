@@ -12,7 +12,7 @@ from oepy.ike.events import FailureKind, Narrowed, NeedNarrowing, NeedSpi, Refus
 from oepy.ike.flow import ChildRefused, HandshakeFailed, Questions
 from oepy.ike.header import PayloadType
 from oepy.ike.notify import NotifyType
-from oepy.ike.payload_sa import PROTOCOL_ESP, SaPayload, build_sa
+from oepy.ike.payload_sa import SaPayload, build_sa
 from oepy.ike.payload_ts import build_ts
 from oepy.ike.payloads import Payload
 from oepy.model import IpAddress, TrafficSelector
@@ -103,7 +103,7 @@ def _ask_narrowing(
 
 
 def make_child(session: Session, narrowed: Narrowed, chosen: Chosen) -> Questions[ChildSa]:
-    spi_out = spi_of(chosen)
+    spi_out = spi_of(session, chosen)
     spi_in = yield NeedSpi(session.number, 0)
     if not isinstance(spi_in, int):
         raise ChildRefused(NotifyType.NO_ADDITIONAL_SAS, "the datapath has no SPI to give")
@@ -126,7 +126,7 @@ def child_payloads(child: ChildSa, chosen: Chosen, selectors: tuple[Selectors, S
     tsi, tsr = selectors
     spi = child.spi_in.to_bytes(4, "big")
     return [
-        (PayloadType.SA, build_sa(SaPayload((chosen.proposal(PROTOCOL_ESP, spi),)))),
+        (PayloadType.SA, build_sa(SaPayload((chosen.proposal(spi),)))),
         (PayloadType.TSI, build_ts(tsi)),
         (PayloadType.TSR, build_ts(tsr)),
         *transport.payloads(child.mode),

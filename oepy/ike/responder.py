@@ -32,7 +32,7 @@ from oepy.ike.key_exchange import generate
 from oepy.ike.message import Message, build_plain
 from oepy.ike.narrowing import ask_narrowing, child_payloads, make_child
 from oepy.ike.notify import NotifyType
-from oepy.ike.payload_sa import PROTOCOL_ESP, PROTOCOL_IKE, SaPayload, TransformType, build_sa
+from oepy.ike.payload_sa import SaPayload, TransformType, build_sa
 from oepy.ike.payloads import (
     AuthData,
     Identification,
@@ -68,7 +68,7 @@ def receive_init(context: Context, message: Message, local: Endpoint, remote: En
     offers = settings.ike_offers
     if message.notify(NotifyType.INTERMEDIATE_EXCHANGE_SUPPORTED) is None:
         offers = without_additional(offers)
-    chosen = choose(offers, proposals, PROTOCOL_IKE, prefer_group=ke.group)
+    chosen = choose(offers, proposals, prefer_group=ke.group)
     if chosen is None:
         context.counters["no_proposal_chosen"] += 1
         _refuse(context, header, local, remote, [notify(NotifyType.NO_PROPOSAL_CHOSEN)])
@@ -92,7 +92,7 @@ def receive_init(context: Context, message: Message, local: Endpoint, remote: En
     handshake.nonce_i, handshake.nonce_r = nonce, context.random(NONCE_SIZE)
     read_common_notifies(session, handshake, message, bytes(8))
     answer: list[Payload] = [
-        (PayloadType.SA, build_sa(SaPayload((chosen.proposal(PROTOCOL_IKE, b""),)))),
+        (PayloadType.SA, build_sa(SaPayload((chosen.proposal(b""),)))),
         (PayloadType.KE, build_ke(ke.group, share.public)),
         (PayloadType.NONCE, handshake.nonce_r),
         *common_notifies(session, session.spi_own),
@@ -312,9 +312,9 @@ def _child(
         raise ChildRefused(NotifyType.NO_ADDITIONAL_SAS, "its IKE SA is to begin without a child (RFC 6023)")
     narrowed, selectors = yield from ask_narrowing(session, message, None, leased)
     offers = tuple(without_groups(o) for o in narrowed.offers or session.settings.esp_offers)
-    chosen = choose(offers, sa.proposals, PROTOCOL_ESP)
+    chosen = choose(offers, sa.proposals)
     if chosen is None:
-        raise ChildRefused(NotifyType.NO_PROPOSAL_CHOSEN, "no ESP suite in common")
+        raise ChildRefused(NotifyType.NO_PROPOSAL_CHOSEN, "no suite in common")
     child = yield from make_child(session, narrowed, chosen)
     note_tfc(child, message)
     if session.settings.aggregation and child.mode == transport.TUNNEL:

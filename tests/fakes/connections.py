@@ -9,7 +9,7 @@ import yaml
 from oepy.connections.model import ConnectionSet
 from oepy.connections.reading import Files, Problem, read_connections
 from oepy.errors import UsageError
-from oepy.ike.algorithms import parse_esp_proposal, parse_ike_proposal
+from oepy.ike.algorithms import parse_ah_proposal, parse_esp_proposal, parse_ike_proposal
 from oepy.keys import HostKey, to_public_key
 from oepy.model import PublicKey
 from oepy.x509.certificates import Certificate
@@ -53,6 +53,7 @@ def read(
             read=loaded,
             proposal_ike=parse_ike_proposal,
             proposal_esp=parse_esp_proposal,
+            proposal_ah=parse_ah_proposal,
         ),
     )
 

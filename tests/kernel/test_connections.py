@@ -7,9 +7,19 @@ from pathlib import Path
 
 import pytest
 
+from oepy.lab.capture import Capture
 from oepy.lab.namespaces import Lab, Namespace
-from tests.net.daemon_host import Host
-from tests.net.test_connections_mobike import lay_out, travel
+from oepy.lab.probe import ping
+from tests.net.daemon_host import Host, kinds
+from tests.net.test_connections_mobike import (
+    INSIDE,
+    client_section,
+    gate_section,
+    lay_out,
+    routes,
+    travel,
+    wait_for,
+)
 
 pytestmark = [pytest.mark.root, pytest.mark.kernel]
 
@@ -34,3 +44,29 @@ def test_traffic_goes_on_over_another_link(
 ) -> None:
     """As with the userland datapath: the same SAs go by the other link and back, with the inner address."""
     travel(*hosts, tmp_path, {"datapath": "xfrm"}, 8.0)
+
+
+def test_ah_by_ike(
+    hosts: tuple[tuple[Namespace, Namespace, Namespace], tuple[Host, Host]], tmp_path: Path
+) -> None:
+    """`ah_proposals`: a tunnel of AH between subnet and host, which carries traffic both ways and is rekeyed; the
+    wire sees IKE and AH."""
+    (warrior, gate, _), (client, server) = hosts
+    routes(warrior)
+    ah = {"ah_proposals": ["sha256-x25519"]}
+    sections = gate_section(), client_section()
+    for section, name in zip(sections, ("road", "home"), strict=True):
+        section["connections"][name]["children"]["net"].update(ah)
+    server.start({}, **sections[0], datapath="xfrm")
+    client.start({}, **sections[1], datapath="xfrm")
+    up = client.oepy("connection", "up", "home")
+    assert up.returncode == 0, up.stdout + up.stderr + client.log() + server.log()
+    with Capture(gate, ["wan0", "wan1"], tmp_path / "wan.pcap") as capture:
+        for _ in range(2):
+            assert None not in ping(warrior, INSIDE, count=3, timeout=10, source="10.9.0.1"), client.log()
+            (sa,) = client.json("sas")
+            assert (sa["protocol"], sa["encap"]) == ("ah", False)
+            assert client.oepy("rekey", INSIDE).returncode == 0
+            wait_for(lambda sa=sa: client.json("sas")[0]["spi_in"] != sa["spi_in"], client.log, 60)
+        capture.flush()
+        assert kinds(capture) == {"ike", "ah"}

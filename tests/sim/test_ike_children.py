@@ -7,7 +7,7 @@ from ipaddress import ip_address, ip_network
 
 import pytest
 
-from oepy.ike.algorithms import parse_esp_proposal
+from oepy.ike.algorithms import parse_ah_proposal, parse_esp_proposal
 from oepy.ike.events import (
     ChildDown,
     ChildFailed,
@@ -291,3 +291,62 @@ def test_aggregation_is_for_tunnels() -> None:
     assert modes == {"transport": False, "tunnel": True}
     exchanges = {parse_header(data).exchange for *_, data in net.carried if len(data) > 1}
     assert Exchange.CREATE_CHILD_SA in exchanges
+
+
+# ---- AH --------------------------------------------------------------------------------------------------
+
+AH = (parse_ah_proposal("sha256-x25519-esn"),)
+PLAIN = replace(HONEST, esp_offers=AH)
+
+
+def test_ah_comes_up_is_rekeyed_and_deleted() -> None:
+    """RFC 4302 by IKE: protocol 2 in every payload that names one, integrity keys alone, never in UDP."""
+    a, b, net = connected(PLAIN)
+    one, two = assert_one_tunnel(a, b)
+    assert (one.protocol, two.protocol) == ("ah", "ah")
+    assert (str(one.suite), one.encap) == ("sha256-esn", False)
+    assert (len(one.keys_in.encryption), len(one.keys_in.integrity)) == (0, 32)
+    for host in (a, b):
+        before = set(host.pairs)
+        host.ike.rekey_child(next(iter(host.pairs)), net.now)
+        net.run(5)
+        assert before.isdisjoint(host.pairs)
+        one, two = assert_one_tunnel(a, b)
+        assert one.protocol == "ah"
+    a.ike.delete_child(one.spi_in, net.now)
+    net.run(2)
+    assert not a.pairs
+    assert not b.pairs
+    assert not b.of(ChildFailed)
+
+
+def test_ah_beside_esp_and_as_the_second_choice() -> None:
+    """A further child of another protocol has Deletes of its own; a peer without AH takes what else is offered."""
+    esp = parse_esp_proposal("aes128gcm16")
+    a, b, net = connected(replace(HONEST, esp_offers=(esp, *AH)))
+    [first] = a.pairs
+    a.ike.create_child(only_session(a), replace(SUBNETS, offers=AH), net.now)
+    net.run(3)
+    ah = pair_of(a, NET_A)
+    assert (a.pairs[first].protocol, ah.protocol) == ("esp", "ah")
+    b.ike.delete_child(pair_of(b, NET_B).spi_in, net.now)
+    net.run(3)
+    assert set(a.pairs) == {first}
+    assert len(b.pairs) == 1
+    a.ike.create_child(only_session(a), replace(SUBNETS, offers=(*AH, esp)), net.now)
+    b.ike._context.by_number[only_session(b)].settings = replace(HONEST, esp_offers=(esp,))
+    net.run(3)
+    assert pair_of(a, NET_A).protocol == "esp"
+
+
+def test_ah_does_not_pass_a_nat() -> None:
+    """RFC 3948 §1: it is refused with a reason, and nothing is left on either side."""
+    a, b = two_hosts(PLAIN)
+    net = NatNet(a, b, "203.0.113.1")
+    a.ike.initiate(request(a, b), net.now)
+    net.run(30)
+    assert not a.pairs
+    assert not b.pairs
+    [failed] = a.of(SessionFailed)
+    assert isinstance(failed, SessionFailed)
+    assert failed.notify == "NO_PROPOSAL_CHOSEN"

@@ -13,7 +13,7 @@ from oepy.ike.events import IkeEstablished, NeedSignature, Question
 from oepy.ike.header import FLAG_INITIATOR, Exchange, Header, PayloadType, parse_header
 from oepy.ike.message import build_plain
 from oepy.ike.notify import NotifyType
-from oepy.ike.payload_sa import PROTOCOL_IKE, SaPayload, Transform, TransformType, build_sa
+from oepy.ike.payload_sa import SaPayload, Transform, TransformType, build_sa
 from oepy.ike.payloads import Notify, build_ke, notify, parse_chain
 from oepy.ike.settings import IkeSettings
 from oepy.model import Authenticated, IdType
@@ -71,7 +71,7 @@ def test_a_first_key_share_in_group_14_is_told_a_group_that_we_know(
     NO_PROPOSAL_CHOSEN."""
     a, b = two_hosts()
     payloads = [
-        (PayloadType.SA, build_sa(SaPayload(to_proposals(offers(groups), PROTOCOL_IKE, b"")))),
+        (PayloadType.SA, build_sa(SaPayload(to_proposals(offers(groups), b"")))),
         (PayloadType.KE, build_ke(14, b"\x07" * 256)),
         (PayloadType.NONCE, b"n" * 32),
         notify(NotifyType.FRAGMENTATION_SUPPORTED),

@@ -21,7 +21,7 @@ from oepy.ike.events import (
 from oepy.ike.header import Exchange, PayloadType, parse_header
 from oepy.ike.ike_rekey import MAX_PREDECESSORS
 from oepy.ike.key_exchange import generate
-from oepy.ike.payload_sa import PROTOCOL_IKE, SaPayload, build_sa
+from oepy.ike.payload_sa import SaPayload, build_sa
 from oepy.ike.payloads import build_ke
 from oepy.ike.settings import IkeSettings, Lifetimes, Retransmission
 from oepy.model import Authenticated
@@ -419,7 +419,7 @@ def test_a_peer_that_rekeys_again_and_again_into_ours_makes_one_candidate() -> N
         spi = bytes((number + 1,)) * 8
         share = generate("x25519", b.random.randbytes)
         payloads = [
-            (PayloadType.SA, build_sa(SaPayload(to_proposals(offers, PROTOCOL_IKE, spi)))),
+            (PayloadType.SA, build_sa(SaPayload(to_proposals(offers, spi)))),
             (PayloadType.NONCE, b.random.randbytes(32)),
             (PayloadType.KE, build_ke(31, share.public)),
         ]

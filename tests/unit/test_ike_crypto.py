@@ -18,6 +18,7 @@ from oepy.ike.algorithms import (
     choose,
     esp_suite,
     ike_suite,
+    parse_ah_proposal,
     parse_esp_proposal,
     parse_ike_proposal,
     to_proposals,
@@ -42,7 +43,7 @@ from oepy.ike.crypto import (
     prf_plus,
 )
 from oepy.ike.key_exchange import EcpShare, X25519Share, generate
-from oepy.ike.payload_sa import PROTOCOL_ESP, PROTOCOL_IKE, Proposal, Transform, TransformType
+from oepy.ike.payload_sa import PROTOCOL_AH, PROTOCOL_ESP, PROTOCOL_IKE, Proposal, Transform, TransformType
 from oepy.keys import to_public_key
 from oepy.model import Endpoint, EspSuite, PublicKey, Secret
 from tests.sim.ike_net import ED25519_A, ED25519_B, P256, P384, rsa_key
@@ -135,7 +136,7 @@ def test_ike_keys_are_cut_in_the_order_of_the_rfc() -> None:
 
 def choose_one(text: str, protocol: int):  # type: ignore[no-untyped-def]
     offer = parse_ike_proposal(text) if protocol == PROTOCOL_IKE else parse_esp_proposal(text)
-    chosen = choose([offer], to_proposals([offer], protocol, b"spi4"), protocol)
+    chosen = choose([offer], to_proposals([offer], b"spi4"))
     assert chosen is not None
     return chosen
 
@@ -285,37 +286,57 @@ def test_our_order_decides_and_the_sent_group_is_preferred() -> None:
     """The responder takes its own best suite, but the key exchange whose share is already there."""
     ours = [parse_ike_proposal(text) for text in DEFAULT_IKE]
     theirs = to_proposals(
-        [parse_ike_proposal("aes128gcm16-aes256gcm16-prfsha512-prfsha256-ecp256-x25519")], PROTOCOL_IKE, b""
+        [parse_ike_proposal("aes128gcm16-aes256gcm16-prfsha512-prfsha256-ecp256-x25519")], b""
     )
-    chosen = choose(ours, theirs, PROTOCOL_IKE, prefer_group=19)
+    chosen = choose(ours, theirs, prefer_group=19)
     assert chosen is not None
     assert str(ike_suite(chosen)) == "aes256gcm16-prfsha256-ecp256"
-    assert choose(ours, theirs, PROTOCOL_ESP) is None
+    elsewhere = tuple(Proposal(one.number, PROTOCOL_ESP, b"", one.transforms) for one in theirs)
+    assert choose(ours, elsewhere) is None
+
+
+def test_ah_is_an_offer_without_encryption() -> None:
+    """Its proposals are of protocol 2; an ESP offer is none of AH's and the other way round, both ways."""
+    ah, esp = parse_ah_proposal("sha256-sha512-x25519"), parse_esp_proposal("null-sha256")
+    both = to_proposals([ah, esp], b"spi4")
+    assert [proposal.protocol for proposal in both] == [PROTOCOL_AH, PROTOCOL_ESP]
+    chosen = choose([ah], both)
+    assert chosen is not None
+    assert esp_suite(chosen) == EspSuite("", "sha256")
+    assert str(esp_suite(chosen)) == "sha256-esn"
+    assert chosen.proposal(b"spi5").protocol == PROTOCOL_AH
+    assert choose([ah], to_proposals([esp], b"spi4")) is None
+    assert choose([esp], to_proposals([ah], b"spi4")) is None
+    answer = (Proposal(1, PROTOCOL_ESP, b"spi4", chosen.proposal(b"spi4").transforms),)
+    assert accepted([ah], answer) is None
+    for wrong in ("aes256", "sha1", "x25519", "", "aes256gcm16-sha256"):
+        with pytest.raises(UsageError):
+            parse_ah_proposal(wrong)
 
 
 def test_a_proposal_that_insists_on_more_is_not_taken() -> None:
     """A transform type unknown here (RFC 9370's 6, say) refuses the proposal, unless NONE is offered."""
     ours = [parse_ike_proposal("aes256gcm16-prfsha256-x25519")]
-    [base] = to_proposals(ours, PROTOCOL_IKE, b"")
+    [base] = to_proposals(ours, b"")
     more = Proposal(1, PROTOCOL_IKE, b"", (*base.transforms, Transform(6, 36)))
     none = Proposal(1, PROTOCOL_IKE, b"", (*more.transforms, Transform(6, 0)))
-    assert choose(ours, (more,), PROTOCOL_IKE) is None
-    assert choose(ours, (none,), PROTOCOL_IKE) is not None
+    assert choose(ours, (more,)) is None
+    assert choose(ours, (none,)) is not None
 
 
 def test_an_answer_must_be_a_choice_out_of_ours() -> None:
     """Two transforms of a type, another number, another algorithm: not accepted."""
     ours = [parse_esp_proposal("aes128gcm16-aes256gcm16-esn")]
-    [both] = to_proposals(ours, PROTOCOL_ESP, b"spi4")
+    [both] = to_proposals(ours, b"spi4")
     one = Proposal(1, PROTOCOL_ESP, b"spi4", (Transform(1, 20, 256), Transform(5, 1)))
-    chosen = accepted(ours, (one,), PROTOCOL_ESP)
+    chosen = accepted(ours, (one,))
     assert chosen is not None
     assert esp_suite(chosen) == EspSuite("aes256gcm16")
-    assert accepted(ours, (both,), PROTOCOL_ESP) is None
-    assert accepted(ours, (one, one), PROTOCOL_ESP) is None
-    assert accepted(ours, (Proposal(2, PROTOCOL_ESP, b"spi4", one.transforms),), PROTOCOL_ESP) is None
+    assert accepted(ours, (both,)) is None
+    assert accepted(ours, (one, one)) is None
+    assert accepted(ours, (Proposal(2, PROTOCOL_ESP, b"spi4", one.transforms),)) is None
     noesn = Proposal(1, PROTOCOL_ESP, b"spi4", (Transform(1, 20, 256), Transform(5, 0)))
-    assert accepted(ours, (noesn,), PROTOCOL_ESP) is None
+    assert accepted(ours, (noesn,)) is None
 
 
 def test_cookies_bind_address_nonce_and_time() -> None:

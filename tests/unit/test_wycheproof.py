@@ -31,7 +31,6 @@ from oepy.ike.authentication import (
 )
 from oepy.ike.crypto import prf, protection
 from oepy.ike.key_exchange import EcpShare, MlKemShare, X25519Share, respond
-from oepy.ike.payload_sa import PROTOCOL_IKE
 from oepy.keys import to_public_key
 from oepy.model import Secret
 
@@ -188,7 +187,7 @@ def test_aeads(name: str) -> None:
 @functools.cache
 def _suite(algorithm: str) -> IkeSuite:
     offer = parse_ike_proposal(f"{algorithm}-prfsha256-x25519")
-    chosen = choose((offer,), to_proposals((offer,), PROTOCOL_IKE, b""), PROTOCOL_IKE)
+    chosen = choose((offer,), to_proposals((offer,), b""))
     assert chosen is not None
     return ike_suite(chosen)
 
