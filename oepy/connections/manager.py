@@ -57,6 +57,7 @@ from oepy.connections.model import EMPTY, Action, Child, Connection, ConnectionS
 from oepy.model import AddressRange, SaPair
 
 RETRY_FIRST, RETRY_LONGEST = 2.0, 300.0  # seconds; each pause is shortened by up to a half at random
+REPLACE_SECONDS = 10.0  # after which a session that has been replaced is ended, if the peer has not done so
 STARTS_A_SECOND = 100  # connections that begin by themselves after a start
 _BY_PEER = frozenset({"peer-delete", "superseded", "expired", "ike-down"})
 
@@ -78,6 +79,7 @@ class Tunnel:
     used: float  # when traffic was seen last
     usable: bool
     counted: int = 0
+    successor: Tunnel | None = None  # by a rekey, which is no use: it goes on with what is known of this one
 
 
 @dataclass(slots=True)
@@ -94,6 +96,7 @@ class ChildState:
     retry_at: float | None = None
     attempt: int = 0
     last_error: str = ""
+    idle_at: float = 0.0  # when to look whether it is used
     tunnels: dict[int, Tunnel] = field(default_factory=dict)
     _carried: Counter[AddressRange] = field(default_factory=Counter)  # by how many of the tunnels
 
@@ -202,6 +205,10 @@ class Manager:
             state for state in self.children.values() if name in (state.child.name, state.connection.name)
         ]
 
+    def sessions_of(self, connection: str, identity: str) -> list[int]:
+        group = self._groups.get(connection)
+        return list(group.by_identity.get(identity, ())) if group and identity else []
+
     def session_of(self, connection: str) -> list[int]:
         group = self._groups.get(connection)
         return list(group.sessions) if group else []
@@ -246,7 +253,7 @@ class Manager:
         self.children[label] = state
         self._by_number[state.number] = label
         if child.inactivity:
-            self._arm(now + child.inactivity / 2, "idle", label)
+            self._watch_use(state, now)
         return state
 
     def _unload(self, group: _Group, now: float) -> Iterator[ManagerAction]:
@@ -362,8 +369,8 @@ class Manager:
         if group is None:
             yield CloseSession(message.session)
             return
-        others = group.by_identity.get(message.identity)
-        if others and group.connection.unique == "keep" and not message.initiator:
+        others = group.by_identity.get(message.identity) if message.identity else None
+        if others and group.connection.unique == "keep" and not message.initiator and not message.again:
             yield CloseSession(message.session)
             yield Tell(
                 "connection-refused",
@@ -378,7 +385,10 @@ class Manager:
         group.enter(message.session, message.identity)
         self._by_session[message.session] = message.connection
         for session in replaced:
-            yield CloseSession(session)
+            if message.again:  # make before break: it has children to carry over
+                self._arm(now + REPLACE_SECONDS, "replaced", str(session))
+            else:
+                yield CloseSession(session)
         if message.session == group.session:
             self._by_attempt.pop(group.attempt, None)
             group.attempt = group.session = 0
@@ -397,7 +407,8 @@ class Manager:
         if state.child.tfc_padding and pair.takes_tfc and pair.mode == "tunnel":
             pair = replace(pair, tfc_padding=state.child.tfc_padding)
         fresh = not state.tunnels
-        tunnel = Tunnel(pair, now, message.session, now, message.outbound)
+        before = state.tunnels.get(message.replaces or 0)
+        tunnel = Tunnel(pair, now, message.session, before.used if before else now, message.outbound)
         join = state.take(tunnel)
         self._by_spi[pair.spi_in] = state.label
         self.counts["children_up"] += message.replaces is None
@@ -408,6 +419,9 @@ class Manager:
         state.failures, state.retry_at, state.attempt, state.last_error = 0, None, 0, ""
         if fresh and not state.trapped:
             yield Resettle()
+        if before is not None and state.child.inactivity:
+            before.successor = tunnel
+            yield ReadUse((before.pair.spi_in,))  # while it is there
         if message.replaces is None:
             yield Tell("connection-up", _told(state, pair) | {"initiator": message.initiator})
             yield from self._updown(state, tunnel, up=True)
@@ -544,6 +558,10 @@ class Manager:
         state.retry_at = when
         self._arm(when, "retry", state.label)
 
+    def _watch_use(self, state: ChildState, now: float) -> None:
+        state.idle_at = now + state.child.inactivity / 2
+        self._arm(state.idle_at, "idle", state.label)
+
     def _arm(self, when: float, kind: str, label: str) -> None:
         self._timer_number += 1
         heapq.heappush(self._timers, (when, self._timer_number, kind, label))
@@ -551,13 +569,15 @@ class Manager:
     def _tick(self, _message: Tick, now: float) -> Iterator[ManagerAction]:
         while self._timers and self._timers[0][0] <= now:
             when, _, kind, label = heapq.heappop(self._timers)
+            if kind == "replaced" and int(label) in self._by_session:
+                yield CloseSession(int(label))
             state = self.children.get(label)
             if state is None:
                 continue
             if kind == "retry" and state.retry_at == when and state.state is not State.UP:
                 yield from self._connect(state, now)
-            elif kind == "idle" and state.child.inactivity:
-                self._arm(now + state.child.inactivity / 2, "idle", label)
+            elif kind == "idle" and state.idle_at == when:
+                self._watch_use(state, now)
                 if state.tunnels:
                     yield ReadUse(tuple(state.tunnels))
 
@@ -568,6 +588,8 @@ class Manager:
                 continue
             if packets != tunnel.counted:
                 tunnel.counted, tunnel.used = packets, now
+                if tunnel.successor is not None:
+                    tunnel.successor.used = now
             state = self.children[self._by_spi[spi_in]]
             if now - tunnel.used >= state.child.inactivity > 0:
                 yield CloseChild(spi_in)

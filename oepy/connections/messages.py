@@ -47,10 +47,14 @@ class Began:
 
 @dataclass(frozen=True, slots=True)
 class Established:
+    """`identity` is empty for a peer that proves none. `again`: it has a session at the same place already, so it
+    may be a reauthentication (RFC 7296 §2.8.3), whose old session the peer ends itself."""
+
     session: int
     connection: str
     identity: str
     initiator: bool
+    again: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -833,6 +833,7 @@ class Conventional:
             force_encap=base.force_encap or connection.encap,
             ppk="require" if connection.ppk_required else self._ppks(),
             mobike=connection.mobike,
+            heeds_initial_contact=connection.unique != "never",
             additional_addresses=tuple(place.address for place in connection.local_addrs if place.address),
             childless={"never": "never", "force": "force"}.get(connection.childless, "accept"),
         )
@@ -853,7 +854,15 @@ class Conventional:
         if connection.ppk_required and event.session not in self._ppk_used:
             self._core.negotiator.end_session(event.session)  # without a child nobody has asked before
             return
-        self.feed(m.Established(event.session, connection.name, str(event.identity), event.initiator))
+        anonymous = event.authenticated is Authenticated.NULL
+        identity = "" if anonymous else str(event.identity)
+        again = any(
+            info is not None and info.remote == event.remote
+            for info in map(
+                self._core.negotiator.endpoint.session, self.manager.sessions_of(connection.name, identity)
+            )
+        )
+        self.feed(m.Established(event.session, connection.name, identity, event.initiator, again))
 
     def assigned(self, event: ike.AddressesAssigned) -> None:
         connection = self._connection_of.get(event.session)

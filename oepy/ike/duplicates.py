@@ -124,7 +124,7 @@ def initial_contact(session: Session) -> None:
     the same proven identity go at once. Of several addresses of ours each is an identity of its own: tunnels to
     the others stay. A session that came up while this one was being negotiated is no leftover: the
     peer wrote INITIAL_CONTACT before it knew of it."""
-    if session.authenticated is Authenticated.NULL:
+    if session.authenticated is Authenticated.NULL or not session.settings.heeds_initial_contact:
         return
     assert session.identity is not None
     for other in list(session.context.by_identity.get(session.identity, ())):

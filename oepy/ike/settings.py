@@ -96,6 +96,7 @@ class IkeSettings:
     max_half_open: int = 4096
     max_half_open_per_prefix: int = 64  # of one IPv4 /24 or IPv6 /56
     max_sessions: int = 100_000
+    heeds_initial_contact: bool = True  # of proven peers: older sessions of the same identity end
     force_encap: bool = True
     mobike: bool = False  # RFC 4555, with peers that prove who they are
     additional_addresses: tuple[

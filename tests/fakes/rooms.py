@@ -90,6 +90,7 @@ class FakeDatapath:
     def __init__(self, random: Callable[[int], bytes]) -> None:
         self.pairs: dict[int, SaPair] = {}
         self.sending: dict[int, bool] = {}
+        self.packets: dict[int, int] = {}  # that have come in
         self.peak = 0
         self._random = random
 
@@ -108,7 +109,7 @@ class FakeDatapath:
         self.pairs.pop(spi_in, None)
 
     async def counters(self, spis: Collection[int] | None = None) -> Sequence[SaCounters]:
-        return [SaCounters(spi) for spi in self.pairs]
+        return [SaCounters(spi, packets_in=self.packets.get(spi, 0)) for spi in self.pairs]
 
     async def statistics(self) -> Mapping[str, int]:
         return {}

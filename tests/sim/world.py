@@ -76,7 +76,9 @@ class Host:
         wall_clock: float = 0.0,
         leases: Path | None = None,
         fetch: Fetcher = nothing_fetched,
+        force_encap: bool = True,
     ) -> None:
+        self.force_encap = force_encap
         self.address = ip_address(address)
         self.key = key or HostKey.generate("ed25519")
         self.router = router
@@ -114,7 +116,8 @@ class Host:
                 host_key=self.key,
                 identity=self.identity,
                 ike_settings=IkeSettings(
-                    identity=PeerIdentity.parse(self.identity) if self.identity else None, force_encap=True
+                    identity=PeerIdentity.parse(self.identity) if self.identity else None,
+                    force_encap=self.force_encap,
                 ),
                 random=dice.randbytes,
                 wall_clock=lambda: self.wall_clock,
