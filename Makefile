@@ -76,7 +76,7 @@ interop-table:
 
 # Not part of the tests: SECONDS for each target, one after the other. A finding is a file `crash-…`.
 SECONDS ?= 600
-FUZZ ?= ike ike_sealed ike_session records dns_reply dns_chain esp trap xfrm setkey ipsec_conf manual_section
+FUZZ ?= ike ike_sealed ike_session records dns_reply dns_chain esp trap xfrm setkey ipsec_conf manual_section connections
 fuzz: $(VENV)/.dev
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check atheris
 	@for target in $(FUZZ); do $(BIN)/python -m tests.fuzz.run $$target $(SECONDS) || exit 1; done

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
+import tempfile
 from collections.abc import Callable, Iterator
 
 from oepy.connections.messages import RunUpdown
@@ -43,41 +46,47 @@ class Updown:
 
     async def _once(self, action: RunUpdown, environment: dict[str, str]) -> None:
         label = action.connection.label(action.child)
-        try:
-            process = await asyncio.create_subprocess_exec(
-                *action.command,
-                env=environment,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.DEVNULL,
-                stderr=asyncio.subprocess.PIPE,
-                start_new_session=True,
-            )
-        except OSError as error:
-            self._report(
-                "updown-failed", True, connection=label, reason=f"{action.command[0]}: {error.strerror}"
-            )
-            return
+        # A file and no pipe: what the program leaves running in the background may keep it open
+        with tempfile.TemporaryFile() as output:
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *action.command,
+                    env=environment,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=asyncio.subprocess.DEVNULL,
+                    stderr=output,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                reason = f"{action.command[0]}: {error.strerror}"
+                self._report("updown-failed", True, connection=label, reason=reason)
+                return
+            if await self._ends_in_time(process, label) and process.returncode:
+                output.seek(0)
+                text = " ".join(output.read(4 * _OUTPUT).decode(errors="replace").split())[:_OUTPUT]
+                reason = f"{action.command[0]} ended with {process.returncode}: {text}"
+                self._report("updown-failed", True, connection=label, reason=reason)
+
+    async def _ends_in_time(self, process: asyncio.subprocess.Process, label: str) -> bool:
         self._running = process
         try:
             async with asyncio.timeout(SECONDS):
-                _, errors = await process.communicate()
+                await process.wait()
         except TimeoutError:
             self._kill(process)
             await process.wait()
             self._report(
                 "updown-failed", True, connection=label, reason=f"did not end within {SECONDS:.0f} s"
             )
-            return
+            return False
         finally:
             self._running = None
-        if process.returncode:
-            text = " ".join(errors.decode(errors="replace").split())[:_OUTPUT]
-            reason = f"{action.command[0]} ended with {process.returncode}: {text}"
-            self._report("updown-failed", True, connection=label, reason=reason)
+        return True
 
     def _kill(self, process: asyncio.subprocess.Process) -> None:
+        """With what it has started: it is the first of a session of its own."""
         with contextlib.suppress(ProcessLookupError):
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
 
     def stop(self) -> None:
         """With the daemon: what runs is ended."""

@@ -22,6 +22,15 @@ def read(
     public: dict[str, PublicKey] | None = None,
     certificates: dict[str, list[Certificate]] | None = None,
 ) -> tuple[ConnectionSet, list[Problem]]:
+    return read_data(yaml.safe_load(text) or {}, private, public, certificates)
+
+
+def read_data(
+    data: dict[str, object],
+    private: dict[str, bytes] | None = None,
+    public: dict[str, PublicKey] | None = None,
+    certificates: dict[str, list[Certificate]] | None = None,
+) -> tuple[ConnectionSet, list[Problem]]:
     loaded: dict[str, Any] = {}
 
     def of(files: dict[str, Any], name: str) -> Any:
@@ -40,7 +49,6 @@ def read(
     def proves(name: str, key: str) -> bool:
         return to_public_key(loaded[name][0].public_key()) == HostKey.from_pem(of(private or {}, key)).public
 
-    data = yaml.safe_load(text) or {}
     return read_connections(
         data,
         Files(

@@ -22,6 +22,9 @@ from cryptography.hazmat.primitives.asymmetric import ed25519
 from cryptography.x509 import ocsp
 
 from oepy import dn
+from oepy.connections.match import Matcher, _secret_rank, place_rank
+from oepy.connections.model import ConnectionSet
+from oepy.connections.reading import SECTIONS
 from oepy.convert.render import render
 from oepy.convert.run import convert
 from oepy.datapath.esp.aggfrag import MAX_WAITING, Unpacker
@@ -55,7 +58,7 @@ from oepy.keys import from_public_key
 from oepy.manual.checks import read_manual
 from oepy.manual.pairing import pair_up
 from oepy.manual.presenting import policy_mapping, sa_mapping
-from oepy.model import Direction, PeerIdentity, SaPair, Security
+from oepy.model import Direction, KeyAlgorithm, PeerIdentity, PublicKey, SaPair, Secret, Security
 from oepy.netlink import Frame, parse_frames
 from oepy.resolvers import ResolverState
 from oepy.trap import netlink, queue
@@ -67,6 +70,7 @@ from oepy.x509.trust import Trust, accept
 from oepy.xfrm import answers, pieces, requests, values
 from tests.fakes.certificates import DNS, IP, MAIL, Holder, ocsp_response, points, responder, revocation_list
 from tests.fakes.certificates import NOW as CERTIFICATES_NOW
+from tests.fakes.connections import read_data
 from tests.fakes.datapath import esp_of, pairs, sealed_plaintext
 from tests.fakes.network_card import cut, transport_sum
 from tests.fakes.signed_tree import NOW, standard_tree
@@ -636,6 +640,63 @@ def manual_section(data: bytes) -> None:
         pair_up(manual)
 
 
+def connections(data: bytes) -> None:
+    """`connections:` and the rest as JSON: problems, each with its place and its mend and never a secret; or
+    connections of which the matcher finds those that fit, the most exact first, and the secret of the best pair."""
+    try:
+        sections = json.loads(data)
+    except (ValueError, RecursionError):
+        return
+    if not isinstance(sections, dict):
+        return
+    configured, problems = read_data(sections, CONNECTION_SECRETS, CONNECTION_KEYS)
+    for problem in problems:
+        assert problem.path[0] in SECTIONS
+        assert 0 < len(problem.text) < 2000
+        assert not any(secret.decode() in problem.text for secret in CONNECTION_SECRETS.values())
+    if problems:
+        return
+    assert read_data(sections, CONNECTION_SECRETS, CONNECTION_KEYS)[0] == configured
+    matcher = Matcher(configured)
+    resolved = {"gw.example": frozenset((ip_address("192.0.2.9"),))}
+    places = [ip_address(text) for text in ("192.0.2.1", "192.0.2.9", "2001:db8::1")]
+    names = [PeerIdentity.parse(text) for text in ("a.example", "gw.example", "me@a.example", "192.0.2.1")]
+    for remote in places:
+        found = matcher.by_address(places[0], remote, resolved)
+        ranks = [place_rank(connection.remote_addrs, remote, resolved) for connection in found]
+        assert None not in ranks
+        assert ranks == sorted(ranks, key=lambda rank: rank or 0)
+        assert {one.name for one in found} == {
+            one.name
+            for one in configured.connections
+            if place_rank(one.remote_addrs, remote, resolved) is not None
+            and place_rank(one.local_addrs, places[0], resolved) is not None
+        }
+        for name in names:
+            fitting = matcher.by_identity(places[0], remote, name, None, resolved)
+            assert all(one in found and one.remote.id.matches(name) for one in fitting)
+            exactness = [one.remote.id.rank for one in fitting]
+            assert exactness == sorted(exactness)
+    for ours in names:
+        for theirs in names:
+            secret = matcher.secret([ours], [theirs])
+            assert secret == _best_secret(configured, ours, theirs)
+
+
+def _best_secret(configured: ConnectionSet, ours: PeerIdentity, theirs: PeerIdentity) -> Secret | None:
+    """The same by looking at every secret."""
+    ranked = [
+        (rank, number)
+        for number, shared in enumerate(configured.secrets)
+        if (rank := _secret_rank(shared.ids, (ours,), (theirs,))) is not None
+    ]
+    return configured.secrets[min(ranked)[1]].secret if ranked else None
+
+
+CONNECTION_SECRETS = {"psk": b"xyzzy of two", "other": b"0x" + b"ab" * 20, "bad": b"0sxyzzy=of=none"}
+CONNECTION_KEYS = {"peer": PublicKey(KeyAlgorithm.EDDSA, bytes(32))}
+
+
 def _fixed_site() -> tuple[dict[str, Holder], dict[str, bytes]]:
     """The same bytes in every run: EdDSA is deterministic. Holders, and what their CA says of them."""
 
@@ -715,4 +776,5 @@ HARNESSES: dict[str, Callable[[bytes], None]] = {
     "ipsec_conf": ipsec_conf,
     "manual_section": manual_section,
     "certificates": certificates,
+    "connections": connections,
 }

@@ -258,6 +258,60 @@ def _configurations(made: dict[str, list[bytes]]) -> None:
         {"sas": [{**whole["sas"][0], "encryption_key_file": "k", "encryption_key": None}]},
     ]
     made["manual_section"] = [json.dumps(item).encode() for item in sections]
+    made["connections"] = [json.dumps(item).encode() for item in connection_sections()]
+
+
+def connection_sections() -> list[dict[str, object]]:
+    """With every key that there is, and some mistakes."""
+    child = {
+        "local_ts": ["10.1.0.0/16", "dynamic[tcp/80]"],
+        "remote_ts": "2001:db8::/32[udp]",
+        "esp_proposals": ["aes256gcm16-x25519", "default"],
+        "start_action": "trap|start",
+        "close_action": "restart",
+        "dpd_action": "clear",
+        "rekey_time": "1h",
+        "life_time": 4000,
+        "rekey_bytes": 1000,
+        "inactivity": "5m",
+        "updown": ["/bin/true", "x"],
+    }
+    site = {
+        "local_addrs": ["192.0.2.1"],
+        "remote_addrs": ["gw.example", "192.0.2.0/24", "2001:db8::1"],
+        "local": {"auth": "psk", "id": "a.example"},
+        "remote": {"auth": "psk", "id": "*.example"},
+        "children": {"net": child, "ah": {"ah_proposals": ["sha256-ecp256-esn"]}},
+    }
+    keys = {
+        "remote_addrs": "%any",
+        "local": {"auth": "null"},
+        "remote": {"auth": "pubkey", "id": "gw.example", "pubkeys": ["peer"]},
+        "children": {"net": {}},
+        "rekey_time": 0,
+        "reauth_time": "3h",
+        "over_time": "5m",
+        "unique": "never",
+        "encap": True,
+        "mobike": False,
+        "childless": "force",
+        "ppk_id": "moon",
+        "ppk_required": True,
+        "keyingtries": 3,
+    }
+    client = {**site, "remote_addrs": ["192.0.2.9"], "vips": ["0.0.0.0", "::"], "children": {"n": {}}}
+    pools = {"four": {"addrs": "10.3.0.0-10.3.0.9", "dns": ["10.0.0.1"], "domain": ["corp.example"]}}
+    psk = {"type": "ike", "id": ["a.example", "*.example"], "secret_file": "psk"}
+    return [
+        {"connections": {"site": site}, "secrets": [psk]},
+        {"connections": {"keys": keys}, "secrets": [{"type": "ppk", "id": "moon", "secret_file": "other"}]},
+        {"connections": {"client": client, "hub": {**site, "pools": ["four"]}}, "pools": pools},
+        {"secrets": [{"secret_file": "psk"}, {"id": "gw.example", "secret_file": "other"}]},
+        {"secrets": [{**psk, "secret_file": "bad"}, {"secret": "x"}, {"type": "eap"}, 7]},
+        {"connections": {"manual": site, "x y": {}, "z": {**site, "chidlren": 1, "version": 1}}},
+        {"connections": {"site": {**site, "pools": ["none"], "vips": ["10.0.0.1", "10.0.0.2"]}}},
+        {"connections": {"hub": {**keys, "remote": {"auth": "eap"}}}, "pools": {"p": {"addrs": "x"}}},
+    ]
 
 
 def main() -> None:
