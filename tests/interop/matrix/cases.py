@@ -19,7 +19,7 @@ class Setup:
 
     name: str
     title: str
-    auth: str = "psk"  # psk, or the kind of the raw keys
+    auth: str = "psk"  # psk, the kind of the raw keys, or x509- and the kind of the certificates' keys
     mode: str = "tunnel"
     outer: int = 4
     inner: str = "subnets"  # or the two hosts themselves
@@ -27,6 +27,14 @@ class Setup:
     natted: frozenset[str] = frozenset()
     is_fragmented: bool = False  # IKE_AUTH is larger than a fragment, either way
     asking: frozenset[str] = frozenset()  # who asks after seconds of silence whether the other is there
+
+    @property
+    def is_x509(self) -> bool:
+        return self.auth.startswith("x509")
+
+    @property
+    def is_raw(self) -> bool:
+        return self.auth != "psk" and not self.is_x509
 
 
 OEPY, PEER = "oepy", "peer"
@@ -38,6 +46,8 @@ COMING_UP = (
     Setup("raw-ecdsa-p256", "raw keys, ECDSA P-256", auth="ecdsa-p256"),
     Setup("raw-ecdsa-p384", "raw keys, ECDSA P-384", auth="ecdsa-p384"),
     Setup("raw-rsa", "raw keys, RSA 3072", auth="rsa-3072"),
+    Setup("x509-rsa", "X.509, RSA 2048, intermediate CA", auth="x509-rsa"),
+    Setup("x509-ecdsa", "X.509, ECDSA P-256, intermediate CA", auth="x509-ecdsa"),
     Setup("inner-v6", "IPv6 subnets through an IPv4 tunnel", inner_version=6),
     Setup("outer-v6", "IPv4 subnets through an IPv6 tunnel", outer=6),
     Setup("hosts", "two hosts, tunnel mode", inner="hosts"),

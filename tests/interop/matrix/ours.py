@@ -2,41 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from oepy.control import protocol
 from oepy.control.client import ControlClient
 from oepy.keys import HostKey, public_pem
-from oepy.model import PublicKey
+from tests.fakes.certificates import pem
 from tests.interop.matrix.cases import OEPY, PEER, Setup
+from tests.interop.matrix.credentials import OEPY_ID, PEER_ID, SECRET, Credentials
 from tests.interop.matrix.ground import Ground, wait_for
 from tests.net.daemon_host import Host
 
-OWN_ID, PEER_ID = "alpha.example", "gw.example"
-SECRET = "of two ends, and of nobody else"
 LIVENESS_SECONDS = 1
 
 
 class Oepy:
-    def __init__(
-        self,
-        ground: Ground,
-        directory: Path,
-        datapath: str,
-        keys: Mapping[str, HostKey],
-        peer_keys: Mapping[str, PublicKey],
-    ) -> None:
+    def __init__(self, ground: Ground, directory: Path, datapath: str, credentials: Credentials) -> None:
         self._ground = ground
         self._datapath = datapath
         self.host = Host(ground.oepy, directory)
         self.client = ControlClient(self.host.socket)
-        secrets = {"psk": SECRET.encode(), **{f"{kind}.key": key.to_pem() for kind, key in keys.items()}}
+        secrets = {"psk": SECRET.encode()}
+        for kind, key in credentials.oepy_keys.items():
+            secrets[f"{kind}.key"] = key.to_pem()
+        for kind, site in credentials.sites.items():
+            secrets[f"{kind}.key"] = HostKey(site.oepy.key).to_pem()
+            (directory / f"{kind}.pem").write_bytes(pem(site.oepy, site.middle))
+            (directory / f"{kind}.root.pem").write_bytes(pem(site.root))
         for name, content in secrets.items():
             (directory / name).touch(mode=0o600)
             (directory / name).write_bytes(content)
-        for kind, public in peer_keys.items():
+        for kind, public in credentials.peer_public.items():
             (directory / f"{kind}.peer.pem").write_text(public_pem(public))
         self.host.start({}, **self._common())
 
@@ -45,9 +42,12 @@ class Oepy:
 
     def load(self, setup: Setup) -> None:
         ground = self._ground
-        local: dict[str, Any] = {"auth": "psk", "id": OWN_ID}
+        local: dict[str, Any] = {"auth": "psk", "id": OEPY_ID}
         remote: dict[str, Any] = {"auth": "psk", "id": PEER_ID}
-        if setup.auth != "psk":
+        if setup.is_x509:
+            local |= {"auth": "x509", "certs": [f"{setup.auth}.pem"], "key": f"{setup.auth}.key"}
+            remote |= {"auth": "x509", "cacerts": [f"{setup.auth}.root.pem"]}
+        elif setup.is_raw:
             local |= {"auth": "pubkey", "key": f"{setup.auth}.key"}
             remote |= {"auth": "pubkey", "pubkeys": [f"{setup.auth}.peer.pem"]}
         connection = {
@@ -64,7 +64,7 @@ class Oepy:
                 }
             },
         }
-        secrets = [{"type": "ike", "id": [OWN_ID, PEER_ID], "secret_file": "psk"}]
+        secrets = [{"type": "ike", "id": [OEPY_ID, PEER_ID], "secret_file": "psk"}]
         self.host.write({}, **self._common(), connections={"site": connection}, secrets=secrets)
         self._change("load", "")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from oepy.model import PublicKey
 from tests.interop.matrix.cases import Setup
 
 
@@ -13,7 +12,6 @@ class Peer(Protocol):
 
     name: str
     version: str
-    keys: dict[str, PublicKey]  # its public keys, by kind
     asks_within: float  # seconds of silence, at least, until it asks whether the other side is there
 
     def start(self) -> None: ...

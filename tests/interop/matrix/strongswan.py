@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Mapping
 from pathlib import Path
 
 from oepy.keys import HostKey, public_pem
 from oepy.lab.charon import CHARON, Charon
-from oepy.model import PublicKey
+from tests.fakes.certificates import pem
 from tests.interop.matrix.cases import OEPY, PEER, STRONGSWAN, Setup
+from tests.interop.matrix.credentials import OEPY_ID, PEER_ID, SECRET, Credentials
 from tests.interop.matrix.ground import Ground, wait_for
-from tests.interop.matrix.ours import LIVENESS_SECONDS, OWN_ID, PEER_ID, SECRET
+from tests.interop.matrix.ours import LIVENESS_SECONDS
 
 _CONF = """
 connections {{
@@ -58,19 +58,20 @@ class StrongSwan:
     name = STRONGSWAN
     asks_within = 10.0
 
-    def __init__(
-        self, ground: Ground, directory: Path, peer_keys: Mapping[str, PublicKey], *, userland: bool
-    ) -> None:
+    def __init__(self, ground: Ground, directory: Path, credentials: Credentials, *, userland: bool) -> None:
         self._ground = ground
         self._userland = userland
         self._charon = Charon(ground.peer.name, directory)
-        self._private = {kind: HostKey.generate(kind) for kind in peer_keys}
         self._files: dict[str, bytes] = {}
-        for kind, key in self._private.items():
+        for kind, key in credentials.peer_keys.items():
             self._files[f"private/{kind}.pem"] = key.to_pem()
             self._files[f"pubkey/own-{kind}.pem"] = public_pem(key.public).encode()
-            self._files[f"pubkey/peer-{kind}.pem"] = public_pem(peer_keys[kind]).encode()
-        self.keys = {kind: key.public for kind, key in self._private.items()}
+            self._files[f"pubkey/peer-{kind}.pem"] = public_pem(credentials.oepy_keys[kind].public).encode()
+        for kind, site in credentials.sites.items():
+            self._files[f"private/{kind}.pem"] = HostKey(site.peer.key).to_pem()
+            self._files[f"x509/{kind}.pem"] = pem(site.peer)
+            self._files[f"x509ca/{kind}-root.pem"] = pem(site.root)
+            self._files[f"x509ca/{kind}-middle.pem"] = pem(site.middle)
         told = subprocess.run([str(CHARON), "--version"], capture_output=True, text=True, check=False).stdout
         found = re.search(r"strongSwan U?(\d[\w.]+)", told)
         assert found, told
@@ -81,7 +82,11 @@ class StrongSwan:
 
     def load(self, setup: Setup) -> None:
         ground = self._ground
-        raw = setup.auth != "psk"
+        local_key = remote_key = ""
+        if setup.is_raw:
+            local_key, remote_key = f"pubkeys = own-{setup.auth}.pem", f"pubkeys = peer-{setup.auth}.pem"
+        elif setup.is_x509:
+            local_key, remote_key = f"certs = {setup.auth}.pem", f"cacerts = {setup.auth}-root.pem"
         ours, theirs = ground.selectors(setup, PEER), ground.selectors(setup, OEPY)
         text = _CONF.format(
             own=ground.own(setup, PEER),
@@ -89,11 +94,11 @@ class StrongSwan:
             # Its userland ESP is ESP in UDP, and so is oepy's
             encap="yes" if self._userland else "no",
             dpd=f"{LIVENESS_SECONDS}s" if PEER in setup.asking else "0s",
-            auth="pubkey" if raw else "psk",
-            local_key=f"pubkeys = own-{setup.auth}.pem" if raw else "",
-            remote_key=f"pubkeys = peer-{setup.auth}.pem" if raw else "",
+            auth="psk" if setup.auth == "psk" else "pubkey",
+            local_key=local_key,
+            remote_key=remote_key,
             own_id=PEER_ID,
-            peer_id=OWN_ID,
+            peer_id=OEPY_ID,
             mode=setup.mode,
             selectors=f"local_ts = {','.join(ours)}\n remote_ts = {','.join(theirs)}" if ours else "",
             secret=SECRET,

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from oepy.keys import HostKey
 from oepy.lab.capture import Packet
 from oepy.lab.namespaces import Lab
 from tests.interop.matrix.cases import (
@@ -31,6 +30,7 @@ from tests.interop.matrix.cases import (
     Setup,
     obstacle,
 )
+from tests.interop.matrix.credentials import Credentials
 from tests.interop.matrix.ground import Ground, wait_for
 from tests.interop.matrix.ours import Oepy
 from tests.interop.matrix.peers import Peer
@@ -41,7 +41,6 @@ pytestmark = [pytest.mark.root, pytest.mark.interop]
 
 HERE = KERNEL if os.environ.get("OEPY_SECOND_KERNEL") else USERLAND
 PACE = {"qemu": 10.0, "uml": 3.0}.get(os.environ.get("OEPY_SECOND_KERNEL", ""), 1.0)
-KEY_KINDS = ("ed25519", "ecdsa-p256", "ecdsa-p384", "rsa-3072")
 _SKF = 53  # Encrypted and Authenticated Fragment, RFC 7383 §2.5
 
 
@@ -75,7 +74,9 @@ class Game:
     def facts(self, setup: Setup) -> dict[str, Any]:
         (sa,) = self.oepy.sas()
         assert sa["mode"] == setup.mode
-        assert sa["authenticated"] == ("psk" if setup.auth == "psk" else "manual")
+        assert sa["authenticated"] == (
+            "psk" if setup.auth == "psk" else "x509" if setup.is_x509 else "manual"
+        )
         return {"ike": self.oepy.ike(setup)["algorithms"], "esp": sa["algorithm"], "encap": sa["encap"]}
 
     def end(self, role: str) -> None:
@@ -116,12 +117,11 @@ def game(
     directory = tmp_path_factory.mktemp("matrix")
     for parent in (directory, *directory.parents[:2]):
         parent.chmod(0o755)
-    keys = {kind: HostKey.generate(kind) for kind in KEY_KINDS}
-    public = {kind: key.public for kind, key in keys.items()}
+    credentials = Credentials()
     with Lab() as lab:
         ground = Ground(lab, PACE)
-        peer = _peer(request.param, ground, directory / "peer", public)
-        ours = Oepy(ground, directory / "oepy", "tun" if HERE == USERLAND else "auto", keys, peer.keys)
+        peer = _peer(request.param, ground, directory / "peer", credentials)
+        ours = Oepy(ground, directory / "oepy", "tun" if HERE == USERLAND else "auto", credentials)
         try:
             peer.start()
             yield Game(ground, ours, peer, Recorder(peer.name, peer.version, HERE))
@@ -131,9 +131,9 @@ def game(
             ground.tap.close()
 
 
-def _peer(name: str, ground: Ground, directory: Path, public: Any) -> Peer:
+def _peer(name: str, ground: Ground, directory: Path, credentials: Credentials) -> Peer:
     assert name == STRONGSWAN
-    return StrongSwan(ground, directory, public, userland=HERE == USERLAND)
+    return StrongSwan(ground, directory, credentials, userland=HERE == USERLAND)
 
 
 @over(*COMING_UP)
