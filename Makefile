@@ -58,7 +58,7 @@ KERNEL_TESTS := tests/kernel tests/net/test_trap.py tests/net/test_trap_forward.
 
 test-kernel:
 	@scripts/install-system kernel
-	@scripts/unpack-peers libreswan
+	@scripts/unpack-peers libreswan openiked
 	@$(MAKE) --no-print-directory $(VENV)/.dev
 	@scripts/second-kernel --time 3600 --out .interop/kernel $(BIN)/python -m pytest -p no:cacheprovider --timeout 900 -m "(kernel or any_kernel) and not long" $(KERNEL_TESTS) $(PYTEST)
 
@@ -67,7 +67,7 @@ test-long:
 	@$(MAKE) --no-print-directory check
 	@scripts/run-tests -m "not kernel" $(PYTEST)
 	@scripts/install-system kernel
-	@scripts/unpack-peers libreswan
+	@scripts/unpack-peers libreswan openiked
 	@scripts/second-kernel --time 4500 --out .interop/kernel $(BIN)/python -m pytest -p no:cacheprovider --timeout 900 -m "kernel or any_kernel" $(KERNEL_TESTS) $(PYTEST)
 
 # From what the last `make test` and `make test-kernel` have seen

@@ -21,7 +21,7 @@ from oepy.model import PublicKey
 
 KEY_BITS = 3072  # what `ipsec newhostkey` makes at least; oepy's RSA keys in the labs have the same
 START_SECONDS = 60.0
-_PROGRAMS = Path("/usr/libexec/ipsec")
+PROGRAMS = Path("/usr/libexec/ipsec")
 
 
 class Pluto:
@@ -37,14 +37,14 @@ class Pluto:
         self.ckaid = ""
         for name in ("nss", "run", "ipsec.d/policies"):
             (self.directory / name).mkdir(parents=True, exist_ok=True)
-        if not (_PROGRAMS / "pluto").exists():
-            raise OepyError(f"no libreswan in {_PROGRAMS}", "install it, or see scripts/unpack-peers")
-        _run("certutil", "-N", "--empty-password", "-d", f"sql:{self.directory / 'nss'}")
+        if not (PROGRAMS / "pluto").exists():
+            raise OepyError(f"no libreswan in {PROGRAMS}", "install it, or see scripts/unpack-peers")
+        run("certutil", "-N", "--empty-password", "-d", f"sql:{self.directory / 'nss'}")
 
     def make_key(self) -> PublicKey:
         """Its RSA host key, in its own key store."""
         nss = self.directory / "nss"
-        _run(str(_PROGRAMS / "rsasigkey"), "--nssdir", str(nss), str(KEY_BITS))
+        run(str(PROGRAMS / "rsasigkey"), "--nssdir", str(nss), str(KEY_BITS))
         listed = self._show_key("--list")
         found = re.search(r"ckaid: ([0-9a-f]{40})", listed)
         if found is None:
@@ -53,7 +53,7 @@ class Pluto:
         return parse_public(self._show_key("--pem", "--ckaid", self.ckaid), "libreswan's key")
 
     def _show_key(self, *arguments: str) -> str:
-        return _run(str(_PROGRAMS / "showhostkey"), "--nssdir", str(self.directory / "nss"), *arguments)
+        return run(str(PROGRAMS / "showhostkey"), "--nssdir", str(self.directory / "nss"), *arguments)
 
     def start(self, namespace: Namespace, connections: str, groups: dict[str, Sequence[str]]) -> None:
         """`connections` are `conn` sections; `groups` are the prefixes of each policy group. Returns when it
@@ -69,7 +69,7 @@ class Pluto:
             (self.directory / "ipsec.d/policies" / name).write_text("".join(f"{p}\n" for p in prefixes))
         self._process = self._namespace.popen(
             *[sys.executable, "-m", "oepy.lab.enter", str(self._resolv_conf), "--"],
-            *[str(_PROGRAMS / "pluto"), "--nofork", "--config", str(config)],
+            *[str(PROGRAMS / "pluto"), "--nofork", "--config", str(config)],
             *["--logfile", str(self.log), "--rundir", str(self.directory / "run")],
             *["--secretsfile", str(self.directory / "ipsec.secrets")],
             *["--ipsecdir", str(self.directory / "ipsec.d"), "--nssdir", str(self.directory / "nss")],
@@ -86,7 +86,7 @@ class Pluto:
 
     def whack(self, *arguments: str) -> str:
         done = self._namespace.run(
-            str(_PROGRAMS / "whack"), "--ctlsocket", str(self.control), *arguments, check=False
+            str(PROGRAMS / "whack"), "--ctlsocket", str(self.control), *arguments, check=False
         )
         return done.stdout
 
@@ -104,7 +104,8 @@ class Pluto:
         self._process = None
 
 
-def _run(*argv: str) -> str:
+def run(*argv: str) -> str:
+    """What it wrote. Raises OepyError with its errors."""
     done = subprocess.run(argv, capture_output=True, text=True, timeout=300, check=False)
     if done.returncode:
         raise OepyError(f"{Path(argv[0]).name} failed: {done.stderr.strip()}")

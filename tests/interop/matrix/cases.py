@@ -25,7 +25,9 @@ class Setup:
     inner: str = "subnets"  # or the two hosts themselves
     inner_version: int = 4
     natted: frozenset[str] = frozenset()
+    subnets: int = 1  # of either end
     is_fragmented: bool = False  # IKE_AUTH is larger than a fragment, either way
+    peer_rekeys: str = ""  # child or ike: by itself after seconds, where the peer has no command for it
     asking: frozenset[str] = frozenset()  # who asks after seconds of silence whether the other is there
 
     @property
@@ -69,10 +71,11 @@ COMING_UP = (
         inner="hosts",
         natted=frozenset({PEER}),
     ),
-    Setup("fragmentation", "IKE fragmentation (RFC 7383), both ways", is_fragmented=True, inner_version=6),
+    Setup("selectors", "12 subnets at either end, IPv6", subnets=12, outer=6, inner_version=6),
+    Setup("fragmentation", "IKE fragmentation (RFC 7383), both ways", auth="x509-rsa", is_fragmented=True),
 )
 REKEYED = (
-    Setup("rekey", "rekeying", auth="ed25519"),
+    Setup("rekey", "rekeying", auth="ecdsa-p256"),
     Setup("rekey-nat", "rekeying through NAT in front of oepy", natted=frozenset({OEPY})),
 )
 REKEYS = {
@@ -120,4 +123,12 @@ def obstacle(peer: str, where: str, setup: Setup) -> str | None:
     """Why this peer can't take part in it; None where it can."""
     if peer == STRONGSWAN and where == USERLAND and setup.mode == "transport":
         return "its userland ESP has tunnel mode only"
+    if peer == OPENIKED and setup.inner_version != setup.outer:
+        return "on Linux its SAs take packets of the outer family only"
+    if peer in (LIBRESWAN, OPENIKED) and setup.auth == "ed25519":
+        return "it has no EdDSA"
+    if peer == LIBRESWAN and setup.auth == "ecdsa-p384":
+        return "4.10 ends by itself when it is given a raw key of P-384"
+    if peer == LIBRESWAN and setup.subnets > 1:
+        return "a connection of its has one pair of subnets"
     return None

@@ -39,10 +39,11 @@ class Credentials:
         now = datetime.datetime.now(datetime.UTC)
         root = Holder(f"{label} root", key=HostKey.generate(kind).private, moment=now)
         middle = Holder(f"{label} CA", root, key=HostKey.generate(kind).private, moment=now)
-        # Keys of their own: strongSwan believes a key that it has had for the same name before
+        # Keys of their own, as strongSwan believes a key that it has had for the same name before; and subjects of
+        # their own, by which libreswan's key store tells certificates apart
         ends = (
             Holder(
-                *(name, middle),
+                *(f"{label} {name}", middle),
                 ca=False,
                 key=HostKey.generate(kind).private,
                 moment=now,

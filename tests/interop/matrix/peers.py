@@ -12,6 +12,8 @@ class Peer(Protocol):
 
     name: str
     version: str
+    rekeys_on_command: bool  # else as `Setup.peer_rekeys` says
+    rekeys_within: float  # seconds
     asks_within: float  # seconds of silence, at least, until it asks whether the other side is there
 
     def start(self) -> None: ...

@@ -56,6 +56,8 @@ secrets {{
 
 class StrongSwan:
     name = STRONGSWAN
+    rekeys_on_command = True
+    rekeys_within = 10.0
     asks_within = 10.0
 
     def __init__(self, ground: Ground, directory: Path, credentials: Credentials, *, userland: bool) -> None:

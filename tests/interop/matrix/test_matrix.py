@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from tests.interop.matrix.cases import (
     DYING,
     INITIATOR,
     KERNEL,
+    LIBRESWAN,
     OEPY,
+    OPENIKED,
     PEER,
     REKEYED,
     REKEYS,
@@ -32,6 +34,8 @@ from tests.interop.matrix.cases import (
 )
 from tests.interop.matrix.credentials import Credentials
 from tests.interop.matrix.ground import Ground, wait_for
+from tests.interop.matrix.libreswan import Libreswan
+from tests.interop.matrix.openiked import OpenIked
 from tests.interop.matrix.ours import Oepy
 from tests.interop.matrix.peers import Peer
 from tests.interop.matrix.strongswan import StrongSwan
@@ -39,8 +43,9 @@ from tests.interop.matrix.table import RUN_ROWS, Recorder
 
 pytestmark = [pytest.mark.root, pytest.mark.interop]
 
-HERE = KERNEL if os.environ.get("OEPY_SECOND_KERNEL") else USERLAND
-PACE = {"qemu": 10.0, "uml": 3.0}.get(os.environ.get("OEPY_SECOND_KERNEL", ""), 1.0)
+KERNEL_NAME = os.environ.get("OEPY_SECOND_KERNEL", "")
+HERE = KERNEL if KERNEL_NAME else USERLAND
+PACE = {"qemu": 10.0, "uml": 3.0}.get(KERNEL_NAME, 1.0)
 _SKF = 53  # Encrypted and Authenticated Fragment, RFC 7383 §2.5
 
 
@@ -119,7 +124,7 @@ def game(
         parent.chmod(0o755)
     credentials = Credentials()
     with Lab() as lab:
-        ground = Ground(lab, PACE)
+        ground = Ground(lab, PACE, translates=KERNEL_NAME != "uml")
         peer = _peer(request.param, ground, directory / "peer", credentials)
         ours = Oepy(ground, directory / "oepy", "tun" if HERE == USERLAND else "auto", credentials)
         try:
@@ -132,6 +137,10 @@ def game(
 
 
 def _peer(name: str, ground: Ground, directory: Path, credentials: Credentials) -> Peer:
+    if name == OPENIKED:
+        return OpenIked(ground, directory, credentials)
+    if name == LIBRESWAN:
+        return Libreswan(ground, directory, credentials)
     assert name == STRONGSWAN
     return StrongSwan(ground, directory, credentials, userland=HERE == USERLAND)
 
@@ -164,25 +173,34 @@ def _is_ike_fragment(packet: Packet) -> bool:
 def test_both_rekey_under_traffic(game: Game, setup: Setup, role: str) -> None:
     """Pings go on both ways while each end rekeys the CHILD SA and the IKE SA: none is lost, nothing goes in the
     clear, and in the end there is one tunnel, as before."""
-    game.begin(setup, role)
+    up = ""
     for kind in REKEYS:
         what, who = kind.split("-")
-        with game.recorder.cell(f"{setup.name}-{kind}", role), game.ground.traffic(setup) as traffic:
-            ike = what == "ike"
-            before = game.oepy.spis(setup, ike=ike)
-            if who == OEPY:
-                game.oepy.rekey(setup, ike=ike)
-            else:
-                game.peer.rekey(ike=ike)
-            game.wait(lambda: game.oepy.spis(setup, ike=ike) != before)  # noqa: B023
-            game.wait(lambda: len(game.oepy.sas()) == 1 and game.peer.children() == 1)
-            time.sleep(0.5 * game.ground.pace)
-            traffic.stop()
-            assert traffic.sent > 20
-            assert traffic.lost == 0, game.told()
-            kinds = {packet.kind for packet in game.ground.tap.packets()}
-            assert kinds == {"ike", "esp"}
+        with game.recorder.cell(f"{setup.name}-{kind}", role):
+            wanted = what if who == PEER and not game.peer.rekeys_on_command else ""
+            if up != wanted or kind == next(iter(REKEYS)):
+                game.begin(replace(setup, peer_rekeys=wanted), role)
+                up = wanted
+            _rekey_under_traffic(game, setup, what, who)
     game.end(role)
+
+
+def _rekey_under_traffic(game: Game, setup: Setup, what: str, who: str) -> None:
+    ike = what == "ike"
+    with game.ground.traffic(setup) as traffic:
+        before = game.oepy.spis(setup, ike=ike)
+        if who == OEPY:
+            game.oepy.rekey(setup, ike=ike)
+        else:
+            game.peer.rekey(ike=ike)
+        game.wait(lambda: game.oepy.spis(setup, ike=ike) != before, game.peer.rekeys_within)
+        game.wait(lambda: len(game.oepy.sas()) == 1 and game.peer.children() == 1)
+        time.sleep(0.5 * game.ground.pace)
+        traffic.stop()
+        assert traffic.sent > 20
+        assert traffic.lost == 0, game.told()
+        kinds = {packet.kind for packet in game.ground.tap.packets()}
+        assert kinds == {"ike", "esp"}
 
 
 @over(*ASKING)
