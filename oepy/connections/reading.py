@@ -413,7 +413,13 @@ def _cross_check(connection: Connection, fields: Fields) -> None:
             )
         if child.trap and any(selector.network is None for selector in child.remote_ts):
             single = [place.address for place in connection.remote_addrs]
-            if len(single) != 1 or single[0] is None:
+            if connection.pools:
+                fields.wrong(
+                    "dynamic is an address out of the pools here, which is not known before the peer asks for it;"
+                    " name the prefix",
+                    *("children", child.name, "remote_ts"),
+                )
+            elif len(single) != 1 or single[0] is None:
                 fields.wrong(
                     "dynamic with start_action trap needs one remote address; name the prefix",
                     *("children", child.name, "remote_ts"),

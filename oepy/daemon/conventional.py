@@ -192,10 +192,11 @@ class Conventional:
                     )
 
     def _fixed(self, state: ChildState) -> tuple[IpAddress | None, IpAddress | None]:
-        """The outer addresses, where each can be one only; a route is asked for only where ours is `dynamic`."""
+        """What `dynamic` is on each side, where it can be one address only: the outer one, unless one is assigned.
+        A route is asked for only where ours is `dynamic`."""
         connection = state.connection
         remotes = [place.address for place in connection.remote_addrs]
-        there = remotes[0] if len(remotes) == 1 else None
+        there = remotes[0] if len(remotes) == 1 and not connection.pools else None
         locals_ = [place.address for place in connection.local_addrs]
         here = locals_[0] if len(locals_) == 1 else None
         if connection.vips:

@@ -14,6 +14,7 @@ import yaml
 
 from oepy.connections.manager import State
 from oepy.connections.messages import Down, Up
+from oepy.interfaces import Way
 from oepy.model import TrafficSelector
 from tests.fakes.clock import run_virtual
 from tests.fakes.connections import good, read
@@ -81,6 +82,27 @@ def mode_of(path: Path) -> int:
 
 def quiet(*hosts: Host) -> bool:
     return not any(host.named("internal-error") for host in hosts)
+
+
+def test_a_peer_at_a_known_address_is_reached_by_the_assigned_one() -> None:
+    """The gateway's rules are for what was assigned, also where the outer address of the peer is configured."""
+
+    async def main() -> None:
+        router = Router(random.Random(1))
+        gate = gateway(router, remote_addrs=["198.18.1.1"])
+        client = warrior(router, 1)
+        await asyncio.sleep(5)
+        assert child(client).state is State.UP
+        (rule,) = (
+            rule
+            for rule in gate.core.connections.rules()
+            if rule.way is Way.OUT and rule.source == ip_network("10.1.0.0/16")
+        )
+        assert ip_network("10.3.0.1/32").subnet_of(rule.destination)
+        assert not rule.required
+        assert quiet(gate, client)
+
+    run_virtual(main())
 
 
 def test_each_warrior_has_an_address_and_the_gateway_reaches_them() -> None:
@@ -337,6 +359,19 @@ def test_children_that_vips_do_not_go_with(change: dict[str, Any], words: str) -
     }
     _, problems = read(yaml.safe_dump({"connections": {"home": connection}}), FILES)
     assert any("children" in problem.path and words in problem.text for problem in problems), problems
+
+
+def test_an_address_out_of_a_pool_cannot_be_trapped() -> None:
+    """It would take everything."""
+    connection = {
+        "remote_addrs": ["198.18.1.1"],
+        "local": {"auth": "psk"},
+        "remote": {"auth": "psk", "id": "one.example"},
+        "pools": ["four"],
+        "children": {"net": {"local_ts": BEHIND, "start_action": "trap"}},
+    }
+    _, problems = read(yaml.safe_dump({"connections": {"home": connection}, "pools": POOLS}), FILES)
+    assert any("remote_ts" in problem.path and "out of the pools" in problem.text for problem in problems)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,9 @@ class Setup:
     inner_version: int = 4
     natted: frozenset[str] = frozenset()
     subnets: int = 1  # of either end
+    assigns: bool = False  # who begins is given an inner address by the other
+    moves: bool = False  # who begins may go to another outer address
+    begins: str = ""  # who does, as soon as that is known
     is_fragmented: bool = False  # IKE_AUTH is larger than a fragment, either way
     peer_rekeys: str = ""  # child or ike: by itself after seconds, where the peer has no command for it
     asking: frozenset[str] = frozenset()  # who asks after seconds of silence whether the other is there
@@ -74,6 +77,8 @@ COMING_UP = (
     Setup("selectors", "12 subnets at either end, IPv6", subnets=12, outer=6, inner_version=6),
     Setup("fragmentation", "IKE fragmentation (RFC 7383), both ways", auth="x509-rsa", is_fragmented=True),
 )
+ASSIGNED = Setup("assigned", "configuration payload: who begins is given an address", assigns=True)
+MOVING = Setup("mobike", "MOBIKE: who begins moves to another address, the IKE SA stays", moves=True)
 REKEYED = (
     Setup("rekey", "rekeying", auth="ecdsa-p256"),
     Setup("rekey-nat", "rekeying through NAT in front of oepy", natted=frozenset({OEPY})),
@@ -106,12 +111,13 @@ class Line:
 
 
 LINES = (
-    *(Line(setup.name, setup.title, setup) for setup in COMING_UP),
+    *(Line(setup.name, setup.title, setup) for setup in (*COMING_UP, ASSIGNED)),
     *(
         Line(f"{setup.name}-{kind}", f"{setup.title}: {title}, traffic running, none lost", setup)
         for setup in REKEYED
         for kind, title in REKEYS.items()
     ),
+    Line(MOVING.name, MOVING.title, MOVING),
     *(Line(setup.name, setup.title, setup) for setup in ASKING),
     *(Line(f"{DYING.name}-{kind}", f"{DYING.title}: {title}", DYING) for kind, title in DEATHS.items()),
 )

@@ -4,8 +4,8 @@
     10.1.0.2   10.1.0.1   198.18.1.10   198.18.1.1   198.18.2.1   198.18.2.10   10.2.0.1   10.2.0.2
                           198.18.1.11 (seen as 198.18.2.1)        198.18.2.11 (seen as 198.18.1.1)
 
-Who is behind the translator uses its second address, ….11. IPv6: 2001:2:101::/64 and 2001:2:102::/64 outside,
-2001:2:1::/64 and 2001:2:2::/64 inside.
+Who is behind the translator uses its second address, ….11; who moves goes to ….12. IPv6: 2001:2:101::/64 and
+2001:2:102::/64 outside, 2001:2:1::/64 and 2001:2:2::/64 inside.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 
 from pyroute2.netlink.nfnetlink.nfctsocket import NFCTSocket
@@ -48,6 +49,15 @@ def wait_for(condition: Callable[[], object], seconds: float, what: Callable[[],
         time.sleep(0.05)
 
 
+@dataclass(frozen=True, slots=True)
+class End:
+    """Who speaks: where, from which address, and the one by which the other side calls it."""
+
+    namespace: Namespace
+    own: str
+    called: str
+
+
 class Ground:
     """`pace`: how much slower than this machine's own kernel everything is. Without `translates` (user-mode Linux
     has no nftables for it) nobody can be `natted`."""
@@ -62,7 +72,7 @@ class Ground:
             lab.veth(gateway, self.router, "eth0", port)
             lab.veth(lan, gateway, "eth0", "lan")
             outer, outer6 = f"198.18.{number}", f"2001:2:10{number}:"
-            gateway.address("eth0", f"{outer}.10/24", f"{outer}.11/24", f"{outer6}:10/64")
+            gateway.address("eth0", f"{outer}.10/24", f"{outer}.11/32", f"{outer6}:10/64")
             gateway.address("lan", f"10.{number}.0.1/24", f"2001:2:{number}::1/64")
             self.router.address(port, f"{outer}.1/24", f"{outer6}:1/64")
             # strongSwan's userland ESP wants an own address in each of its selectors
@@ -80,10 +90,12 @@ class Ground:
         for namespace in (self.oepy, self.peer, self.router):
             namespace.sysctl("net.ipv4.ip_forward", 1)
             namespace.sysctl("net.ipv6.conf.all.forwarding", 1)
+            namespace.sysctl("net.ipv4.conf.all.promote_secondaries", 1)  # see `move`
         if translates:
             self.router.run("nft", "-f", "-", input=_NAT)
         self._translates = translates
         self.tap = Tap(self.router, "wan_a")
+        self.given = ""  # the inner address that was assigned
 
     # ---- addresses -------------------------------------------------------------------------------------------
 
@@ -101,45 +113,63 @@ class Ground:
         return "198.18.2.1" if side == OEPY else "198.18.1.1"
 
     def selectors(self, setup: Setup, side: str) -> list[str]:
-        """Empty: the outer address, whatever it is."""
-        if setup.inner == "hosts":
+        """Empty: its own address, whatever it is."""
+        if setup.inner == "hosts" or (setup.assigns and side == setup.begins):
             return []
         number = 1 if side == OEPY else 2
         if setup.inner_version == 4:
             return [f"10.{number}.0.0/24"]
         return [f"2001:2:{number}:{extra:x}::/64" for extra in range(setup.subnets)]
 
-    def ends(self, setup: Setup) -> tuple[tuple[Namespace, str], tuple[Namespace, str]]:
-        """For each side who speaks there, and the address by which the other side calls it."""
+    def ends(self, setup: Setup) -> tuple[End, End]:
+        """Who speaks on either side."""
         if setup.inner == "hosts":
-            return (self.oepy, self.seen(setup, OEPY)), (self.peer, self.seen(setup, PEER))
-        if setup.inner_version == 4:
-            return (self.lan_a, "10.1.0.2"), (self.lan_b, "10.2.0.2")
-        return (self.lan_a, "2001:2:1::2"), (self.lan_b, "2001:2:2::2")
+            return (
+                End(self.oepy, self.own(setup, OEPY), self.seen(setup, OEPY)),
+                End(self.peer, self.own(setup, PEER), self.seen(setup, PEER)),
+            )
+        text = "10.{}.0.2" if setup.inner_version == 4 else "2001:2:{}::2"
+        one, other = text.format(1), text.format(2)
+        ends = End(self.lan_a, one, one), End(self.lan_b, other, other)
+        if not setup.assigns:
+            return ends
+        if setup.begins == OEPY:
+            return End(self.oepy, self.given, self.given), ends[1]
+        return ends[0], End(self.peer, self.given, self.given)
 
     # ---- traffic ---------------------------------------------------------------------------------------------
 
-    def lost(self, setup: Setup, count: int = 3) -> int:
-        """Of pings in both directions."""
-        (one, one_address), (other, other_address) = self.ends(setup)
-        # Beyond a translator only whoever is before it can be called, unless a tunnel goes between
-        answers: list[float | None] = []
-        pairs = [(one, other_address), (other, one_address)]
+    def _ways(self, setup: Setup) -> list[tuple[End, End]]:
+        """Both; but in transport mode whoever is behind a translator can't be called from outside."""
+        one, other = self.ends(setup)
+        ways = [(one, other), (other, one)]
         if setup.mode == "transport" and setup.natted:
-            pairs = pairs[:1] if OEPY in setup.natted else pairs[1:]
-        for source, target in pairs:
-            answers += ping(source, target, count=count, timeout=5.0)
+            return ways[:1] if OEPY in setup.natted else ways[1:]
+        return ways
+
+    def lost(self, setup: Setup, count: int = 3) -> int:
+        """Of pings."""
+        answers: list[float | None] = []
+        for end, other in self._ways(setup):
+            answers += ping(end.namespace, other.called, count=count, timeout=5.0, source=end.own)
         return answers.count(None)
 
     def traffic(self, setup: Setup) -> Traffic:
-        (one, one_address), (other, other_address) = self.ends(setup)
-        return Traffic([(one, other_address), (other, one_address)], 0.02 * self.pace)
+        return Traffic(self._ways(setup), 0.02 * self.pace)
 
     def forget_translations(self) -> None:
         """Else the next case's packets would be taken for the last one's."""
         if self._translates:
             with self.router.entered(), NFCTSocket() as conntrack:
                 conntrack.flush()
+
+    def move(self, side: str, *, back: bool = False) -> str:
+        """This side's host goes to its other address. Returns that."""
+        namespace, net = (self.oepy, "198.18.1") if side == OEPY else (self.peer, "198.18.2")
+        old, new = (12, 10) if back else (10, 12)
+        namespace.address("eth0", f"{net}.{new}/24")
+        namespace.ip("address", "delete", f"{net}.{old}/24", "dev", "eth0")
+        return f"{net}.{new}"
 
     def cut(self) -> None:
         """Nothing passes the router, in silence."""
@@ -181,16 +211,16 @@ class Tap:
 
 
 class Traffic:
-    """Pings that go on, between several pairs at once, each in a thread of its own."""
+    """Pings that go on, several ways at once, each in a thread of its own."""
 
-    def __init__(self, pairs: list[tuple[Namespace, str]], interval: float) -> None:
+    def __init__(self, ways: list[tuple[End, End]], interval: float) -> None:
         self._interval = interval
         self._ended = threading.Event()
         self.sent = self.lost = 0
         self._pingers = []
-        for namespace, target in pairs:
-            with namespace.entered():
-                self._pingers.append(Pinger(target))
+        for end, other in ways:
+            with end.namespace.entered():
+                self._pingers.append(Pinger(other.called, source=end.own))
         self._threads = [threading.Thread(target=self._go_on, args=(one,)) for one in self._pingers]
         self._lock = threading.Lock()
 

@@ -15,6 +15,7 @@ from tests.interop.matrix.ground import Ground, wait_for
 from tests.net.daemon_host import Host
 
 LIVENESS_SECONDS = 1
+POOL = "10.3.0.0/28"
 
 
 class Oepy:
@@ -50,8 +51,9 @@ class Oepy:
         elif setup.is_raw:
             local |= {"auth": "pubkey", "key": f"{setup.auth}.key"}
             remote |= {"auth": "pubkey", "pubkeys": [f"{setup.auth}.peer.pem"]}
-        connection = {
-            "local_addrs": [ground.own(setup, OEPY)],
+        given = setup.begins if setup.assigns else ""
+        connection: dict[str, Any] = {
+            "local_addrs": ["%any"] if setup.moves else [ground.own(setup, OEPY)],
             "remote_addrs": [ground.seen(setup, PEER)],
             "local": local,
             "remote": remote,
@@ -64,8 +66,13 @@ class Oepy:
                 }
             },
         }
+        if given == OEPY:
+            connection["vips"] = ["0.0.0.0"]
+        elif given:
+            connection["pools"] = ["some"]
+        pools = {"pools": {"some": {"addrs": POOL}}} if given == PEER else {}
         secrets = [{"type": "ike", "id": [OEPY_ID, PEER_ID], "secret_file": "psk"}]
-        self.host.write({}, **self._common(), connections={"site": connection}, secrets=secrets)
+        self.host.write({}, **self._common(), connections={"site": connection}, secrets=secrets, **pools)
         self._change("load", "")
 
     def _change(self, operation: str, name: str, seconds: float = 20.0) -> Any:
@@ -86,13 +93,13 @@ class Oepy:
 
     def ike(self, setup: Setup) -> dict[str, Any]:
         """Of the IKE SA that the tunnel belongs to."""
-        address = self._ground.ends(setup)[1][1]
+        address = self._ground.ends(setup)[1].called
         found = self.client.get(protocol.EXPLAIN, destination=address)["ike"]
         assert isinstance(found, dict), found
         return found
 
     def rekey(self, setup: Setup, *, ike: bool) -> None:
-        address = self._ground.ends(setup)[1][1]
+        address = self._ground.ends(setup)[1].called
         told = self.client.post(protocol.REKEY, {"destination": address, "ike": ike})
         assert told["rekeyed"] == 1, told
 

@@ -12,7 +12,7 @@ from tests.fakes.certificates import pem
 from tests.interop.matrix.cases import OEPY, PEER, STRONGSWAN, Setup
 from tests.interop.matrix.credentials import OEPY_ID, PEER_ID, SECRET, Credentials
 from tests.interop.matrix.ground import Ground, wait_for
-from tests.interop.matrix.ours import LIVENESS_SECONDS
+from tests.interop.matrix.ours import LIVENESS_SECONDS, POOL
 
 _CONF = """
 connections {{
@@ -23,7 +23,8 @@ connections {{
     encap = {encap}
     dpd_delay = {dpd}
     proposals = aes256gcm16-prfsha384-x25519
-    mobike = no
+    mobike = {mobike}
+    {given}
     local {{
       auth = {auth}
       {local_key}
@@ -44,6 +45,7 @@ connections {{
     }}
   }}
 }}
+pools {{ some {{ addrs = {pool} }} }}
 secrets {{
   ike-site {{
     id-1 = {own_id}
@@ -91,7 +93,10 @@ class StrongSwan:
             local_key, remote_key = f"certs = {setup.auth}.pem", f"cacerts = {setup.auth}-root.pem"
         ours, theirs = ground.selectors(setup, PEER), ground.selectors(setup, OEPY)
         text = _CONF.format(
-            own=ground.own(setup, PEER),
+            own="%any" if setup.moves else ground.own(setup, PEER),
+            mobike="yes" if setup.moves else "no",
+            given="" if not setup.assigns else "vips = 0.0.0.0" if setup.begins == PEER else "pools = some",
+            pool=POOL,
             remote=ground.seen(setup, OEPY),
             # Its userland ESP is ESP in UDP, and so is oepy's
             encap="yes" if self._userland else "no",
@@ -102,7 +107,7 @@ class StrongSwan:
             own_id=PEER_ID,
             peer_id=OEPY_ID,
             mode=setup.mode,
-            selectors=f"local_ts = {','.join(ours)}\n remote_ts = {','.join(theirs)}" if ours else "",
+            selectors=f"local_ts = {','.join(ours) or 'dynamic'}\n remote_ts = {','.join(theirs) or 'dynamic'}",
             secret=SECRET,
         )
         self._charon.load(text, self._files)

@@ -15,11 +15,13 @@ from oepy.lab.capture import Packet
 from oepy.lab.namespaces import Lab
 from tests.interop.matrix.cases import (
     ASKING,
+    ASSIGNED,
     COMING_UP,
     DYING,
     INITIATOR,
     KERNEL,
     LIBRESWAN,
+    MOVING,
     OEPY,
     OPENIKED,
     PEER,
@@ -56,8 +58,9 @@ class Game:
     peer: Peer
     recorder: Recorder
 
-    def begin(self, setup: Setup, role: str) -> None:
-        """Both loaded, nothing left of what was before, and up."""
+    def begin(self, setup: Setup, role: str) -> Setup:
+        """Both loaded, nothing left of what was before, and up. Returns the setup with who begins."""
+        setup = replace(setup, begins=OEPY if role == INITIATOR else PEER)
         self.peer.clear()
         self.oepy.down()
         self.ground.forget_translations()
@@ -69,6 +72,10 @@ class Game:
             self.wait(lambda: len(self.oepy.sas()) == 1 and self.peer.children() == 1)
         except Exception as error:
             raise AssertionError(f"{error}{self.told()}") from error
+        if setup.assigns:
+            selectors = self.oepy.sas()[0]["local_ts" if role == INITIATOR else "remote_ts"]
+            (self.ground.given,) = (text.removesuffix("/32") for text in selectors)
+        return setup
 
     def wait(self, condition: Callable[[], object], seconds: float = 10.0) -> None:
         wait_for(condition, seconds * self.ground.pace, self.told)
@@ -145,12 +152,12 @@ def _peer(name: str, ground: Ground, directory: Path, credentials: Credentials) 
     return StrongSwan(ground, directory, credentials, userland=HERE == USERLAND)
 
 
-@over(*COMING_UP)
+@over(*COMING_UP, ASSIGNED)
 def test_it_comes_up_carries_traffic_and_ends(game: Game, setup: Setup, role: str) -> None:
     """Both authenticate, pings pass both ways, the wire sees IKE and ESP alone (in UDP where an address was
     translated), and after the Delete of whoever began neither has the tunnel."""
     with game.recorder.cell(setup.name, role) as facts:
-        game.begin(setup, role)
+        setup = game.begin(setup, role)
         facts.update(game.facts(setup))
         assert game.ground.lost(setup) == 0, game.told()
         game.end(role)
@@ -179,7 +186,7 @@ def test_both_rekey_under_traffic(game: Game, setup: Setup, role: str) -> None:
         with game.recorder.cell(f"{setup.name}-{kind}", role):
             wanted = what if who == PEER and not game.peer.rekeys_on_command else ""
             if up != wanted or kind == next(iter(REKEYS)):
-                game.begin(replace(setup, peer_rekeys=wanted), role)
+                setup = game.begin(replace(setup, peer_rekeys=wanted), role)
                 up = wanted
             _rekey_under_traffic(game, setup, what, who)
     game.end(role)
@@ -203,11 +210,35 @@ def _rekey_under_traffic(game: Game, setup: Setup, what: str, who: str) -> None:
         assert kinds == {"ike", "esp"}
 
 
+@over(MOVING)
+def test_who_began_moves(game: Game, setup: Setup, role: str) -> None:
+    """Its address is taken away, and it has another: the IKE SA goes there, and pings go on both ways."""
+    setup = game.begin(setup, role)
+    mover = OEPY if role == INITIATOR else PEER
+    with game.recorder.cell(setup.name, role):
+        before = game.oepy.spis(setup, ike=True)
+        new = game.ground.move(mover)
+        try:
+            place = "local" if mover == OEPY else "remote"
+            game.wait(lambda: any(sa[place].startswith(f"{new}:") for sa in game.oepy.sas()))
+            game.wait(lambda: len(game.oepy.sas()) == 1 and game.peer.children() == 1)
+            game.ground.tap.packets()
+            game.wait(lambda: game.ground.lost(setup, 1) == 0)
+            assert game.ground.lost(setup) == 0, game.told()
+            assert game.oepy.spis(setup, ike=True) == before
+            game.end(role)
+            packets = game.ground.tap.packets()
+            assert {packet.kind for packet in packets} == {"ike", "esp"}
+            assert all(new in (str(packet.source), str(packet.destination)) for packet in packets)
+        finally:
+            game.ground.move(mover, back=True)
+
+
 @over(*ASKING)
 def test_a_living_peer_answers(game: Game, setup: Setup, role: str) -> None:
     """One end asks in silence whether the other is there, and is answered; the tunnel stays."""
     with game.recorder.cell(setup.name, role):
-        game.begin(setup, role)
+        setup = game.begin(setup, role)
         game.ground.tap.packets()
         (asking,) = setup.asking
         own = game.ground.own(setup, asking)
@@ -230,7 +261,7 @@ def test_a_living_peer_answers(game: Game, setup: Setup, role: str) -> None:
 @pytest.mark.timeout(900)
 def test_a_dead_peer_is_noticed(game: Game, setup: Setup, role: str) -> None:
     """The wire is cut, and both notice. Mended, they come together again."""
-    game.begin(setup, role)
+    setup = game.begin(setup, role)
     game.ground.cut()
     try:
         with game.recorder.cell("dpd-oepy-notices", role):
