@@ -46,6 +46,9 @@ class ConfiguredRule:
     tunnel; of the rest, `required` is held and asked for, and what isn't is the next rule's. Inward such traffic is
     dropped: all of it where it is `required`, else that of joined addresses.
 
+    `transport`: its SAs are in transport mode, so that the kernel's own (TrapPolicy.kernel_ipsec) protect it on the
+    way to its destination and not behind the tunnel's device.
+
     `verdict`: outward PRIVATE goes into the tunnel; CLEAR passes and BLOCK is dropped, either way. `required` rules
     keep their traffic shut while no daemon runs.
     """
@@ -59,6 +62,7 @@ class ConfiguredRule:
     destination_port: int = 0
     required: bool = False
     number: int = 0
+    transport: bool = False
 
 
 @dataclass(frozen=True, slots=True)

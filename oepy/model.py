@@ -25,6 +25,9 @@ NAT_T_PORT = 4500
 MARK_MASK = 0x30000000
 MARK_PRIVATE = 0x10000000  # route this packet through the tunnel
 MARK_OWN = 0x20000000  # the daemon's own IKE, ESP and DNS traffic: never trapped
+MARK_KERNEL = (
+    0x30000000  # routed as it would be; the kernel's policies protect it on its way, or it is dropped
+)
 XFRM_IF_ID = 17733  # ties the kernel's SAs and policies to the tunnel's device
 
 

@@ -189,6 +189,7 @@ class Conventional:
                         *(ours, theirs, local.protocol or remote.protocol, local.port, remote.port),
                         number=state.number,
                         required=state.trapped,
+                        transport=state.child.mode == "transport",
                     )
 
     def _fixed(self, state: ChildState) -> tuple[IpAddress | None, IpAddress | None]:
@@ -1022,8 +1023,14 @@ def _both_ways(
     *,
     number: int,
     required: bool,
+    transport: bool,
 ) -> Iterable[ConfiguredRule]:
-    common: dict[str, Any] = {"protocol": protocol, "required": required, "number": number}
+    common: dict[str, Any] = {
+        "protocol": protocol,
+        "required": required,
+        "number": number,
+        "transport": transport,
+    }
     yield ConfiguredRule(
         *(Way.OUT, ours, theirs, Verdict.PRIVATE),
         source_port=our_port,

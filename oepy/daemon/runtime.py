@@ -248,8 +248,6 @@ class Daemon(Core):
                     problems.append(
                         f"{label}: AH is the kernel's, and this host has the datapath tun: take ESP"
                     )
-                if child.mode == "transport" and self.chosen.name == "xfrm":
-                    problems.append(f"{label}: transport mode is for the datapath tun; take mode tunnel")
         if problems:
             raise UsageError("connections: " + "; ".join(problems[:20]))
 

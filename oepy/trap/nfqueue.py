@@ -199,7 +199,7 @@ class NfqueueTrap:
         for destination in self._hold.of_number(number):
             if self._joined.holds(number, destination[1]):
                 for packet in self._hold.release(destination):
-                    self._give(packet, Verdict.PRIVATE)
+                    self._give(packet, Verdict.PRIVATE, running.ruleset.mark_of(number))
         self._send_verdicts(running)
 
     def _change_joined(
@@ -348,7 +348,7 @@ class NfqueueTrap:
 
     def _asked(self, running: _Running, number: int, flow: Flow, held: HeldPacket, now: float) -> None:
         if self._joined.holds(number, flow.destination):
-            self._give(held, Verdict.PRIVATE)
+            self._give(held, Verdict.PRIVATE, running.ruleset.mark_of(number))
             return
         new, dropped = self._hold.add((number, flow.destination), held, now)
         self._drop(dropped, "dropped_overflow")
@@ -357,14 +357,14 @@ class NfqueueTrap:
 
     # -- verdicts out --------------------------------------------------------------------------------
 
-    def _give(self, packet: HeldPacket, verdict: Verdict) -> None:
+    def _give(self, packet: HeldPacket, verdict: Verdict, private: int = MARK_PRIVATE) -> None:
         if verdict is Verdict.BLOCK:
             self._drop([packet], "dropped_block")
             return
         mark = None
         if verdict is Verdict.PRIVATE:
-            # A changed mark makes the kernel route the packet again, into the tunnel.
-            mark = packet.mark & ~MARK_MASK | MARK_PRIVATE
+            # A changed mark makes the kernel route the packet again, into the tunnel or to its policy
+            mark = packet.mark & ~MARK_MASK | private
         self._verdicts.append(queue.verdict(packet.queue, packet.id, queue.ACCEPT, mark))
         self._counters[f"released_{verdict.value}"] += 1
 

@@ -11,6 +11,9 @@ Theory of operation. All stands in one table of the inet family:
     leaving  (filter postrouting) a packet marked private that is about to leave by anything but the tunnel's
              device, and without an SA of the kernel's own IPsec, is dropped: somebody has removed the mark's
              routing rule, or there is no datapath
+    kernel   what the kernel's SAs of transport mode protect is marked so that it is routed again, past the
+             tunnel's device, and finds its policy on the way; it comes back from no device of ours, but with
+             the kernel's word that an SA has decrypted it
     sort     one verdict map for each (protocol, port) named by a rule, then one for all others, of disjoint
              ranges (see prefixes.py): from here on a packet belongs to exactly one group
     configured_*
@@ -35,7 +38,7 @@ from collections.abc import Iterable, Sequence
 from ipaddress import IPv4Address, IPv6Address, collapse_addresses
 
 from oepy.interfaces import ConfiguredRule, TrapPolicy, Way
-from oepy.model import MARK_MASK, MARK_OWN, MARK_PRIVATE, IpNetwork, PolicyGroup, Verdict
+from oepy.model import MARK_KERNEL, MARK_MASK, MARK_OWN, MARK_PRIVATE, IpNetwork, PolicyGroup, Verdict
 from oepy.trap.prefixes import GroupRange, Lookup, lookups
 
 TABLE = "oepy"
@@ -58,6 +61,11 @@ _TCP_UDP = "{ 6, 17 }"
 _WITH_PORTS = "{ 6, 17, 33, 132, 136 }"  # TCP, UDP, DCCP, SCTP, UDP-Lite
 _NEIGHBOUR_DISCOVERY = "icmpv6 type 133-137"
 _FOREIGN_BITS = 0xFFFFFFFF ^ MARK_MASK
+_REMEMBER = f"ct mark set (ct mark & {_FOREIGN_BITS:#x}) | {MARK_PRIVATE:#x}"  # the connection as private
+
+
+def _marked(mark: int) -> str:
+    return f"meta mark set (meta mark & {_FOREIGN_BITS:#x}) | {mark:#x}"
 
 
 def _address(version: int, number: int) -> str:
@@ -104,6 +112,7 @@ class Ruleset:
         self._policy = policy
         self._guard = table != TABLE
         self._steps = lookups(policy.rules)
+        self._past_device = {rule.number for rule in policy.configured if past_device(policy, rule)}
         self._table = table
         self._later = 1 if self._guard else 0  # its chains come behind the trap's, to see its marks
 
@@ -133,6 +142,10 @@ class Ruleset:
         """The sets of what is up of the connections' children."""
         numbered = (rule for rule in self._policy.configured if rule.number)
         return set() if self._guard else {joined_set(rule.number, rule.source.version) for rule in numbered}
+
+    def mark_of(self, number: int) -> int:
+        """What leads packets of this child to their SA."""
+        return MARK_KERNEL if number in self._past_device else MARK_PRIVATE
 
     def _joined_sets(self) -> str:
         return "".join(
@@ -193,11 +206,8 @@ class Ruleset:
                 "drop" if policy.default.fails_closed else "return",
             ],
             "reply_in_clear": ["ct direction reply return", "goto refuse_any"],
-            "tunnel": [
-                f"meta mark set (meta mark & {_FOREIGN_BITS:#x}) | {MARK_PRIVATE:#x}",
-                f"ct mark set (ct mark & {_FOREIGN_BITS:#x}) | {MARK_PRIVATE:#x}",
-                "accept",
-            ],
+            "tunnel": [_marked(MARK_PRIVATE), _REMEMBER, "accept"],
+            "kernel": [_marked(MARK_KERNEL), _REMEMBER, "accept"],
             **{_chain_of(group): self._group(group) for group in PolicyGroup},
             **self._configured_chains(),
             "sort": [
@@ -257,13 +267,17 @@ class Ruleset:
         if not rule.number:
             return [self._configured_verdict(rule)]
         outward = rule.way is Way.OUT
+        by_kernel = past_device(self._policy, rule)
         if self._guard:
-            return ["drop"] if rule.required else []
+            decrypted = ["meta ipsec exists accept"] if by_kernel and not outward else []
+            return [*decrypted, "drop"] if rule.required else []
         joined = f"{_IP[rule.source.version]} {'daddr' if outward else 'saddr'} "
         joined += f"@{joined_set(rule.number, rule.source.version)} "
         if outward:
-            return [joined + "goto tunnel", *([f"goto {ASK_CLOSED}"] if rule.required else [])]
-        return ["drop"] if rule.required else [joined + "drop"]
+            way = "kernel" if by_kernel else "tunnel"
+            return [joined + f"goto {way}", *([f"goto {ASK_CLOSED}"] if rule.required else [])]
+        decrypted = [joined + f"meta ipsec exists {_REMEMBER} accept"] if by_kernel else []
+        return [*decrypted, "drop" if rule.required else joined + "drop"]
 
     def _configured_verdict(self, rule: ConfiguredRule) -> str:
         if rule.verdict is Verdict.BLOCK:
@@ -292,7 +306,7 @@ class Ruleset:
         nothing may rely on the mark: its routes may be gone."""
         if self._table != BRACKET_TABLE:
             return []
-        return [f"meta mark & {MARK_MASK:#x} == {MARK_PRIVATE:#x} accept"]
+        return [f"meta mark & {MARK_MASK:#x} == {{ {MARK_PRIVATE:#x}, {MARK_KERNEL:#x} }} accept"]
 
     def _exempt_out(self) -> list[str]:
         return [
@@ -340,13 +354,15 @@ class Ruleset:
         device, unprotected = self._policy.tunnel_device, ""
         if device is not None:
             unprotected += f"oifname != {json.dumps(device)} "
-        if self._policy.kernel_ipsec:
+        by_kernel = self._policy.kernel_ipsec
+        if by_kernel:
             # Here comes by, too, what has found its SA behind the device and is about to be encrypted
             unprotected += "rt ipsec missing "
         return [
             "type filter hook postrouting priority -140; policy accept;",
             *self._clamp("rt ipsec exists" if device is None else f"oifname {json.dumps(device)}"),
             f"meta mark & {MARK_MASK:#x} == {MARK_PRIVATE:#x} {unprotected}drop",
+            *([f"meta mark & {MARK_MASK:#x} == {MARK_KERNEL:#x} rt ipsec missing drop"] if by_kernel else []),
         ]
 
     def _clamp(self, through: str) -> list[str]:
@@ -362,13 +378,12 @@ class Ruleset:
     def _arriving(self) -> list[str]:
         device = self._policy.tunnel_device
         decrypted = "meta ipsec exists" if device is None else f"iifname {json.dumps(device)}"
-        remember = f"ct mark set (ct mark & {_FOREIGN_BITS:#x}) | {MARK_PRIVATE:#x} "
         return [
             f"type filter hook prerouting priority {-140 + self._later}; policy accept;",
             *self._pass_marked(),
             'iifname "lo" accept',
             *self._clamp(decrypted),
-            f"{decrypted} {'' if self._guard else remember}accept",
+            f"{decrypted} {'' if self._guard else f'{_REMEMBER} '}accept",
             "fib daddr type { local, broadcast, multicast } goto to_host",
             *(
                 [*self._to_configured(Way.FORWARD), "jump refuse", "goto sort"]
@@ -376,6 +391,12 @@ class Ruleset:
                 else []
             ),
         ]
+
+
+def past_device(policy: TrapPolicy, rule: ConfiguredRule) -> bool:
+    """Whether the kernel's policies protect it where it is, and not those of the tunnel's device: from there a
+    packet in transport mode would be sent to the device again."""
+    return rule.transport and policy.kernel_ipsec and policy.tunnel_device is not None
 
 
 def joined_set(number: int, version: int) -> str:

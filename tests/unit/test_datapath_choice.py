@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from ipaddress import ip_network
 
 import pytest
 
@@ -10,8 +11,8 @@ from oepy.daemon.datapaths import choose
 from oepy.datapath.xfrm import probe as module
 from oepy.datapath.xfrm.probe import Abilities, Trial
 from oepy.errors import OepyError
-from oepy.interfaces import TrapPolicy
-from oepy.model import PolicyGroup
+from oepy.interfaces import ConfiguredRule, TrapPolicy, Way
+from oepy.model import MARK_KERNEL, MARK_PRIVATE, PolicyGroup, Verdict
 from oepy.trap.rules import Ruleset
 
 GOOD, BAD = Trial("it"), Trial("it", OepyError("no such thing", "modprobe it"))
@@ -67,6 +68,33 @@ def test_the_trap_knows_what_is_protected() -> None:
     assert f"{marked}drop" in lines[None, False]
     assert 'iifname "oe0" ' in lines["oe0", True]
     assert "meta ipsec exists " in lines[None, True]
+
+
+def test_the_kernels_transport_mode_goes_past_the_device() -> None:
+    """Over the device the packet would come to it again. Its mark without an SA goes nowhere; back it comes with
+    the kernel's word alone. Without a device, or with ESP in userland, transport mode is like the rest."""
+    both = ip_network("198.18.0.1/32"), ip_network("198.18.0.2/32")
+    rules = tuple(
+        ConfiguredRule(way, *ends, verdict, required=True, number=7, transport=True)
+        for way, ends, verdict in ((Way.OUT, both, Verdict.PRIVATE), (Way.IN, both[::-1], Verdict.BLOCK))
+    )
+
+    def ruleset(device: str | None, kernel: bool) -> Ruleset:
+        return Ruleset(
+            dataclasses.replace(POLICY, tunnel_device=device, kernel_ipsec=kernel, configured=rules)
+        )
+
+    past = ruleset("oe0", True)
+    text = past.loading()
+    assert "ip daddr @joined_7_4 goto kernel" in text
+    assert "ip saddr @joined_7_4 meta ipsec exists ct mark set" in text
+    assert "meta mark & 0x30000000 == 0x30000000 rt ipsec missing drop" in text
+    assert past.mark_of(7) == MARK_KERNEL
+    assert past.mark_of(8) == MARK_PRIVATE
+    for other in (ruleset(None, True), ruleset("oe0", False)):
+        assert "ip daddr @joined_7_4 goto tunnel" in other.loading()
+        assert "ip saddr @joined_7_4 meta ipsec" not in other.loading()
+        assert other.mark_of(7) == MARK_PRIVATE
 
 
 def test_tcp_is_told_what_fits_into_the_tunnel() -> None:
