@@ -70,12 +70,12 @@ def _serve_child(session: Session, message: Message) -> PeerSteps:
 def _make_successor(
     session: Session, message: Message, old: ChildSa | None, nonces: tuple[bytes, bytes]
 ) -> PeerSteps:
-    narrowed, selectors = yield from ask_narrowing(session, message, old)
+    narrowed = yield from ask_narrowing(session, message, old)
     chosen, share, peer_share = _choose(session, message, narrowed.offers)
     shared = share.shared_secret(peer_share) if share else b""
     child = yield from make_child(session, narrowed, chosen)
     note_tfc(child, message)
-    sa, *rest = child_payloads(child, chosen, selectors)
+    sa, *rest = child_payloads(child, chosen)
     answer: list[Payload] = [sa, (PayloadType.NONCE, nonces[1])]
     if share is not None:
         group = chosen.transforms[TransformType.KE].id

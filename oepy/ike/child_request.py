@@ -221,7 +221,10 @@ def _agreed(
         chosen = accepted([without_groups(offer) for offer in offers], proposals)
     if chosen is None:
         raise ChildRefused(NotifyType.NO_PROPOSAL_CHOSEN, "the peer chose a suite that was not proposed")
+    mode = transport.agreed_on(answer, wanted.mode, required=wanted.transport_required)
     local_ts, remote_ts = read_selectors(answer)
+    if mode == transport.TRANSPORT:
+        local_ts, remote_ts = transport.as_seen(session, local_ts, remote_ts)
     if not within(local_ts, wanted.local_ts) or not within(remote_ts, wanted.remote_ts):
         raise ChildRefused(NotifyType.TS_UNACCEPTABLE, "the peer widened the traffic selectors")
     child = ChildSa(
@@ -232,7 +235,7 @@ def _agreed(
         remote_ts=remote_ts,
         initiator=True,
     )
-    child.mode = transport.agreed_on(answer, wanted.mode, required=wanted.transport_required)
+    child.mode = mode
     note_tfc(child, answer)
     if wanted.old is None:
         asked = session.settings.aggregation and wanted.mode == transport.TUNNEL

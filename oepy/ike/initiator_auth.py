@@ -261,13 +261,16 @@ def _agreed_child(
     chosen = accepted(offers, sa.proposals)
     if chosen is None:
         raise ChildRefused(NotifyType.NO_PROPOSAL_CHOSEN, "the peer chose a suite that was not proposed")
+    mode = transport.agreed_on(answer, request.mode, required=request.transport_required)
     tsi, tsr = read_selectors(answer)
+    if mode == transport.TRANSPORT:
+        tsi, tsr = transport.as_seen(session, tsi, tsr)
     if not within(tsi, configuration.proposed_selectors(request)) or not within(tsr, request.remote_ts):
         raise ChildRefused(NotifyType.TS_UNACCEPTABLE, "the peer widened the traffic selectors")
     child = ChildSa(
         spi_in, spi_of(session, chosen), esp_suite(chosen), local_ts=tsi, remote_ts=tsr, initiator=True
     )
-    child.mode = transport.agreed_on(answer, request.mode, required=request.transport_required)
+    child.mode = mode
     child.offers, child.connection, child.label = request.esp_offers, request.connection, request.label
     child.lifetimes = request.lifetimes
     return child

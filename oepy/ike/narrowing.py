@@ -27,9 +27,8 @@ Selectors = tuple[TrafficSelector, ...]
 
 def ask_narrowing(
     session: Session, message: Message, old: ChildSa | None, leased: tuple[IpAddress, ...] = ()
-) -> Questions[tuple[Narrowed, tuple[Selectors, Selectors]]]:
-    """The daemon's word on the peer's selectors, and TSi and TSr for the answer. Raises ChildRefused or
-    HandshakeFailed as it decides."""
+) -> Questions[Narrowed]:
+    """The daemon's word on the peer's selectors. Raises ChildRefused or HandshakeFailed as it decides."""
     from oepy.ike.duplicates import forbids
 
     proposed = read_selectors(message)
@@ -40,25 +39,20 @@ def ask_narrowing(
         raise ChildRefused(
             NotifyType.TS_UNACCEPTABLE, "an authenticated tunnel with this peer is there already"
         )
-    seen = proposed if mode == transport.TUNNEL else transport.as_seen(session, *proposed)
+    seen = proposed if mode == transport.TUNNEL else transport.as_seen(session, *proposed[::-1])[::-1]
     narrowed = yield from _ask_narrowing(session, seen, mode, old, leased)
     if narrowed.mode != mode and mode == transport.TRANSPORT:
         if old is not None:
             narrowed = replace(narrowed, mode=mode)
         elif seen != proposed:
-            seen = proposed
-            narrowed = yield from _ask_narrowing(session, seen, transport.TUNNEL, old, leased)
+            narrowed = yield from _ask_narrowing(session, proposed, transport.TUNNEL, old, leased)
     elif narrowed.mode != mode:
         narrowed = replace(narrowed, mode=mode)
-    tsi, tsr = (
-        transport.as_proposed(ours, one, two)
-        for ours, one, two in zip((narrowed.remote_ts, narrowed.local_ts), proposed, seen, strict=True)
-    )
     session.connection = narrowed.connection
     session.authenticated = narrowed.authenticated or session.authenticated
     if narrowed.settings is not None:
         session.settings = narrowed.settings
-    return narrowed, (tsi, tsr)
+    return narrowed
 
 
 def _ask_narrowing(
@@ -121,13 +115,14 @@ def make_child(session: Session, narrowed: Narrowed, chosen: Chosen) -> Question
     return child
 
 
-def child_payloads(child: ChildSa, chosen: Chosen, selectors: tuple[Selectors, Selectors]) -> list[Payload]:
-    """SA, TSi, TSr and USE_TRANSPORT_MODE of the answer: TSi is the exchange initiator's side, the remote one."""
-    tsi, tsr = selectors
+def child_payloads(child: ChildSa, chosen: Chosen) -> list[Payload]:
+    """SA, TSi, TSr and USE_TRANSPORT_MODE of the answer. TSi is the exchange initiator's side, the remote one. In
+    transport mode too they have the addresses that packets have here, and not those that the peer has proposed
+    (RFC 7296 §2.23.1)."""
     spi = child.spi_in.to_bytes(4, "big")
     return [
         (PayloadType.SA, build_sa(SaPayload((chosen.proposal(spi),)))),
-        (PayloadType.TSI, build_ts(tsi)),
-        (PayloadType.TSR, build_ts(tsr)),
+        (PayloadType.TSI, build_ts(child.remote_ts)),
+        (PayloadType.TSR, build_ts(child.local_ts)),
         *transport.payloads(child.mode),
     ]

@@ -310,7 +310,7 @@ def _child(
         raise ChildRefused(NotifyType.NO_PROPOSAL_CHOSEN, "IKE_AUTH without a child SA")
     if session.settings.childless == "force":
         raise ChildRefused(NotifyType.NO_ADDITIONAL_SAS, "its IKE SA is to begin without a child (RFC 6023)")
-    narrowed, selectors = yield from ask_narrowing(session, message, None, leased)
+    narrowed = yield from ask_narrowing(session, message, None, leased)
     offers = tuple(without_groups(o) for o in narrowed.offers or session.settings.esp_offers)
     chosen = choose(offers, sa.proposals)
     if chosen is None:
@@ -319,4 +319,4 @@ def _child(
     note_tfc(child, message)
     if session.settings.aggregation and child.mode == transport.TUNNEL:
         child.aggregation = aggregation.asked_for(message)
-    return child, child_payloads(child, chosen, selectors)
+    return child, child_payloads(child, chosen)

@@ -1,8 +1,8 @@
 """Transport mode: USE_TRANSPORT_MODE (RFC 7296 §1.3.1), and its selectors where a NAT is between (§2.23.1).
 
 Each side names the addresses as its own host has them. Behind a NAT the other side sees others, which its packets
-carry: so whoever answers puts the addresses of the IKE messages in the place of the proposed ones, and puts
-them back in its answer. An address that a peer merely claims never comes into a selector that way.
+carry: so each puts the addresses of the IKE messages in the place of those that it reads, whether they are proposed
+or agreed upon. An address that a peer merely claims never comes into a selector that way.
 """
 
 from __future__ import annotations
@@ -44,18 +44,14 @@ def agreed_on(message: Message, wanted: str, *, required: bool) -> str:
     return mode
 
 
-def as_seen(session: Session, tsi: Selectors, tsr: Selectors) -> tuple[Selectors, Selectors]:
-    """The peer's proposal with the addresses that packets have here: TSi, TSr."""
-    if session.nat_remote:
-        tsi = _at(tsi, session.remote.address)
+def as_seen(session: Session, ours: Selectors, theirs: Selectors) -> tuple[Selectors, Selectors]:
+    """What the peer has sent, with the addresses that packets have here. Our side is TSi where we have asked, TSr
+    where the peer has."""
     if session.nat_local:
-        tsr = _at(tsr, session.local.address)
-    return tsi, tsr
-
-
-def as_proposed(selectors: Selectors, proposed: Selectors, seen: Selectors) -> Selectors:
-    """The way back: `selectors` (within `seen`) with the addresses of `proposed`."""
-    return selectors if proposed == seen else _at(selectors, proposed[0].start)
+        ours = _at(ours, session.local.address)
+    if session.nat_remote:
+        theirs = _at(theirs, session.remote.address)
+    return ours, theirs
 
 
 def _at(selectors: Selectors, address: IpAddress) -> Selectors:

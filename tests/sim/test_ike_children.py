@@ -267,15 +267,19 @@ def test_transport_mode_through_a_nat(wanted: str) -> None:
 
 
 def test_a_claimed_address_never_becomes_a_transport_selector_behind_a_nat() -> None:
-    """The peer names 192.0.2.99; what is installed is where it really is."""
+    """The peer names 192.0.2.99; what is installed is where it really is, and that is what it hears. (It ends that
+    tunnel, which is not what it has asked for.)"""
     a, b = two_hosts(HONEST)
     accept_transport(b)
     net = NatNet(a, b, "198.51.100.7")
     claimed = (TrafficSelector.of(ip_address("192.0.2.99")),)
     a.ike.initiate(request(a, b, mode="transport", local_ts=claimed), net.now)
     net.run(3)
-    [two] = b.pairs.values()
-    assert two.remote_ts == (TrafficSelector.of(net.outside),)
+    [up] = b.of(ChildUp)
+    assert isinstance(up, ChildUp)
+    assert up.pair.remote_ts == (TrafficSelector.of(net.outside),)
+    assert not a.pairs
+    assert not b.pairs
 
 
 def test_aggregation_is_for_tunnels() -> None:
