@@ -351,7 +351,7 @@ def ike_handshakes(
     if result.missing:
         click.secho(f"NOT MEASURED: charon ({result.missing} is not installed)", fg="yellow", bold=True)
     click.secho(
-        f"{'':22}{'at once':>8}{'a second':>10}{'p50':>10}{'p99':>10}{'CPU: initiator':>16}{'responder':>11}"
+        f"{'':27}{'at once':>8}{'a second':>10}{'p50':>10}{'p99':>10}{'CPU: initiator':>16}{'responder':>11}"
         f"{'by floor':>10}{'by charon':>11}",
         bold=True,
     )
@@ -359,7 +359,7 @@ def ike_handshakes(
         name = row.auth + (" + ML-KEM" if row.kem else "")
         ratio = result.by_charon(row)
         click.echo(
-            f"{name:14}{row.responder:8}{row.at_once:>8}{row.rate:>10,.0f}"
+            f"{name:19}{row.responder:8}{row.at_once:>8}{row.rate:>10,.0f}"
             f"{milliseconds(row.p50):>10}{milliseconds(row.p99):>10}"
             f"{1000 * row.initiator_cpu:>13.2f} ms{1000 * row.responder_cpu:>8.2f} ms"
             f"{row.responder_cpu / result.floor(row).responder:>10.1f}"
@@ -368,7 +368,7 @@ def ike_handshakes(
     for floor in result.floors:
         name = floor.auth + (" + ML-KEM" if floor.kem else "")
         click.echo(
-            f"{name:14}{'floor':8}{'':38}{1000 * floor.initiator:>13.2f} ms{1000 * floor.responder:>8.2f} ms"
+            f"{name:19}{'floor':8}{'':38}{1000 * floor.initiator:>13.2f} ms{1000 * floor.responder:>8.2f} ms"
         )
     if any(row.kem for row in result.rows):
         click.echo("charon has no ML-KEM before strongSwan 6.0: it takes no part in those rows")
