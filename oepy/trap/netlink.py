@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from oepy.errors import ParseError
 from oepy.netlink import (
     NLM_F_ACK,
+    NLM_F_APPEND,
     NLM_F_CREATE,
     NLMSG_DONE,
     NLMSG_ERROR,
@@ -36,6 +37,7 @@ __all__ = [
     "NLMSG_DONE",
     "NLMSG_ERROR",
     "NLM_F_ACK",
+    "NLM_F_APPEND",
     "NLM_F_CREATE",
     "Message",
     "attribute",

@@ -7,7 +7,7 @@ import contextlib
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
@@ -24,13 +24,15 @@ from oepy.model import (
     Verdict,
 )
 from oepy.policy import PolicyTable
-from oepy.trap import kernel, queue, switch, tables
+from oepy.trap import islands, kernel, queue, switch, tables
 from oepy.trap import netlink as nl
+from oepy.trap.configured import Configured
 from oepy.trap.decided import Decided, SetChange
 from oepy.trap.hold import MAX_PACKETS, Destination, HeldPacket, Hold
+from oepy.trap.islands import joined_set
 from oepy.trap.joined import Asking, Joined, Range, range_elements
 from oepy.trap.packet import parse_flow
-from oepy.trap.rules import ASK_CLOSED, ASK_OPEN, TABLE, Ruleset, joined_set
+from oepy.trap.rules import ASK_CLOSED, ASK_OPEN, TABLE, Ruleset
 
 OPEN_QUEUE, CLOSED_QUEUE = 17733, 17734
 QUEUE_MAX_LENGTH = 2 * MAX_PACKETS  # in the kernel, beyond what we ever hold
@@ -57,6 +59,7 @@ class _Running:
     policy: TrapPolicy
     table: PolicyTable
     ruleset: Ruleset
+    configured: Configured
     on_trapped: Callable[[PolicyGroup, Flow], None]
     tables: kernel.Tables
     packets: kernel.QueueSocket
@@ -150,9 +153,9 @@ class NfqueueTrap:
             kernel_counters = undo.enter_context(_QUEUE_COUNTERS.open())
             namespace = kernel.current_namespace()
             leftovers = changer.any_table()
-            switch.take_over(policy, ruleset)
+            configured = switch.take_over(policy, ruleset, changer)
             # Without queues the trap cannot work: then back to shut, where it was not open before
-            undo.callback(switch.leave, policy, leftovers)
+            undo.callback(switch.leave, policy, leftovers, changer)
             changer.insert_queue_rules(TABLE, self._queue_rules)
             undo.pop_all()
         self._running = _Running(
@@ -160,6 +163,7 @@ class NfqueueTrap:
             policy=policy,
             table=PolicyTable(policy.rules, policy.default),
             ruleset=ruleset,
+            configured=configured,
             on_trapped=on_trapped,
             tables=changer,
             packets=packets,
@@ -194,7 +198,7 @@ class NfqueueTrap:
         running = self._require()
         for version, out, into in self._joined.change(number, gone, fresh):
             name = joined_set(number, version)
-            if name in running.ruleset.joined_names():
+            if running.configured.has_set(name):
                 self._change_joined(running, name, version, out, into)
         for destination in self._hold.of_number(number):
             if self._joined.holds(number, destination[1]):
@@ -259,22 +263,21 @@ class NfqueueTrap:
     def reload(self, policy: TrapPolicy) -> None:
         """See `interfaces.Trap`. Decisions whose destination has changed its group are forgotten, and packets
         held for it dropped (the next one is sorted anew). Blocks while nft works: about 0.1 s for 1,000
-        prefixes. A policy that is in force already is left alone: where a base chain goes, and be it the
-        bracket's, the kernel drops every packet that waits in a queue."""
+        prefixes; where only configured rules are others, while the kernel takes the difference. A policy that is
+        in force already is left alone: where a base chain goes, and be it the bracket's, the kernel drops every
+        packet that waits in a queue."""
         running = self._require()
         if policy == running.policy:
             return
         running.check_namespace()
         self._flush()
-        ruleset = Ruleset(policy)
-        switch.change(policy, running.ruleset, ruleset)
-        running.policy, running.ruleset = policy, ruleset
+        if replace(policy, configured=()) == replace(running.policy, configured=()):
+            self._change_configured(running, policy)
+        else:
+            self._change_all(running, policy)
+        running.policy = policy
         running.table = PolicyTable(policy.rules, policy.default)
         possible = _PossibleGroups(policy, running.table)
-        for group, address, _ in list(self._decided.items()):
-            if group not in possible.of(address):
-                for change in self._decided.forget(group, address):
-                    self._note(change)
         running.asking = Asking(policy.configured)
         numbers = {rule.number for rule in policy.configured}
         self._joined.keep(numbers)
@@ -286,13 +289,34 @@ class NfqueueTrap:
                 self._drop(self._hold.release(destination), "dropped_overdue")
         self._flush()
 
+    def _change_configured(self, running: _Running, policy: TrapPolicy) -> None:
+        """What most reloads are: connections come and go, the groups stay."""
+        wanted = islands.islands(policy.configured)
+        if islands.lengths(wanted) <= running.ruleset.lengths:
+            switch.change_configured(policy, wanted, running.configured, running.tables)
+        else:
+            self._change_ruleset(running, policy)
+
+    def _change_all(self, running: _Running, policy: TrapPolicy) -> None:
+        self._change_ruleset(running, policy)
+        possible = _PossibleGroups(policy, PolicyTable(policy.rules, policy.default))
+        for group, address, _ in list(self._decided.items()):
+            if group not in possible.of(address):
+                for change in self._decided.forget(group, address):
+                    self._note(change)
+
+    def _change_ruleset(self, running: _Running, policy: TrapPolicy) -> None:
+        ruleset = Ruleset(policy)
+        switch.change(policy, running.ruleset, ruleset, running.configured, running.tables)
+        running.ruleset = ruleset
+
     def stop(self, *, guard: bool) -> None:
         """See `interfaces.Trap`. Packets still held are dropped. May be called without a start."""
         running = self._running
         if running is None:
             return
         running.check_namespace()
-        switch.leave(running.policy, guard)
+        switch.leave(running.policy, guard, running.tables)
         running.close()
         self._running = None
         self._hold, self._decided, self._joined = Hold(), Decided(), Joined()
@@ -444,7 +468,8 @@ class NfqueueTrap:
         if running is None:
             return
         running.check_namespace()
-        switch.take_over(running.policy, running.ruleset)
+        running.ruleset = Ruleset(running.policy)
+        running.configured = switch.take_over(running.policy, running.ruleset, running.tables)
         running.tables.insert_queue_rules(TABLE, self._queue_rules)
         self._commit(running, self._decided.all_elements())
         for number, version, ranges in self._joined.all():

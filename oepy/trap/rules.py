@@ -13,14 +13,15 @@ Theory of operation. All stands in one table of the inet family:
              routing rule, or there is no datapath
     kernel   what the kernel's SAs of transport mode protect is marked so that it is routed again, past the
              tunnel's device, and finds its policy on the way; it comes back from no device of ours, but with
-             the kernel's word that an SA has decrypted it
+             the kernel's word that an SA has decrypted it (`decrypted`)
     sort     one verdict map for each (protocol, port) named by a rule, then one for all others, of disjoint
              ranges (see prefixes.py): from here on a packet belongs to exactly one group
     configured_*
-             what the configuration settles before any group: manual policies, connections. One chain for each
-             way and family, entered only by the addresses that stand in it; the first rule that matches counts.
-             Outward it comes first in `sort`, inward before the groups' prefixes. The rules of a connection's
-             child look into a set of remote addresses of its own, which changes without a new ruleset.
+             what the configuration settles before any group: manual policies, connections. For each way, family and
+             length of prefix a map, which leads to the chain of the island (islands.py) in which the peer's address
+             lies; there the first rule that matches counts. Outward it comes first in `sort`, inward before the
+             groups' prefixes. The rules of a connection's child look into a set of remote addresses of its own.
+             Chains, elements and these sets come and go over netlink (configured.py), without a new ruleset.
     group_*  what the group does with a packet. The order of its lines is the group's policy:
              clear accepts. block drops. private never looks at @clear, at replies or at the open queue.
     ask_open, ask_closed
@@ -34,11 +35,13 @@ connection has been private.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from ipaddress import IPv4Address, IPv6Address, collapse_addresses
+from collections.abc import Iterator, Sequence
+from ipaddress import IPv4Address, IPv6Address
 
-from oepy.interfaces import ConfiguredRule, TrapPolicy, Way
-from oepy.model import MARK_KERNEL, MARK_MASK, MARK_OWN, MARK_PRIVATE, IpNetwork, PolicyGroup, Verdict
+from oepy.interfaces import TrapPolicy, Way
+from oepy.model import MARK_KERNEL, MARK_MASK, MARK_OWN, MARK_PRIVATE, PolicyGroup, Verdict
+from oepy.trap import islands
+from oepy.trap.islands import map_name
 from oepy.trap.prefixes import GroupRange, Lookup, lookups
 
 TABLE = "oepy"
@@ -48,6 +51,7 @@ TABLES = (TABLE, GUARD_TABLE, BRACKET_TABLE)
 COMMENT = "made by oepy"
 
 ASK_OPEN, ASK_CLOSED = "ask_open", "ask_closed"
+TUNNEL, KERNEL, DECRYPTED, SORT = "tunnel", "kernel", "decrypted", "sort"
 
 # Sets of decided addresses, each in a v4 and a v6 form. `refused` is BLOCK for the private group: apart from
 # `block`, so that one port's failed-closed verdict does not take the address's other traffic along.
@@ -110,9 +114,10 @@ class Ruleset:
 
     def __init__(self, policy: TrapPolicy, table: str = TABLE) -> None:
         self._policy = policy
+        self.islands = islands.islands(policy.configured)
+        self.lengths = islands.lengths(self.islands)
         self._guard = table != TABLE
         self._steps = lookups(policy.rules)
-        self._past_device = {rule.number for rule in policy.configured if past_device(policy, rule)}
         self._table = table
         self._later = 1 if self._guard else 0  # its chains come behind the trap's, to see its marks
 
@@ -126,31 +131,19 @@ class Ruleset:
     def loading(self, *removed: str) -> str:
         """Remove these tables and load this one, in the place of one of the same name: one transaction. It is
         no seamless change of base chains, see switch.py."""
-        sets = self._static_sets() + self._joined_sets()
-        return f"{removing(self._table, *removed)}{self._load(sets)}"
+        return f"{removing(self._table, *removed)}{self._load(self._static_sets())}"
 
     def replacing(self, old: Ruleset) -> str:
-        """Change from `old`, loaded before, and keep the sets of decided addresses with their elements, and
-        the queue rules: one transaction."""
+        """Change from `old`, loaded before, and keep the sets of decided addresses with their elements, the queue
+        rules and what is configured: one transaction."""
         flushes = [f"flush chain inet {self._table} {name}\n" for name in self._chains()]
         deletions = [f"delete map inet {self._table} {name}\n" for name in old.map_names()]
-        gone = sorted(old.joined_names() - self.joined_names())
-        unused = [f"delete set inet {self._table} {name}\n" for name in gone]
-        return "".join((*flushes, *deletions, *unused, self._load(self._joined_sets())))
+        return "".join((*flushes, *deletions, self._load("")))
 
-    def joined_names(self) -> set[str]:
-        """The sets of what is up of the connections' children."""
-        numbered = (rule for rule in self._policy.configured if rule.number)
-        return set() if self._guard else {joined_set(rule.number, rule.source.version) for rule in numbered}
-
-    def mark_of(self, number: int) -> int:
-        """What leads packets of this child to their SA."""
-        return MARK_KERNEL if number in self._past_device else MARK_PRIVATE
-
-    def _joined_sets(self) -> str:
+    def without(self, lengths: set[tuple[Way, int, int]]) -> str:
+        """Remove the maps of these lengths, which nothing refers to any more."""
         return "".join(
-            f"set {name} {{ type {_ADDRESS_TYPE[int(name[-1])]}; flags interval; }}\n"
-            for name in sorted(self.joined_names())
+            f"delete map inet {self._table} {map_name(*length)}\n" for length in sorted_lengths(lengths)
         )
 
     def map_names(self) -> list[str]:
@@ -165,7 +158,7 @@ class Ruleset:
         )
         return (
             f"table inet {self._table} {{\n  comment {json.dumps(COMMENT)}\n"
-            f"{extra}{self._bare_chains()}{self._map_texts()}{chains}}}\n"
+            f"{extra}{self._bare_chains()}{self._configured_maps()}{self._map_texts()}{chains}}}\n"
         )
 
     def _bare_chains(self) -> str:
@@ -206,11 +199,11 @@ class Ruleset:
                 "drop" if policy.default.fails_closed else "return",
             ],
             "reply_in_clear": ["ct direction reply return", "goto refuse_any"],
-            "tunnel": [_marked(MARK_PRIVATE), _REMEMBER, "accept"],
-            "kernel": [_marked(MARK_KERNEL), _REMEMBER, "accept"],
+            TUNNEL: [_marked(MARK_PRIVATE), _REMEMBER, "accept"],
+            KERNEL: [_marked(MARK_KERNEL), _REMEMBER, "accept"],
+            DECRYPTED: [_REMEMBER, "accept"],
             **{_chain_of(group): self._group(group) for group in PolicyGroup},
-            **self._configured_chains(),
-            "sort": [
+            SORT: [
                 *self._to_configured(Way.OUT),
                 *(_vmap(step, "daddr", "to") for step in self._steps),
                 f"goto {_chain_of(policy.default)}",
@@ -247,59 +240,23 @@ class Ruleset:
             f"goto {ASK_OPEN}",
         ]
 
-    def _configured(self, way: Way, version: int) -> list[ConfiguredRule]:
-        return [
-            rule for rule in self._policy.configured if rule.way is way and rule.source.version == version
-        ]
-
-    def _configured_chains(self) -> dict[str, list[str]]:
-        return {
-            f"configured_{way.value}{version}": [
-                f"{_configured_match(rule)} {verdict}"
-                for rule in self._configured(way, version)
-                for verdict in self._configured_verdicts(rule)
-            ]
-            for way in Way
-            for version in (4, 6)
-        }
-
-    def _configured_verdicts(self, rule: ConfiguredRule) -> list[str]:
-        if not rule.number:
-            return [self._configured_verdict(rule)]
-        outward = rule.way is Way.OUT
-        by_kernel = past_device(self._policy, rule)
-        if self._guard:
-            decrypted = ["meta ipsec exists accept"] if by_kernel and not outward else []
-            return [*decrypted, "drop"] if rule.required else []
-        joined = f"{_IP[rule.source.version]} {'daddr' if outward else 'saddr'} "
-        joined += f"@{joined_set(rule.number, rule.source.version)} "
-        if outward:
-            way = "kernel" if by_kernel else "tunnel"
-            return [joined + f"goto {way}", *([f"goto {ASK_CLOSED}"] if rule.required else [])]
-        decrypted = [joined + f"meta ipsec exists {_REMEMBER} accept"] if by_kernel else []
-        return [*decrypted, "drop" if rule.required else joined + "drop"]
-
-    def _configured_verdict(self, rule: ConfiguredRule) -> str:
-        if rule.verdict is Verdict.BLOCK:
-            return "drop"
-        if rule.verdict is Verdict.PRIVATE and not self._guard:
-            return "goto tunnel"
-        # The guard has no tunnel to lead to, nor has it been told that another one protects what passes here
-        if rule.required and (self._table == GUARD_TABLE or rule.verdict is Verdict.PRIVATE):
-            return "drop"
-        return "goto sort" if rule.way is Way.FORWARD else "accept"
-
     def _to_configured(self, way: Way) -> list[str]:
         """Only for addresses of a rule: all others pay for one lookup, however many rules there are."""
         lines = []
-        for version in (4, 6):
-            rules = self._configured(way, version)
-            field = "daddr" if way is Way.OUT else "saddr"
-            networks = {rule.destination if way is Way.OUT else rule.source for rule in rules}
-            if networks:
-                elements = ", ".join(str(network) for network in _collapsed(networks))
-                lines.append(f"{_IP[version]} {field} {{ {elements} }} jump configured_{way.value}{version}")
+        field = "daddr" if way is Way.OUT else "saddr"
+        for place in sorted_lengths(self.lengths):
+            _, version, length = place
+            if place[0] is way:
+                whole = length == (32 if version == 4 else 128)
+                mask = "" if whole else f" & {_mask(version, length)}"
+                lines.append(f"{_IP[version]} {field}{mask} vmap @{map_name(*place)}")
         return lines
+
+    def _configured_maps(self) -> str:
+        return "".join(
+            f"map {map_name(*length)} {{ type {_ADDRESS_TYPE[length[1]]} : verdict; }}\n"
+            for length in sorted_lengths(self.lengths)
+        )
 
     def _pass_marked(self) -> list[str]:
         """The bracket stands beside a running trap, whose marked packets go into the tunnel. Without a trap
@@ -393,17 +350,6 @@ class Ruleset:
         ]
 
 
-def past_device(policy: TrapPolicy, rule: ConfiguredRule) -> bool:
-    """Whether the kernel's policies protect it where it is, and not those of the tunnel's device: from there a
-    packet in transport mode would be sent to the device again."""
-    return rule.transport and policy.kernel_ipsec and policy.tunnel_device is not None
-
-
-def joined_set(number: int, version: int) -> str:
-    """The set of remote addresses that are up of a connection's child. Ends in the version."""
-    return f"joined_{number}_{version}"
-
-
 def fails_closed(policy: TrapPolicy) -> bool:
     """Whether anything must stay shut while no daemon runs."""
     groups = {rule.group for rule in policy.rules} | {policy.default}
@@ -412,31 +358,20 @@ def fails_closed(policy: TrapPolicy) -> bool:
     )
 
 
-def _collapsed(networks: Iterable[IpNetwork]) -> Iterable[IpNetwork]:
-    """Without those that lie in others; nft refuses overlapping elements. All are of one family."""
-    return collapse_addresses(sorted(networks))  # type: ignore[type-var]
+def sorted_lengths(lengths: set[tuple[Way, int, int]]) -> list[tuple[Way, int, int]]:
+    return sorted(lengths, key=lambda item: (item[0].value, item[1], -item[2]))
 
 
-def _configured_match(rule: ConfiguredRule) -> str:
-    family = _IP[rule.source.version]
-    words = [
-        f"{family} {field} {network}"
-        for field, network in (("saddr", rule.source), ("daddr", rule.destination))
-        if network.prefixlen
-    ]
-    if rule.protocol:
-        words.append(f"meta l4proto {rule.protocol}")
-    for field, port in (("sport", rule.source_port), ("dport", rule.destination_port)):
-        if port:
-            words.append(f"th {field} {port}")
-    return " ".join(words)
+def _mask(version: int, length: int) -> str:
+    width = 32 if version == 4 else 128
+    return _address(version, (1 << width) - (1 << width - length))
 
 
 def _in_set(name: str, verdict: str) -> list[str]:
     return [f"{_IP[version]} daddr @{name}{version} {verdict}" for version in (4, 6)]
 
 
-def _dhcp(four: Sequence[str], six: Sequence[str]) -> Iterable[str]:
+def _dhcp(four: Sequence[str], six: Sequence[str]) -> Iterator[str]:
     for source, destination in (four, six):
         yield f"udp sport {source} udp dport {destination} accept"
 

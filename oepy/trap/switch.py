@@ -12,43 +12,94 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 
-from oepy.interfaces import TrapPolicy
-from oepy.trap import kernel
-from oepy.trap.rules import BRACKET_TABLE, GUARD_TABLE, TABLE, Ruleset, removing
+from oepy.interfaces import ConfiguredRule, TrapPolicy
+from oepy.model import PolicyGroup
+from oepy.trap import islands, kernel
+from oepy.trap.configured import Configured
+from oepy.trap.islands import Line, Place, Rules
+from oepy.trap.rules import ASK_CLOSED, BRACKET_TABLE, GUARD_TABLE, SORT, TABLE, TUNNEL, Ruleset, removing
+
+
+def _running_lines(rule: ConfiguredRule) -> list[Line]:
+    return islands.running_lines(rule, TUNNEL, ASK_CLOSED, SORT)
+
+
+def _load_shut(policy: TrapPolicy, table: str, changer: kernel.Tables) -> bool:
+    """The table that keeps shut what fails closed by `policy`; False where nothing does."""
+    shut = Ruleset(policy, table)
+    if not shut.needed:
+        return False
+    kernel.load(shut.loading())
+
+    def lines_of(rule: ConfiguredRule) -> list[Line]:
+        return islands.shut_lines(rule, SORT, bracket=table == BRACKET_TABLE)
+
+    Configured(table, lines_of).change(changer, shut.islands)
+    return True
 
 
 @contextlib.contextmanager
-def bracketed(policy: TrapPolicy) -> Iterator[None]:
+def bracketed(policy: TrapPolicy, changer: kernel.Tables) -> Iterator[None]:
     """What fails closed by `policy` is kept shut by a table of its own meanwhile."""
-    bracket = Ruleset(policy, BRACKET_TABLE)
-    if not bracket.needed:
-        yield
-        return
-    kernel.load(bracket.loading())
+    try:
+        stands = _load_shut(policy, BRACKET_TABLE, changer)
+    except BaseException:
+        kernel.load(removing(BRACKET_TABLE))
+        raise
     try:
         yield
     finally:
-        kernel.load(removing(BRACKET_TABLE))
+        if stands:
+            kernel.load(removing(BRACKET_TABLE))
 
 
-def take_over(policy: TrapPolicy, ruleset: Ruleset) -> None:
+def take_over(policy: TrapPolicy, ruleset: Ruleset, changer: kernel.Tables) -> Configured:
     """Load the trap's table in the place of whatever an earlier run has left, its guard included."""
-    with bracketed(policy):
+    with bracketed(policy, changer):
         kernel.load(ruleset.loading(GUARD_TABLE))
+        configured = Configured(TABLE, _running_lines)
+        configured.change(changer, ruleset.islands)
+    return configured
 
 
-def change(policy: TrapPolicy, old: Ruleset, new: Ruleset) -> None:
-    """From a running policy to the next; sets and queues stay as they are."""
-    with bracketed(policy):
+def change(
+    policy: TrapPolicy, old: Ruleset, new: Ruleset, configured: Configured, changer: kernel.Tables
+) -> None:
+    """From a running policy to the next; sets and queues stay as they are. Raises OepyError: all is as before."""
+    with bracketed(policy, changer):
         kernel.load(new.replacing(old))
+        before = configured.there
+        try:
+            configured.change(changer, new.islands)
+        except BaseException:
+            configured.change(changer, before)
+            kernel.load(old.replacing(new))
+            raise
+        kernel.load(new.without(old.lengths - new.lengths))
 
 
-def leave(policy: TrapPolicy, guard: bool) -> None:
+def change_configured(
+    policy: TrapPolicy, wanted: dict[Place, Rules], configured: Configured, changer: kernel.Tables
+) -> None:
+    """The same where nothing but configured rules are others, and all maps are there. What is new and what goes has
+    nothing to fear between the generations of rules: before and after, it is the groups' traffic."""
+    found = islands.difference(configured.there, wanted)
+    others = tuple(rule for rules in found.fresh.values() for rule in rules)
+    narrow = replace(policy, rules=(), default=PolicyGroup.CLEAR, configured=others if found.gone else ())
+    with bracketed(narrow, changer):
+        before = configured.there
+        try:
+            configured.change(changer, wanted)
+        except BaseException:
+            configured.change(changer, before)
+            raise
+
+
+def leave(policy: TrapPolicy, guard: bool, changer: kernel.Tables) -> None:
     """Remove the trap's table; with `guard`, and where anything fails closed, the guard stands before."""
-    closed = Ruleset(policy, GUARD_TABLE)
-    if guard and closed.needed:
-        kernel.load(closed.loading())
+    if guard and _load_shut(policy, GUARD_TABLE, changer):
         kernel.load(removing(TABLE, BRACKET_TABLE))
     else:
         kernel.load(removing(TABLE, GUARD_TABLE, BRACKET_TABLE))

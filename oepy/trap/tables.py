@@ -28,8 +28,8 @@ _ELEM_KEY, _ELEM_FLAGS, _ELEM_TIMEOUT = 1, 3, 4
 _INTERVAL_END = 1
 _DATA_VALUE = 1
 
-# An attribute is at most 64 KiB long; an IPv6 element with a timeout takes 44 bytes.
-MAX_ELEMENTS_PER_MESSAGE = 1000
+# An attribute is at most 64 KiB long; an IPv6 element that leads to a chain takes 80 bytes.
+MAX_ELEMENTS_PER_MESSAGE = 750
 
 
 def element(key: bytes, timeout: float | None = None) -> bytes:
@@ -50,7 +50,7 @@ def interval(first: bytes, after: bytes | None) -> list[bytes]:
     return [begin, nl.nested(_LIST_ELEM, nl.u32(_ELEM_FLAGS, _INTERVAL_END) + key)]
 
 
-def _elements(kind: int, flags: int, table: str, name: str, elements: Sequence[bytes]) -> bytes:
+def element_list(kind: int, flags: int, table: str, name: str, elements: Sequence[bytes]) -> bytes:
     head = nl.text(_ELEMS_TABLE, table) + nl.text(_ELEMS_SET, name)
     return b"".join(
         nl.message(
@@ -65,12 +65,12 @@ def _elements(kind: int, flags: int, table: str, name: str, elements: Sequence[b
 
 def add_elements(table: str, name: str, elements: Sequence[bytes]) -> bytes:
     """Messages for a batch. Adding what is there already succeeds and leaves its timeout as it was."""
-    return _elements(_MSG_NEWSETELEM, nl.NLM_F_CREATE, table, name, elements)
+    return element_list(_MSG_NEWSETELEM, nl.NLM_F_CREATE, table, name, elements)
 
 
 def delete_elements(table: str, name: str, elements: Sequence[bytes]) -> bytes:
     """Messages for a batch, which fails as a whole (ENOENT) where an element is not there."""
-    return _elements(_MSG_DELSETELEM, 0, table, name, elements)
+    return element_list(_MSG_DELSETELEM, 0, table, name, elements)
 
 
 def batch(messages: Iterable[bytes], sequence: int) -> bytes:

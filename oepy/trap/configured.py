@@ -1,0 +1,114 @@
+"""The configured rules in one table of the kernel, changed by the difference: a transaction of what is new and what
+is gone, whatever else there is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from oepy.errors import OepyError
+from oepy.interfaces import ConfiguredRule
+from oepy.trap import islands, kernel, programs
+from oepy.trap.islands import Line, Place, Rules, joined_set, map_name
+
+MAX_AT_ONCE = (
+    2000  # islands of one transaction: a netlink message has a limit. More only while a bracket stands
+)
+
+LinesOf = Callable[[ConfiguredRule], list[Line]]
+
+
+class Configured:
+    """What is in `table`. The maps of the lengths in use are there before (rules.py)."""
+
+    def __init__(self, table: str, lines_of: LinesOf) -> None:
+        self._table = table
+        self._lines_of = lines_of
+        self._serial = 0
+        self.there: dict[Place, Rules] = {}
+        self._chains: dict[Place, str] = {}
+        self._sets: dict[str, int] = {}  # joined sets, by how many islands refer to them
+
+    def change(self, changer: kernel.Tables, wanted: dict[Place, Rules]) -> None:
+        """Raises OepyError: then nothing has changed, or (with more than MAX_AT_ONCE) a part."""
+        found = islands.difference(self.there, wanted)
+        gone, fresh = list(found.gone), list(found.fresh.items())
+        while gone or fresh:
+            some, gone = gone[:MAX_AT_ONCE], gone[MAX_AT_ONCE:]
+            # What replaces an island comes in the transaction in which that goes; the rest when all are gone
+            now = [item for item in fresh if item[0] in set(some)] or ([] if gone else fresh[:MAX_AT_ONCE])
+            taken = {place for place, _ in now}
+            fresh = [item for item in fresh if item[0] not in taken]
+            self._transaction(changer, some, now)
+
+    def _transaction(
+        self, changer: kernel.Tables, gone: list[Place], fresh: list[tuple[Place, Rules]]
+    ) -> None:
+        sets = dict(self._sets)
+        for place in gone:
+            for name in self._sets_of(self.there[place]):
+                sets[name] -= 1
+        for _, rules in fresh:
+            for name in self._sets_of(rules):
+                sets[name] = sets.get(name, 0) + 1
+        chains = {place: f"configured_{self._serial + n}" for n, (place, _) in enumerate(fresh, 1)}
+        messages = [
+            programs.new_interval_set(self._table, name, int(name[-1]), number)
+            for number, name in enumerate((name for name in sets if name not in self._sets), 1)
+        ]
+        for place, rules in fresh:
+            messages += self._program(chains[place], rules)
+        messages += [programs.delete_jumps(self._table, name, keys) for name, keys in _by_map(gone)]
+        messages += [programs.add_jumps(self._table, name, jumps) for name, jumps in _jumps(chains)]
+        messages += [programs.delete_chain(self._table, self._chains[place]) for place in gone]
+        messages += [programs.delete_set(self._table, name) for name, count in sets.items() if not count]
+        try:
+            changer.transaction(messages)
+        except kernel.NetlinkRefused as refused:
+            raise OepyError(
+                f"the kernel refused the rules of connections and manual policies: {refused}",
+                "fewer of them, perhaps",
+            ) from refused
+        self._serial += len(fresh)
+        self._sets = {name: count for name, count in sets.items() if count}
+        there = {place: rules for place, rules in self.there.items() if place not in set(gone)}
+        self.there = there | dict(fresh)
+        for place in gone:
+            del self._chains[place]
+        self._chains.update(chains)
+
+    def _program(self, chain: str, rules: Rules) -> Iterator[bytes]:
+        yield programs.new_chain(self._table, chain)
+        for rule in rules:
+            for line in self._lines_of(rule):
+                yield programs.new_rule(
+                    self._table, chain, line, joined_set(rule.number, rule.source.version)
+                )
+
+    def _sets_of(self, rules: Rules) -> set[str]:
+        return {
+            joined_set(rule.number, rule.source.version)
+            for rule in rules
+            if any(line.joined for line in self._lines_of(rule))
+        }
+
+    def has_set(self, name: str) -> bool:
+        return name in self._sets
+
+
+def _jumps(chains: dict[Place, str]) -> Iterator[tuple[str, list[tuple[bytes, str]]]]:
+    found: dict[str, list[tuple[bytes, str]]] = {}
+    for (way, network), chain in chains.items():
+        name = map_name(way, network.version, max(network.prefixlen, 1))
+        found.setdefault(name, []).extend((key, chain) for key in islands.keys(network))
+    yield from found.items()
+
+
+def _by_map(places: list[Place]) -> Iterator[tuple[str, list[bytes]]]:
+    found: dict[str, list[bytes]] = {}
+    for way, network in places:
+        name = map_name(way, network.version, max(network.prefixlen, 1))
+        found.setdefault(name, []).extend(islands.keys(network))
+    yield from found.items()
+
+
+__all__ = ["MAX_AT_ONCE", "Configured"]

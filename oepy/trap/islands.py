@@ -1,0 +1,131 @@
+"""Configured rules by the networks of their peers, so that one connection more changes no other's rules.
+
+Rules whose remote networks lie in one another belong together, as their order counts: an *island*, at the widest
+of these networks. Islands have no address in common. Each has a chain of its own in the kernel, with its rules in
+their order, and a verdict map leads there: one map for each length of prefix, since ranges would have to be merged
+and split. Pure: no IO.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from oepy.interfaces import ConfiguredRule, Way
+from oepy.model import IpNetwork, Verdict
+
+Place = tuple[Way, IpNetwork]
+Rules = tuple[ConfiguredRule, ...]
+
+
+def remote_of(rule: ConfiguredRule) -> IpNetwork:
+    return rule.destination if rule.way is Way.OUT else rule.source
+
+
+def islands(configured: Iterable[ConfiguredRule]) -> dict[Place, Rules]:
+    """The rules of each, in the order in which they came."""
+    by_way: dict[tuple[Way, int], dict[IpNetwork, list[tuple[int, ConfiguredRule]]]] = {}
+    for order, rule in enumerate(configured):
+        remote = remote_of(rule)
+        by_way.setdefault((rule.way, remote.version), {}).setdefault(remote, []).append((order, rule))
+    found: dict[Place, Rules] = {}
+    for (way, _), networks in by_way.items():
+        together: list[tuple[int, ConfiguredRule]] = []
+        top: IpNetwork | None = None
+        for network in sorted(networks, key=_from_wide):
+            if top is None or int(network.network_address) > int(top.broadcast_address):
+                if top is not None:
+                    found[way, top] = _ordered(together)
+                top, together = network, []
+            together += networks[network]
+        if top is not None:
+            found[way, top] = _ordered(together)
+    return found
+
+
+def _from_wide(network: IpNetwork) -> tuple[int, int]:
+    return int(network.network_address), network.prefixlen
+
+
+def _ordered(rules: list[tuple[int, ConfiguredRule]]) -> Rules:
+    return tuple(rule for _, rule in sorted(rules, key=lambda item: item[0]))
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """From one state to another."""
+
+    gone: tuple[Place, ...]
+    fresh: dict[Place, Rules]
+
+
+def difference(old: dict[Place, Rules], new: dict[Place, Rules]) -> Difference:
+    """A changed island is gone and fresh."""
+    return Difference(
+        tuple(place for place, rules in old.items() if new.get(place) != rules),
+        {place: rules for place, rules in new.items() if old.get(place) != rules},
+    )
+
+
+def lengths(places: Iterable[Place]) -> set[tuple[Way, int, int]]:
+    """Way, IP version and length of prefix for which there is a map."""
+    return {(way, network.version, max(network.prefixlen, 1)) for way, network in places}
+
+
+def keys(network: IpNetwork) -> list[bytes]:
+    """Of an island in the map of its length. All addresses are two halves: nothing is masked to nothing."""
+    if network.prefixlen:
+        return [network.network_address.packed]
+    return [half.network_address.packed for half in network.subnets(1)]
+
+
+def map_name(way: Way, version: int, length: int) -> str:
+    return f"configured_{way.value}{version}_{length}"
+
+
+def joined_set(number: int, version: int) -> str:
+    """The set of remote addresses that are up of a connection's child. Ends in the version."""
+    return f"joined_{number}_{version}"
+
+
+# ---- verdicts ----------------------------------------------------------------------------------------------
+
+DROP, ACCEPT = "drop", "accept"
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One rule in a chain: what `rule` matches and (`joined`) what is up of its child. `verdict`: DROP, ACCEPT, or
+    the chain to go to."""
+
+    rule: ConfiguredRule
+    joined: bool
+    verdict: str
+
+
+def running_lines(rule: ConfiguredRule, tunnel: str, ask: str, sort: str) -> list[Line]:
+    """While the trap runs. `tunnel`, `ask` and `sort` are its chains."""
+    if rule.number:
+        if rule.way is Way.OUT:
+            rest = [Line(rule, False, ask)] if rule.required else []
+            return [Line(rule, True, tunnel), *rest]
+        return [Line(rule, not rule.required, DROP)]
+    verdict = {
+        Verdict.BLOCK: DROP,
+        Verdict.PRIVATE: tunnel,
+        Verdict.CLEAR: sort if rule.way is Way.FORWARD else ACCEPT,
+    }
+    return [Line(rule, False, verdict[rule.verdict])]
+
+
+def shut_lines(rule: ConfiguredRule, sort: str, *, bracket: bool) -> list[Line]:
+    """In a table that only keeps shut what fails closed. The guard (no `bracket`) has no tunnel to lead to, nor has
+    it been told that another one protects what passes here."""
+    passing = sort if rule.way is Way.FORWARD else ACCEPT
+    if rule.number:
+        return [Line(rule, False, DROP)] if rule.required else []
+    if rule.verdict is Verdict.BLOCK:
+        return [Line(rule, False, DROP)]
+    if rule.required and (not bracket or rule.verdict is Verdict.PRIVATE):
+        return [Line(rule, False, DROP)]
+    return [Line(rule, False, passing)]
