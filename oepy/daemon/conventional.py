@@ -60,6 +60,7 @@ _AUTHENTICATED = {
     "null": Authenticated.NULL,
 }
 _PERMANENT = (ike.FailureKind.REJECTED, ike.FailureKind.PROOF_FAILED, ike.FailureKind.REFUSED)
+_Ranked = tuple[tuple[tuple[int, ...], ConfiguredRule], ...]
 _ANYWHERE = {4: ip_network("0.0.0.0/0"), 6: ip_network("::/0")}
 
 
@@ -90,6 +91,7 @@ class Conventional:
             PrefixTable()
         )  # what connections carry or hold now: the engine keeps off
         self._path_of: dict[int, X509Path] = {}  # by IKE session: the certificates that prove its peer
+        self._rules: dict[int, tuple[tuple[object, ...], _Ranked]] = {}  # by child's number, and of what
         self._joined: dict[int, set[AddressRange]] = {}  # by child's number: what its tunnels carry
         self._contacted: set[tuple[str, IpAddress]] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -170,13 +172,28 @@ class Conventional:
 
     def rules(self) -> tuple[ConfiguredRule, ...]:
         """For the trap: narrower destinations first, then in the order of the file."""
-        found: list[tuple[tuple[int, ...], ConfiguredRule]] = []
-        for order, state in enumerate(self.manager.children.values()):
-            found += [((*_rank(rule), order), rule) for rule in self._rules_of(state)]
-        return tuple(rule for _, rule in sorted(found, key=lambda item: item[0]))
+        found: list[tuple[tuple[int, ...], int, ConfiguredRule]] = []
+        states = self.manager.children.values()
+        for order, state in enumerate(states):
+            found += [(rank, order, rule) for rank, rule in self._ranked(state)]
+        if len(self._rules) > 2 * len(states) + 64:
+            self._rules = {state.number: self._rules[state.number] for state in states}
+        return tuple(rule for _, _, rule in sorted(found, key=lambda item: item[:2]))
 
-    def _rules_of(self, state: ChildState) -> Iterable[ConfiguredRule]:
-        here, there = self._fixed(state)
+    def _ranked(self, state: ChildState) -> _Ranked:
+        """The same objects as last time, where nothing has changed: with ten thousand connections only the new ones
+        have to be made and compared."""
+        ends = self._fixed(state)
+        of = (state.trapped, *ends)
+        known = self._rules.get(state.number)
+        if known is None or known[0] != of:
+            known = of, tuple((_rank(rule), rule) for rule in self._rules_of(state, *ends))
+            self._rules[state.number] = known
+        return known[1]
+
+    def _rules_of(
+        self, state: ChildState, here: IpAddress | None, there: IpAddress | None
+    ) -> Iterable[ConfiguredRule]:
         for local in state.child.local_ts:
             for remote in state.child.remote_ts:
                 for version in (4, 6):
@@ -321,7 +338,7 @@ class Conventional:
                     for network in summarize_address_range(*carried):
                         self._settled.add(network, joined_by.label)
             for state in self.manager.children.values():
-                for rule in self._rules_of(state) if state.trapped else ():
+                for _, rule in self._ranked(state) if state.trapped else ():
                     if rule.way is Way.OUT and not rule.protocol:
                         self._settled.add(rule.destination, state.label)
             self._core.reload_trap()

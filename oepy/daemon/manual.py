@@ -312,6 +312,10 @@ class ManualKeying:
         self.backend.check(after)
         return after
 
+    def has(self, manual: ManualSet, configured: ManualSet) -> bool:
+        """Whether that is in effect, and comes of that configuration."""
+        return manual == self.effective and configured == self._configured
+
     async def take(self, manual: ManualSet, configured: ManualSet | None = None) -> None:
         """Bring it into effect; what is there already and stays is not touched. Raises OepyError."""
         await self.backend.change(self.effective, manual)

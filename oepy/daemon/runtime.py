@@ -280,7 +280,10 @@ class Daemon(Core):
     async def _reload_manual(self, config: Config) -> None:
         async with self._manual_lock:
             try:
-                await self._take_manual(self.manual.after_reload(config.manual), config.manual)
+                after = self.manual.after_reload(config.manual)
+                if self.manual.has(after, config.manual):
+                    return
+                await self._take_manual(after, config.manual)
             except OepyError as error:
                 self.journal.add("reload-refused", alert=True, reason=f"{config.source}: manual: {error}")
                 return

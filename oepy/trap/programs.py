@@ -34,7 +34,7 @@ _JUMP, _GOTO = -3 & 0xFFFFFFFF, -4 & 0xFFFFFFFF
 _CODES = {DROP: 0, ACCEPT: 1}
 _REGISTER, _VERDICT_REGISTER = 1, 0
 _NETWORK_HEADER, _TRANSPORT_HEADER = 1, 2
-_META_L4PROTO = 16
+_META_NFPROTO, _META_L4PROTO = 15, 16
 _OFFSETS = {(4, "saddr"): 12, (4, "daddr"): 16, (6, "saddr"): 8, (6, "daddr"): 24}
 
 
@@ -108,8 +108,12 @@ def _verdict(code: int, chain: str) -> bytes:
 
 
 def _matches(rule: ConfiguredRule) -> list[bytes]:
-    """The version is certain: a map of addresses of that version has led to the chain."""
-    found: list[bytes] = []
+    """The version is certain, as a map of its addresses has led to the chain; but `nft list` reads by it what the
+    fields are."""
+    found = [
+        _expression("meta", nl.u32(1, _REGISTER) + nl.u32(2, _META_NFPROTO)),
+        _equals(bytes((2 if rule.source.version == 4 else 10,))),
+    ]
     for field, network in (("saddr", rule.source), ("daddr", rule.destination)):
         if network.prefixlen:
             found += [_field(rule, field), *_within(network)]

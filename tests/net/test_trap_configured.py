@@ -1,0 +1,217 @@
+"""Configured rules in the kernel: as `nft` reads them, changed by the difference, and never open in between."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from ipaddress import ip_network
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from oepy.errors import OepyError
+from oepy.interfaces import ConfiguredRule, TrapPolicy, Way
+from oepy.lab.capture import Capture
+from oepy.lab.namespaces import Namespace
+from oepy.model import PolicyGroup, Verdict
+from oepy.trap import islands, kernel, switch
+from oepy.trap.rules import Ruleset
+from tests.net.harness import A4, B4, Wired, address, trapping, wired
+from tests.net.test_trap import _NEVER_STOPS
+
+pytestmark = [pytest.mark.root, pytest.mark.any_kernel]
+
+
+@pytest.fixture(scope="module")
+def net() -> Iterator[Wired]:
+    with wired() as made:
+        yield made
+
+
+def out(source: str, destination: str, number: int = 0, **more: Any) -> ConfiguredRule:
+    verdict = more.pop("verdict", Verdict.PRIVATE)
+    return ConfiguredRule(
+        Way.OUT, ip_network(source), ip_network(destination), verdict, number=number, **more
+    )
+
+
+def both_ways(here: str, there: str, number: int, **more: Any) -> list[ConfiguredRule]:
+    inward = ConfiguredRule(Way.IN, ip_network(there), ip_network(here), Verdict.BLOCK, number=number, **more)
+    return [out(here, there, number, **more), inward, replace(inward, way=Way.FORWARD)]
+
+
+def with_rules(*rules: ConfiguredRule) -> TrapPolicy:
+    return TrapPolicy((), PolicyGroup.CLEAR, (), configured=rules)
+
+
+def listed(namespace: Namespace, table: str = "oepy") -> dict[str, Any]:
+    """Each key of each configured map with the rules that it leads to, and the sets, by `nft`'s own reading."""
+    found = json.loads(namespace.run("nft", "-j", "list", "table", "inet", table).stdout)["nftables"]
+    chains: dict[str, list[Any]] = {}
+    for item in found:
+        if "rule" in item:
+            chains.setdefault(item["rule"]["chain"], []).append(item["rule"]["expr"])
+    maps = {item["map"]["name"]: item["map"] for item in found if "map" in item}
+    jumps = {
+        (name, str(key)): target["jump"]["target"]
+        for name, each in maps.items()
+        if name.startswith("configured_")
+        for key, target in each.get("elem", [])
+    }
+    names = {item["chain"]["name"] for item in found if "chain" in item}
+    assert {name for name in names if name.startswith("configured_")} == set(jumps.values())
+    configured = {place: chains.get(target, []) for place, target in jumps.items()}
+    sets = sorted(item["set"]["name"] for item in found if "set" in item)
+    return {"configured": configured, "sets": sets}
+
+
+def lines(namespace: Namespace, table: str = "oepy") -> list[str]:
+    text = namespace.run("nft", "-nn", "list", "table", "inet", table).stdout
+    chain, found = "", []
+    for line in (line.strip() for line in text.splitlines()):
+        if line.startswith("chain "):
+            chain = line.split()[1]
+        elif chain.startswith("configured_") and line not in ("}", ""):
+            found.append(line)
+    return found
+
+
+async def test_as_nft_reads_them(net: Wired) -> None:
+    """Selectors of both families, narrower before wider, ports, protocols, what is up of a child, verdicts."""
+    rules = (
+        out("192.0.2.0/24", "10.1.2.3/32", 5, protocol=6, destination_port=443, required=True),
+        out("192.0.2.10/32", "10.1.0.0/16", 6),
+        out("0.0.0.0/0", "10.1.0.0/16", verdict=Verdict.CLEAR),
+        *both_ways("2001:db8::/64", "2001:db8:1::/48", 7, protocol=17, source_port=53, required=True)[:2],
+        ConfiguredRule(
+            Way.FORWARD, ip_network("0.0.0.0/0"), ip_network("192.0.2.0/24"), Verdict.CLEAR, protocol=1
+        ),
+    )
+    with trapping(net.a, with_rules(*rules)):
+        assert sorted(lines(net.a)) == sorted(
+            [
+                "ip saddr 192.0.2.0/24 ip daddr 10.1.2.3 tcp dport 443 ip daddr @joined_5_4 goto tunnel",
+                "ip saddr 192.0.2.0/24 ip daddr 10.1.2.3 tcp dport 443 goto ask_closed",
+                "ip saddr 192.0.2.10 ip daddr 10.1.0.0/16 ip daddr @joined_6_4 goto tunnel",
+                "ip daddr 10.1.0.0/16 accept",
+                "ip6 saddr 2001:db8::/64 ip6 daddr 2001:db8:1::/48 udp sport 53 "
+                "ip6 daddr @joined_7_6 goto tunnel",
+                "ip6 saddr 2001:db8::/64 ip6 daddr 2001:db8:1::/48 udp sport 53 goto ask_closed",
+                "ip6 saddr 2001:db8:1::/48 ip6 daddr 2001:db8::/64 udp sport 53 drop",
+                "ip daddr 192.0.2.0/24 meta l4proto 1 goto sort",
+            ]
+        )
+        keys = {key for _, key in listed(net.a)["configured"]}
+        assert keys == {"10.1.0.0", "2001:db8:1::", "0.0.0.0", "128.0.0.0"}
+
+
+def test_the_difference_is_what_a_fresh_load_makes(net: Wired) -> None:
+    """Forty random changes, with prefixes in one another, new lengths and none left: each time the same as loaded
+    anew elsewhere, and no chain or set is left over."""
+    dice = random.Random(4)
+    networks = ["10.0.0.0/8", "10.1.0.0/16", "10.1.2.0/24", "10.1.2.3/32", "10.1.2.4/32", "0.0.0.0/0"]
+    networks += ["10.2.0.0/16", "2001:db8::/32", "2001:db8:1::/48", "2001:db8:1::1/128"]
+    pool = []
+    for number in range(1, 25):
+        there = dice.choice(networks)
+        here = "2001:db8:9::1/128" if ":" in there else "192.0.2.10/32"
+        more: dict[str, Any] = {"required": dice.random() < 0.5, "protocol": dice.choice((0, 6))}
+        pool.append(both_ways(here, there, number, **more))
+    pool.append([out("0.0.0.0/0", "10.1.2.0/24", verdict=Verdict.BLOCK)])
+    current = with_rules(*(rule for group in pool[:3] for rule in group))
+    with net.a.entered():
+        changer = kernel.Tables()
+        ruleset = Ruleset(current)
+        configured = switch.take_over(current, ruleset, changer)
+    with net.b.entered():
+        elsewhere = kernel.Tables()
+    for _ in range(40):
+        chosen = [group for group in pool if dice.random() < 0.3]
+        following = with_rules(*(rule for group in chosen for rule in group))
+        wanted = islands.islands(following.configured)
+        with net.a.entered():
+            if islands.lengths(wanted) <= ruleset.lengths:
+                switch.change_configured(following, wanted, configured, changer)
+            else:
+                new = Ruleset(following)
+                switch.change(following, ruleset, new, configured, changer)
+                ruleset = new
+        with net.b.entered():
+            switch.take_over(following, Ruleset(following), elsewhere)
+        assert listed(net.a) == listed(net.b)
+        assert "oepy_bracket" not in net.a.run("nft", "list", "tables").stdout
+        current = following
+    for namespace, tables in ((net.a, changer), (net.b, elsewhere)):
+        with namespace.entered():
+            switch.leave(current, False, tables)
+        tables.close()
+
+
+def test_what_the_kernel_refuses_changes_nothing(net: Wired) -> None:
+    """Somebody else leads into a chain of ours, so that it cannot go: the old rules stay, all of them."""
+    first = with_rules(*both_ways("192.0.2.10/32", "10.1.0.0/16", 1, required=True))
+    second = with_rules(*both_ways("192.0.2.10/32", "10.2.0.0/16", 2, required=True))
+    with net.a.entered():
+        changer = kernel.Tables()
+        configured = switch.take_over(first, Ruleset(first), changer)
+        before = listed(net.a)
+        net.a.run("nft", "add chain inet oepy foreign; add rule inet oepy foreign jump configured_1")
+        wanted = islands.islands(second.configured)
+        with pytest.raises(OepyError, match="refused the rules of connections"):
+            switch.change_configured(second, wanted, configured, changer)
+        assert listed(net.a) == before
+        net.a.run("nft", "flush chain inet oepy foreign; delete chain inet oepy foreign")
+        switch.change_configured(second, wanted, configured, changer)
+        assert listed(net.a) != before
+        switch.leave(second, False, changer)
+        changer.close()
+
+
+def test_the_guard_keeps_what_is_required(net: Wired) -> None:
+    """And nothing else: a connection that is not required passes while no daemon runs."""
+    chosen = with_rules(
+        *both_ways("192.0.2.10/32", "10.1.0.0/16", 1, required=True),
+        *both_ways("192.0.2.10/32", "10.2.0.0/16", 2),
+    )
+    with net.a.entered():
+        changer = kernel.Tables()
+        switch.take_over(chosen, Ruleset(chosen), changer)
+        switch.leave(chosen, True, changer)
+        try:
+            assert set(lines(net.a, "oepy_guard")) == {
+                "ip saddr 192.0.2.10 ip daddr 10.1.0.0/16 drop",
+                "ip saddr 10.1.0.0/16 ip daddr 192.0.2.10 drop",
+            }
+        finally:
+            switch.leave(chosen, False, changer)
+            changer.close()
+
+
+async def test_no_change_of_connections_opens_one(net: Wired, tmp_path: Path) -> None:
+    """A child that must be private, whose island is changed two hundred times by another child in it and by a wider
+    one around it; a sender in a tight loop gets nothing through."""
+    kept = both_ways(f"{A4}/32", f"{B4}/32", 1, required=True)
+    inside = both_ways(f"{A4}/32", f"{B4}/32", 2, required=True, protocol=17, destination_port=9)
+    around = both_ways(f"{A4}/32", "198.18.0.0/24", 3, required=True)
+    beside = both_ways(f"{A4}/32", "10.1.1.1/32", 4)
+    states = [kept, [*inside, *kept], [*kept, *around], [*kept, *beside]]
+    with (
+        trapping(net.a, with_rules(*kept, *around)) as trap,
+        Capture(net.b, "eth0", tmp_path / "p") as capture,
+    ):
+        sender = net.a.popen(sys.executable, "-c", _NEVER_STOPS, B4, stdout=subprocess.PIPE)
+        assert sender.stdout is not None
+        assert sender.stdout.readline() == "sending\n"
+        for turn in range(200):
+            trap.reload(with_rules(*states[turn % 4]))
+            await asyncio.sleep(0.001)
+        leaked = [packet for packet in capture.packets() if packet.source == address(A4)]
+        sender.kill()
+        sender.wait()
+    assert leaked == []
