@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from oepy.interfaces import ConfiguredRule, Way
+from oepy.interfaces import ConfiguredRule, TrapPolicy, Way
 from oepy.model import IpNetwork, Verdict
 
 Place = tuple[Way, IpNetwork]
@@ -95,37 +95,56 @@ DROP, ACCEPT = "drop", "accept"
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One rule in a chain: what `rule` matches and (`joined`) what is up of its child. `verdict`: DROP, ACCEPT, or
-    the chain to go to."""
+    """One rule in a chain: what `rule` matches, with `joined` what is up of its child, with `decrypted` what an SA
+    of the kernel's has brought. `verdict`: DROP, ACCEPT, or the chain to go to."""
 
     rule: ConfiguredRule
-    joined: bool
     verdict: str
+    joined: bool = False
+    decrypted: bool = False
 
 
-def running_lines(rule: ConfiguredRule, tunnel: str, ask: str, sort: str) -> list[Line]:
-    """While the trap runs. `tunnel`, `ask` and `sort` are its chains."""
+@dataclass(frozen=True, slots=True)
+class Chains:
+    """The trap's that configured rules lead to."""
+
+    tunnel: str
+    kernel: str
+    decrypted: str
+    ask: str
+    sort: str
+
+
+def past_device(policy: TrapPolicy, rule: ConfiguredRule) -> bool:
+    """Whether the kernel's policies protect it where it is, and not those of the tunnel's device: from there a
+    packet in transport mode would be sent to the device again."""
+    return rule.transport and policy.kernel_ipsec and policy.tunnel_device is not None
+
+
+def running_lines(rule: ConfiguredRule, chains: Chains, *, by_kernel: bool) -> list[Line]:
+    """While the trap runs. `by_kernel`: see `past_device`."""
     if rule.number:
         if rule.way is Way.OUT:
-            rest = [Line(rule, False, ask)] if rule.required else []
-            return [Line(rule, True, tunnel), *rest]
-        return [Line(rule, not rule.required, DROP)]
+            rest = [Line(rule, chains.ask)] if rule.required else []
+            return [Line(rule, chains.kernel if by_kernel else chains.tunnel, joined=True), *rest]
+        protected = [Line(rule, chains.decrypted, joined=True, decrypted=True)] if by_kernel else []
+        return [*protected, Line(rule, DROP, joined=not rule.required)]
     verdict = {
         Verdict.BLOCK: DROP,
-        Verdict.PRIVATE: tunnel,
-        Verdict.CLEAR: sort if rule.way is Way.FORWARD else ACCEPT,
+        Verdict.PRIVATE: chains.tunnel,
+        Verdict.CLEAR: chains.sort if rule.way is Way.FORWARD else ACCEPT,
     }
-    return [Line(rule, False, verdict[rule.verdict])]
+    return [Line(rule, verdict[rule.verdict])]
 
 
-def shut_lines(rule: ConfiguredRule, sort: str, *, bracket: bool) -> list[Line]:
+def shut_lines(rule: ConfiguredRule, chains: Chains, *, bracket: bool, by_kernel: bool) -> list[Line]:
     """In a table that only keeps shut what fails closed. The guard (no `bracket`) has no tunnel to lead to, nor has
     it been told that another one protects what passes here."""
-    passing = sort if rule.way is Way.FORWARD else ACCEPT
     if rule.number:
-        return [Line(rule, False, DROP)] if rule.required else []
+        protected = [Line(rule, ACCEPT, decrypted=True)] if by_kernel and rule.way is not Way.OUT else []
+        return [*protected, Line(rule, DROP)] if rule.required else []
     if rule.verdict is Verdict.BLOCK:
-        return [Line(rule, False, DROP)]
+        return [Line(rule, DROP)]
     if rule.required and (not bracket or rule.verdict is Verdict.PRIVATE):
-        return [Line(rule, False, DROP)]
-    return [Line(rule, False, passing)]
+        return [Line(rule, DROP)]
+    return [Line(rule, chains.sort if rule.way is Way.FORWARD else ACCEPT)]

@@ -14,6 +14,7 @@ from typing import TextIO
 from oepy.errors import MisuseError, ParseError
 from oepy.interfaces import TrapPolicy
 from oepy.model import (
+    MARK_KERNEL,
     MARK_MASK,
     MARK_PRIVATE,
     AddressRange,
@@ -29,7 +30,7 @@ from oepy.trap import netlink as nl
 from oepy.trap.configured import Configured
 from oepy.trap.decided import Decided, SetChange
 from oepy.trap.hold import MAX_PACKETS, Destination, HeldPacket, Hold
-from oepy.trap.islands import joined_set
+from oepy.trap.islands import joined_set, past_device
 from oepy.trap.joined import Asking, Joined, Range, range_elements
 from oepy.trap.packet import parse_flow
 from oepy.trap.rules import ASK_CLOSED, ASK_OPEN, TABLE, Ruleset
@@ -66,12 +67,17 @@ class _Running:
     kernel_counters: TextIO
     namespace: str
     asking: Asking
+    past_device: frozenset[int]  # children whose packets the kernel's own policies protect
     sweep: asyncio.TimerHandle | None = None
 
     def check_namespace(self) -> None:
         """`nft` works where the calling thread is; that must be where the sockets are."""
         if kernel.current_namespace() != self.namespace:
             raise MisuseError("the trap is used from another network namespace than it was started in")
+
+    def mark_of(self, number: int) -> int:
+        """What leads packets of this child to their SA."""
+        return MARK_KERNEL if number in self.past_device else MARK_PRIVATE
 
     def close(self) -> None:
         self.loop.remove_reader(self.packets.fileno())
@@ -80,6 +86,10 @@ class _Running:
         self.packets.close()
         self.tables.close()
         self.kernel_counters.close()
+
+
+def _past_device(policy: TrapPolicy) -> frozenset[int]:
+    return frozenset(rule.number for rule in policy.configured if past_device(policy, rule))
 
 
 class _PossibleGroups:
@@ -170,6 +180,7 @@ class NfqueueTrap:
             kernel_counters=kernel_counters,
             namespace=namespace,
             asking=Asking(policy.configured),
+            past_device=_past_device(policy),
         )
         loop.add_reader(packets.fileno(), self._readable)
         self._running.sweep = loop.call_later(SWEEP_SECONDS, self._sweep)
@@ -203,7 +214,7 @@ class NfqueueTrap:
         for destination in self._hold.of_number(number):
             if self._joined.holds(number, destination[1]):
                 for packet in self._hold.release(destination):
-                    self._give(packet, Verdict.PRIVATE, running.ruleset.mark_of(number))
+                    self._give(packet, Verdict.PRIVATE, running.mark_of(number))
         self._send_verdicts(running)
 
     def _change_joined(
@@ -278,7 +289,7 @@ class NfqueueTrap:
         running.policy = policy
         running.table = PolicyTable(policy.rules, policy.default)
         possible = _PossibleGroups(policy, running.table)
-        running.asking = Asking(policy.configured)
+        running.asking, running.past_device = Asking(policy.configured), _past_device(policy)
         numbers = {rule.number for rule in policy.configured}
         self._joined.keep(numbers)
         for destination in self._hold.destinations():
@@ -372,7 +383,7 @@ class NfqueueTrap:
 
     def _asked(self, running: _Running, number: int, flow: Flow, held: HeldPacket, now: float) -> None:
         if self._joined.holds(number, flow.destination):
-            self._give(held, Verdict.PRIVATE, running.ruleset.mark_of(number))
+            self._give(held, Verdict.PRIVATE, running.mark_of(number))
             return
         new, dropped = self._hold.add((number, flow.destination), held, now)
         self._drop(dropped, "dropped_overflow")

@@ -34,7 +34,7 @@ _JUMP, _GOTO = -3 & 0xFFFFFFFF, -4 & 0xFFFFFFFF
 _CODES = {DROP: 0, ACCEPT: 1}
 _REGISTER, _VERDICT_REGISTER = 1, 0
 _NETWORK_HEADER, _TRANSPORT_HEADER = 1, 2
-_META_NFPROTO, _META_L4PROTO = 15, 16
+_META_NFPROTO, _META_L4PROTO, _META_SECPATH = 15, 16, 25
 _OFFSETS = {(4, "saddr"): 12, (4, "daddr"): 16, (6, "saddr"): 8, (6, "daddr"): 24}
 
 
@@ -91,6 +91,9 @@ def new_rule(table: str, chain: str, line: Line, joined: str) -> bytes:
             _field(line.rule, "daddr" if line.rule.way.value == "out" else "saddr"),
             _expression("lookup", nl.text(1, joined) + nl.u32(2, _REGISTER)),
         ]
+    if line.decrypted:
+        found = _expression("meta", nl.u32(1, _REGISTER) + nl.u32(2, _META_SECPATH))
+        expressions += [found, _equals(b"\1")]
     code = _CODES.get(line.verdict)
     verdict = _verdict(_GOTO, line.verdict) if code is None else _verdict(code, "")
     expressions.append(_expression("immediate", nl.u32(1, _VERDICT_REGISTER) + nl.nested(2, verdict)))

@@ -18,12 +18,28 @@ from oepy.interfaces import ConfiguredRule, TrapPolicy
 from oepy.model import PolicyGroup
 from oepy.trap import islands, kernel
 from oepy.trap.configured import Configured
-from oepy.trap.islands import Line, Place, Rules
-from oepy.trap.rules import ASK_CLOSED, BRACKET_TABLE, GUARD_TABLE, SORT, TABLE, TUNNEL, Ruleset, removing
+from oepy.trap.islands import Chains, Line, Place, Rules, past_device
+from oepy.trap.rules import (
+    ASK_CLOSED,
+    BRACKET_TABLE,
+    DECRYPTED,
+    GUARD_TABLE,
+    KERNEL,
+    SORT,
+    TABLE,
+    TUNNEL,
+    Ruleset,
+    removing,
+)
+
+_CHAINS = Chains(TUNNEL, KERNEL, DECRYPTED, ASK_CLOSED, SORT)
 
 
-def _running_lines(rule: ConfiguredRule) -> list[Line]:
-    return islands.running_lines(rule, TUNNEL, ASK_CLOSED, SORT)
+def _running(policy: TrapPolicy) -> Configured:
+    def lines_of(rule: ConfiguredRule) -> list[Line]:
+        return islands.running_lines(rule, _CHAINS, by_kernel=past_device(policy, rule))
+
+    return Configured(TABLE, lines_of)
 
 
 def _load_shut(policy: TrapPolicy, table: str, changer: kernel.Tables) -> bool:
@@ -34,7 +50,8 @@ def _load_shut(policy: TrapPolicy, table: str, changer: kernel.Tables) -> bool:
     kernel.load(shut.loading())
 
     def lines_of(rule: ConfiguredRule) -> list[Line]:
-        return islands.shut_lines(rule, SORT, bracket=table == BRACKET_TABLE)
+        by_kernel = past_device(policy, rule)
+        return islands.shut_lines(rule, _CHAINS, bracket=table == BRACKET_TABLE, by_kernel=by_kernel)
 
     Configured(table, lines_of).change(changer, shut.islands)
     return True
@@ -59,7 +76,7 @@ def take_over(policy: TrapPolicy, ruleset: Ruleset, changer: kernel.Tables) -> C
     """Load the trap's table in the place of whatever an earlier run has left, its guard included."""
     with bracketed(policy, changer):
         kernel.load(ruleset.loading(GUARD_TABLE))
-        configured = Configured(TABLE, _running_lines)
+        configured = _running(policy)
         configured.change(changer, ruleset.islands)
     return configured
 

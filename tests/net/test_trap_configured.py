@@ -215,3 +215,16 @@ async def test_no_change_of_connections_opens_one(net: Wired, tmp_path: Path) ->
         sender.kill()
         sender.wait()
     assert leaked == []
+
+
+async def test_what_the_kernel_decrypts_past_the_device(net: Wired) -> None:
+    """Transport mode over the kernel's ESP: its own chains, and the kernel's word on the way in."""
+    rules = both_ways("192.0.2.10/32", "10.1.0.0/16", 9, required=True, transport=True)
+    chosen = replace(with_rules(*rules), kernel_ipsec=True)
+    with trapping(net.a, chosen):
+        there = "ip saddr 10.1.0.0/16 ip daddr 192.0.2.10"
+        assert lines(net.a) == [
+            "ip saddr 192.0.2.10 ip daddr 10.1.0.0/16 ip daddr @joined_9_4 goto kernel",
+            "ip saddr 192.0.2.10 ip daddr 10.1.0.0/16 goto ask_closed",
+            *[f"{there} ip saddr @joined_9_4 meta ipsec 1 goto decrypted", f"{there} drop"] * 2,
+        ]

@@ -12,7 +12,8 @@ from oepy.datapath.xfrm import probe as module
 from oepy.datapath.xfrm.probe import Abilities, Trial
 from oepy.errors import OepyError
 from oepy.interfaces import ConfiguredRule, TrapPolicy, Way
-from oepy.model import MARK_KERNEL, MARK_PRIVATE, PolicyGroup, Verdict
+from oepy.model import PolicyGroup, Verdict
+from oepy.trap.islands import ACCEPT, DROP, Chains, Line, past_device, running_lines, shut_lines
 from oepy.trap.rules import Ruleset
 
 GOOD, BAD = Trial("it"), Trial("it", OepyError("no such thing", "modprobe it"))
@@ -79,22 +80,28 @@ def test_the_kernels_transport_mode_goes_past_the_device() -> None:
         for way, ends, verdict in ((Way.OUT, both, Verdict.PRIVATE), (Way.IN, both[::-1], Verdict.BLOCK))
     )
 
-    def ruleset(device: str | None, kernel: bool) -> Ruleset:
-        return Ruleset(
-            dataclasses.replace(POLICY, tunnel_device=device, kernel_ipsec=kernel, configured=rules)
-        )
+    chains = Chains("tunnel", "kernel", "decrypted", "ask", "sort")
 
-    past = ruleset("oe0", True)
-    text = past.loading()
-    assert "ip daddr @joined_7_4 goto kernel" in text
-    assert "ip saddr @joined_7_4 meta ipsec exists ct mark set" in text
-    assert "meta mark & 0x30000000 == 0x30000000 rt ipsec missing drop" in text
-    assert past.mark_of(7) == MARK_KERNEL
-    assert past.mark_of(8) == MARK_PRIVATE
-    for other in (ruleset(None, True), ruleset("oe0", False)):
-        assert "ip daddr @joined_7_4 goto tunnel" in other.loading()
-        assert "ip saddr @joined_7_4 meta ipsec" not in other.loading()
-        assert other.mark_of(7) == MARK_PRIVATE
+    def lines(device: str | None, kernel: bool) -> list[list[Line]]:
+        policy = dataclasses.replace(POLICY, tunnel_device=device, kernel_ipsec=kernel, configured=rules)
+        return [running_lines(rule, chains, by_kernel=past_device(policy, rule)) for rule in rules]
+
+    out, inward = rules
+    assert lines("oe0", True) == [
+        [Line(out, "kernel", joined=True), Line(out, "ask")],
+        [Line(inward, "decrypted", joined=True, decrypted=True), Line(inward, DROP)],
+    ]
+    past = dataclasses.replace(POLICY, tunnel_device="oe0", kernel_ipsec=True)
+    assert "meta mark & 0x30000000 == 0x30000000 rt ipsec missing drop" in Ruleset(past).loading()
+    assert shut_lines(inward, chains, bracket=False, by_kernel=True) == [
+        Line(inward, ACCEPT, decrypted=True),
+        Line(inward, DROP),
+    ]
+    for other in (lines(None, True), lines("oe0", False)):
+        assert other == [
+            [Line(out, "tunnel", joined=True), Line(out, "ask")],
+            [Line(inward, DROP)],
+        ]
 
 
 def test_tcp_is_told_what_fits_into_the_tunnel() -> None:
