@@ -116,7 +116,7 @@ class Core:
         self.connections.wire()
         self.trap.ask_for(lambda number, flow: self.connections.feed(Asked(number, flow)))
         self.negotiator = Negotiator(
-            IkeEndpoint(given.ike_settings, given.random, self.connections.settings_for),
+            IkeEndpoint(given.ike_settings, given.random, self.connections.answers.settings_for),
             given.host_key,
             given.identity,
             self.own,
