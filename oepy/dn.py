@@ -205,9 +205,13 @@ def to_text(der: bytes) -> str:
     )
 
 
+def printable(text: str) -> str:
+    """For messages: of what strangers write no more than a line's worth, and nothing that ends a line."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:255])
+
+
 def _shown(value: str) -> str:
-    printable = "".join(letter if letter.isprintable() else "?" for letter in value[:255])
-    return re.sub(r"([\\,;])", r"\\\1", printable)
+    return re.sub(r"([\\,;])", r"\\\1", printable(value))
 
 
 # ---- comparison --------------------------------------------------------------------------------------------

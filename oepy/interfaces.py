@@ -111,6 +111,12 @@ class Trap(Protocol):
     def forget(self, destinations: Iterable[tuple[PolicyGroup, IpAddress]]) -> None:
         """Back to "ask": the next packet is trapped again."""
 
+    def pass_by(self, source: IpAddress, lifetime: float) -> bool:
+        """What comes from this host behind us is not ours to protect, for `lifetime` seconds: it is no question and
+        goes into no tunnel. In the clear, where its destination's group is not `private`; else it is dropped. What
+        is held of it goes the same way; where other packets of its destination are held, they are asked about
+        anew. False where this trap sorts by destinations alone."""
+
     def held(self) -> Mapping[tuple[PolicyGroup | int, IpAddress], int]:
         """Held packets by destination; of a connection's child by its number."""
 

@@ -137,7 +137,7 @@ class ControlApi:
             if problems:
                 raise UsageError("; ".join(problems))
             await self._daemon.steps.idle()
-            return {"done": "load", "connections": len(self._daemon.connections.configured.connections)}
+            return {"done": "load", "connections": len(self._daemon.connections.book.configured.connections)}
         if operation not in ("up", "down"):
             raise UsageError(f"{operation!r} is no operation", "up, down or load")
         manager = self._daemon.connections.manager

@@ -1,4 +1,5 @@
-"""Conventional connections in the daemon: the manager's actions carried out, IKE's questions answered."""
+"""Conventional connections in the daemon: the manager's actions carried out, IKE SAs begun, IKE's news told; what
+IKE asks is in `answers`."""
 
 from __future__ import annotations
 
@@ -7,27 +8,38 @@ import contextlib
 import functools
 import socket
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from ipaddress import ip_address, ip_network, summarize_address_range
 from typing import TYPE_CHECKING, Any
 
 from oepy.connections import messages as m
 from oepy.connections.manager import ChildState, Manager
 from oepy.connections.match import Matcher
-from oepy.connections.model import EMPTY, Child, Connection, ConnectionSet, Life, Place, Selector
+from oepy.connections.model import Child, Connection, ConnectionSet
+from oepy.daemon.answers import Answers
+from oepy.daemon.book import Book
+from oepy.daemon.connection_values import (
+    both_ways,
+    ike_offers,
+    lifetimes_of_child,
+    listed,
+    names_of,
+    narrowest,
+    rank_of,
+    selectors,
+)
 from oepy.daemon.crlreader import read_long_crl
 from oepy.daemon.paths import Paths
 from oepy.daemon.pools import Pools
 from oepy.daemon.revocation import Revocation
-from oepy.daemon.trust import CertificateRefused, Trusts, asked_by_all, endings
+from oepy.daemon.trust import Trusts, endings
 from oepy.daemon.updown import Updown
 from oepy.daemon.vips import Vips
 from oepy.engine import messages as engine_messages
 from oepy.errors import OepyError
 from oepy.ike import events as ike
-from oepy.ike.algorithms import DEFAULT_ESP, Offer, parse_ah_proposal, parse_esp_proposal, parse_ike_proposal
 from oepy.ike.endpoint import SessionInfo
-from oepy.ike.settings import ChildRequest, IkeSettings, Initiate, Lifetimes, Ppk
+from oepy.ike.settings import ChildRequest, Initiate, Ppk
 from oepy.interfaces import ConfiguredRule, Way
 from oepy.keys import HostKey
 from oepy.model import (
@@ -36,40 +48,21 @@ from oepy.model import (
     Authenticated,
     Endpoint,
     IpAddress,
-    IpNetwork,
     PeerIdentity,
     Secret,
-    TrafficSelector,
-    Verdict,
 )
 from oepy.prefixtable import PrefixTable
-from oepy.x509.path import Path as X509Path
 
 if TYPE_CHECKING:
     from oepy.daemon.core import Core
 
-NEVER_SECONDS = 10 * 365 * 86400.0
 RESOLVE_SECONDS = 60.0  # between two looks at the names in remote_addrs
 RESOLVE_LIMIT = 10.0
 TOLD_AGAIN = 86400.0  # seconds between two alerts about one certificate that ends
 MAX_ENDINGS_TOLD = 16
-_AUTHENTICATED = {
-    "psk": Authenticated.PSK,
-    "pubkey": Authenticated.MANUAL,
-    "x509": Authenticated.X509,
-    "null": Authenticated.NULL,
-}
 _PERMANENT = (ike.FailureKind.REJECTED, ike.FailureKind.PROOF_FAILED, ike.FailureKind.REFUSED)
 _Ranked = tuple[tuple[tuple[int, ...], ConfiguredRule], ...]
 _ANYWHERE = {4: ip_network("0.0.0.0/0"), 6: ip_network("::/0")}
-
-
-@dataclass(frozen=True, slots=True)
-class NotOurs:
-    """The peer belongs to no connection: opportunistic encryption decides."""
-
-
-NOT_OURS = NotOurs()
 
 
 class Conventional:
@@ -77,20 +70,13 @@ class Conventional:
 
     def __init__(self, core: Core) -> None:
         self._core = core
-        self.configured: ConnectionSet = EMPTY
-        self._by_name: dict[str, Connection] = {}
-        self.matcher = Matcher(EMPTY)
-        self.trusts = Trusts(EMPTY, self._wall_clock)
-        self.resolved: dict[str, frozenset[IpAddress]] = {}
-        self._keys: dict[str, HostKey] = {}
-        self._connection_of: dict[int, Connection] = {}  # by IKE session
+        self.book = Book.empty(self._wall_clock)
         self._claimed: PrefixTable[str] = (
             PrefixTable()
         )  # all fixed remote selectors: opportunistic peers get none of it
         self._settled: PrefixTable[str] = (
             PrefixTable()
         )  # what connections carry or hold now: the engine keeps off
-        self._path_of: dict[int, X509Path] = {}  # by IKE session: the certificates that prove its peer
         self._rules: dict[int, tuple[tuple[object, ...], _Ranked]] = {}  # by child's number, and of what
         self._joined: dict[int, set[AddressRange]] = {}  # by child's number: what its tunnels carry
         self._contacted: set[tuple[str, IpAddress]] = set()
@@ -99,16 +85,15 @@ class Conventional:
         self.updown = Updown(core.journal.add)
         self.vips = Vips(core)
         self.paths = Paths(core)
-        self._ppk_used: set[int] = set()  # IKE sessions of peers that have proved a PPK (RFC 8784)
 
     def wire(self) -> None:
         given = self._core.given
         self.manager = Manager(given.random)
         self.pools = Pools(given.leases, self._core.journal.add)
         self.revocation = Revocation(given.fetch, read_long_crl, given.wall_clock)
-        self._settings_of = functools.lru_cache(maxsize=4096)(self._make_settings)
-        self._settings_of_all = functools.lru_cache(maxsize=4096)(self._make_settings_of_all)
-        self._offers_of = functools.lru_cache(maxsize=4096)(_child_offers)
+        self.answers = Answers(
+            *(self._core, self.book, self.manager, self.pools, self.vips, self.revocation, self.claims)
+        )
 
     def _wall_clock(self) -> float:
         return self._core.given.wall_clock()
@@ -121,13 +106,9 @@ class Conventional:
         trusts = Trusts(configured, self._wall_clock)
         touched = self._touched(configured, keys, matcher, trusts)
         self.pools.load(configured.pools, self._core.given.own_addresses)
-        self._keys = keys
-        self.configured = configured
-        self._by_name = {connection.name: connection for connection in configured.connections}
-        self.matcher = matcher
-        self.trusts = trusts
+        self.book.load(configured, matcher, trusts, keys)
         self.revocation.begin_anew(trusts.authority_of)
-        self._forget_settings()
+        self.answers.forget_settings()
         self._claimed = PrefixTable()
         for connection in configured.connections:
             for child in connection.children:
@@ -146,27 +127,27 @@ class Conventional:
         for connection in configured.connections:
             if other_pools & set(connection.pools):
                 found.add(connection.name)
-            if connection.ppk_id and configured.ppk(connection.ppk_id) != self.configured.ppk(
+            if connection.ppk_id and configured.ppk(connection.ppk_id) != self.book.configured.ppk(
                 connection.ppk_id
             ):
                 found.add(connection.name)
             name = connection.local.key
-            if name and name in self._keys and self._keys[name].public != keys[name].public:
+            if name and name in self.book.keys and self.book.keys[name].public != keys[name].public:
                 found.add(connection.name)
-            if connection.local.auth == "psk" and self.secret_of(connection, self.matcher) != self.secret_of(
-                connection, matcher
-            ):
+            if connection.local.auth == "psk" and self.secret_of(
+                connection, self.book.matcher
+            ) != self.secret_of(connection, matcher):
                 found.add(connection.name)
-            same = self._by_name.get(connection.name) == connection and connection.remote.auth == "x509"
-            if same and self.trusts.of(connection) != trusts.of(connection):
+            same = self.book.by_name.get(connection.name) == connection and connection.remote.auth == "x509"
+            if same and self.book.trusts.of(connection) != trusts.of(connection):
                 found.add(connection.name)
         return frozenset(found)
 
     def secret_of(self, connection: Connection, matcher: Matcher) -> Secret | None:
         """By what the configuration names; addresses that are not known before are left out."""
         ours, theirs = (
-            _names(connection.local.id, connection.local_addrs),
-            _names(connection.remote.id.exact(), connection.remote_addrs),
+            names_of(connection.local.id, connection.local_addrs),
+            names_of(connection.remote.id.exact(), connection.remote_addrs),
         )
         return matcher.secret(ours, theirs)
 
@@ -187,7 +168,7 @@ class Conventional:
         of = (state.trapped, *ends)
         known = self._rules.get(state.number)
         if known is None or known[0] != of:
-            known = of, tuple((_rank(rule), rule) for rule in self._rules_of(state, *ends))
+            known = of, tuple((rank_of(rule), rule) for rule in self._rules_of(state, *ends))
             self._rules[state.number] = known
         return known[1]
 
@@ -202,7 +183,7 @@ class Conventional:
                     both = local.protocol and remote.protocol and local.protocol != remote.protocol
                     if ours.version != version or theirs.version != version or both:
                         continue
-                    yield from _both_ways(
+                    yield from both_ways(
                         *(ours, theirs, local.protocol or remote.protocol, local.port, remote.port),
                         number=state.number,
                         required=state.trapped,
@@ -226,11 +207,11 @@ class Conventional:
 
     def settles(self, address: IpAddress) -> str | None:
         """Which child has this destination now, so that the engine has nothing to do with it."""
-        return _narrowest(self._settled, address)
+        return narrowest(self._settled, address)
 
     def claims(self, address: IpAddress) -> str | None:
         """Which child names this destination, up or not."""
-        return _narrowest(self._claimed, address) or _narrowest(self._settled, address)
+        return narrowest(self._claimed, address) or narrowest(self._settled, address)
 
     # ------------------------------------------------------------ the manager
 
@@ -383,9 +364,9 @@ class Conventional:
             self.feed(m.Failed(action.attempt, 0, problem, permanent=False))
             return
         session = self._core.negotiator.initiate(request)
-        self._connection_of[session] = connection
+        self.book.connection_of[session] = connection
         if request.ppk is not None:
-            self._ppk_used.add(session)  # where it is required, IKE has seen to it
+            self.book.ppk_used.add(session)  # where it is required, IKE has seen to it
         if len(self._contacted) < 100_000:
             self._contacted.add((connection.name, request.remote.address))
         self.feed(m.Began(action.attempt, session))
@@ -403,7 +384,9 @@ class Conventional:
         """The addresses of the peer that are known, in the order of the configuration."""
         found: list[IpAddress] = []
         for place in connection.remote_addrs:
-            found += [place.address] if place.address else sorted(self.resolved.get(place.name, ()), key=str)
+            found += (
+                [place.address] if place.address else sorted(self.book.resolved.get(place.name, ()), key=str)
+            )
         return found
 
     def local_towards(self, connection: Connection, remote: IpAddress) -> IpAddress | None:
@@ -419,16 +402,16 @@ class Conventional:
         return None
 
     def connection_of(self, session: int) -> Connection | None:
-        return self._connection_of.get(session)
+        return self.book.connection_of.get(session)
 
     def _request(
         self, connection: Connection, child: Child, local: IpAddress, remote: IpAddress
     ) -> tuple[Initiate | None, str]:
-        local_ts = _selectors(child.local_ts, () if connection.vips else (local,))
-        remote_ts = _selectors(child.remote_ts, (remote,))
+        local_ts = selectors(child.local_ts, () if connection.vips else (local,))
+        remote_ts = selectors(child.remote_ts, (remote,))
         ppk = None
         if connection.ppk_id or connection.ppk_required:
-            secret = self.configured.ppk(connection.ppk_id)
+            secret = self.book.configured.ppk(connection.ppk_id)
             if secret is None:
                 return None, f"no PPK {connection.ppk_id!r} is configured (a secret of type ppk)"
             ppk = Ppk(connection.ppk_id.encode(), secret, connection.ppk_required)
@@ -436,9 +419,9 @@ class Conventional:
         if connection.local.auth == "psk":
             ours = {connection.local.id or PeerIdentity.address(local), PeerIdentity.address(local)}
             theirs = {PeerIdentity.address(remote)} | {connection.remote.id.exact()} - {None}
-            psk = self.matcher.secret(ours, [one for one in theirs if one is not None])
+            psk = self.book.matcher.secret(ours, [one for one in theirs if one is not None])
             if psk is None:
-                return None, f"no secret for {_text(ours)} and {_text(theirs)} is configured"
+                return None, f"no secret for {listed(ours)} and {listed(theirs)} is configured"
         return Initiate(
             local=Endpoint(local, IKE_PORT),
             remote=Endpoint(remote, IKE_PORT),
@@ -451,13 +434,13 @@ class Conventional:
             by_certificate=connection.remote.auth == "x509",
             identity=connection.local.id,
             expected_identity=None if connection.remote.auth == "null" else connection.remote.id.exact(),
-            ike_offers=_ike_offers(connection),
-            esp_offers=self._offers_of(child.esp_proposals, child.ah_proposals),
+            ike_offers=ike_offers(connection),
+            esp_offers=self.answers.offers_of(child.esp_proposals, child.ah_proposals),
             initial_contact=(connection.name, remote) not in self._contacted,
             authenticated_by="manual",
             connection=connection.label(child),
-            lifetimes=_lifetimes(child),
-            settings=self._settings_of(connection),
+            lifetimes=lifetimes_of_child(child),
+            settings=self.answers.settings_of(connection),
             mode=child.mode,
             want_addresses=tuple(sorted(address.version for address in connection.vips)),
             had_addresses=self._wanted(connection),
@@ -481,12 +464,12 @@ class Conventional:
         self._core.negotiator.create_child(
             session,
             ChildRequest(
-                _selectors(child.local_ts, self.vips.of(session) or (info.local.address,)),
-                _selectors(child.remote_ts, self.pools.of(session) or (info.remote.address,)),
-                self._offers_of(child.esp_proposals, child.ah_proposals),
+                selectors(child.local_ts, self.vips.of(session) or (info.local.address,)),
+                selectors(child.remote_ts, self.pools.of(session) or (info.remote.address,)),
+                self.answers.offers_of(child.esp_proposals, child.ah_proposals),
                 child.mode,
                 connection=connection.label(child),
-                lifetimes=_lifetimes(child),
+                lifetimes=lifetimes_of_child(child),
             ),
         )
 
@@ -497,36 +480,32 @@ class Conventional:
                 async with asyncio.timeout(RESOLVE_LIMIT):
                     found = await asyncio.get_running_loop().getaddrinfo(name, None, type=socket.SOCK_DGRAM)
                 addresses = frozenset(ip_address(str(entry[4][0]).partition("%")[0]) for entry in found)
-                if addresses != self.resolved.get(name):
+                if addresses != self.book.resolved.get(name):
                     self._core.journal.add(
                         "name-resolved", subject=name, reason=", ".join(sorted(map(str, addresses)))
                     )
-                self.resolved[name] = addresses
-
-    def _forget_settings(self) -> None:
-        self._settings_of.cache_clear()
-        self._settings_of_all.cache_clear()
+                self.book.resolved[name] = addresses
 
     async def watch_certificates(self) -> None:
         """Those that end, and what responders say of our own, to send along (RFC 4806)."""
         told: dict[str, float] = {}
         while True:
             now = self._wall_clock()
-            for ending in endings(self.configured, now)[:MAX_ENDINGS_TOLD]:
+            for ending in endings(self.book.configured, now)[:MAX_ENDINGS_TOLD]:
                 if now - told.get(ending.certificate, float("-inf")) >= TOLD_AGAIN:
                     told[ending.certificate] = now
                     reason = f"{ending}; {ending.mend}"
                     self._core.journal.add(
                         "certificate-ends", True, subject=ending.certificate, reason=reason
                     )
-            if await self.trusts.refresh_responses(self.revocation):
-                self._forget_settings()
+            if await self.book.trusts.refresh_responses(self.revocation):
+                self.answers.forget_settings()
             await asyncio.sleep(RESOLVE_SECONDS)
 
     async def watch_names(self) -> None:
         """Peers known by a name may begin from a new address, and are followed to it."""
         while True:
-            for connection in self.configured.connections:
+            for connection in self.book.configured.connections:
                 if not any(place.name for place in connection.remote_addrs):
                     continue
                 await self._resolve(connection)
@@ -548,329 +527,22 @@ class Conventional:
             known = (*self.remotes_of(connection), *info.peer_addresses)
             return info.mobike == "follows" or info.remote.address in known
         ends = info.local.address, info.remote.address
-        return bool(self.matcher.by_address(*ends, self.resolved))
-
-    # ------------------------------------------------------------ IKE's questions
-
-    def settings_for(self, local: Endpoint, remote: Endpoint) -> IkeSettings:
-        """Of a peer that begins: by the addresses alone, as its identity is not known yet. Where the peer may
-        belong to several connections, or to none, the proposals of all are acceptable; by its identity it is
-        checked again."""
-        base = self._core.given.ike_settings
-        if not self.configured.connections:
-            return base
-        found = self.matcher.by_address(local.address, remote.address, self.resolved)
-        if not found:
-            return base
-        certain = all(self._known_address(connection, remote.address) for connection in found)
-        return self._settings_of_all(tuple(found), certain)
-
-    def _make_settings_of_all(self, found: tuple[Connection, ...], certain: bool) -> IkeSettings:
-        base = self._core.given.ike_settings
-        every = [self._settings_of(connection) for connection in found]
-        best = every[0]
-        offers = tuple(dict.fromkeys(map(_Same, (o for one in every for o in one.ike_offers))))
-        others = () if certain else tuple(map(_Same, base.ike_offers))
-        unique = dict.fromkeys((*offers, *others))
-        chosen = best if certain else base
-        return replace(
-            chosen,
-            ike_offers=tuple(item.offer for item in unique),
-            certificates=replace(chosen.certificates, **asked_by_all(one.certificates for one in every)),
-            # What one of them could want is announced; by the peer's identity the rest is decided
-            ppk="require" if certain and all(one.ppk == "require" for one in every) else self._ppks(),
-            childless="accept" if any(one.childless != "never" for one in every) else "never",
-        )
-
-    def _ppks(self) -> str:
-        return "accept" if self.configured.ppks else "never"
-
-    def _known_address(self, connection: Connection, remote: IpAddress) -> bool:
-        return any(
-            place.address == remote or (place.name and remote in self.resolved.get(place.name, ()))
-            for place in connection.remote_addrs
-        )
-
-    def psk(self, event: ike.NeedPsk) -> Secret | ike.Known:
-        """A secret in any case: where there is none, one that nobody knows, so that the peer sees no difference
-        in what comes back nor in when."""
-        local = self._local_of(event)
-        own = event.own_identity
-        candidates = [
-            connection
-            for connection in self._by_identity(local, event.remote.address, event.identity, own)
-            if connection.remote.auth == "psk"
-        ]
-        ours = {PeerIdentity.address(local)}
-        for connection in candidates:
-            ours = {connection.local.id or PeerIdentity.address(local), PeerIdentity.address(local)}
-            secret = self.matcher.secret(ours, (event.identity, PeerIdentity.address(event.remote.address)))
-            if secret is not None:
-                self._connection_of[event.session] = connection
-                return ike.Known(
-                    psk=secret, authenticated=Authenticated.PSK, settings=self._settings_of(connection)
-                )
-        what = "no secret" if candidates else "no connection"
-        pair = f"{_text(ours if candidates else {own} if own else ours)} and {event.identity}"
-        self._core.journal.add(
-            "no-secret-for-peer",
-            peer=str(event.remote.address),
-            id=str(event.identity),
-            reason=f"{what} is configured for {pair}",
-        )
-        return Secret(self._core.given.random(32))
-
-    def ppk(self, event: ike.NeedPpk) -> Secret | None:
-        """The PPK by that name, unless the peer's connection uses another (RFC 8784)."""
-        if not self.configured.ppks:
-            return None
-        name = event.name.decode(errors="replace")
-        local = self._local_of(event)
-        found = self._by_identity(local, event.remote.address, event.identity, None)
-        if not any(connection.ppk_id in ("", name) for connection in found):
-            return None
-        secret = self.configured.ppk(name)
-        if secret is not None:
-            self._ppk_used.add(event.session)
-        return secret
-
-    def lease(self, event: ike.NeedLease) -> ike.Lease | None:
-        connection = self._connection_of.get(event.session) or self._anonymous(event)
-        if connection is None or not connection.pools:
-            return None
-        lease = self.pools.lease(event, connection.pools)
-        peer, identity = str(event.remote.address), str(event.identity)
-        if lease is None:
-            reason = f"no address is left in {', '.join(connection.pools)}"
-            self._core.journal.add(
-                "no-address-left", True, connection=connection.name, peer=peer, id=identity, reason=reason
-            )
-        else:
-            given = ", ".join(map(str, lease.addresses))
-            self._core.journal.add(
-                "address-leased", connection=connection.name, peer=peer, id=identity, reason=given
-            )
-        return lease
-
-    def keys(self, event: ike.NeedPeerKey) -> ike.Known | ike.Refused | NotOurs | None:
-        """The keys of the peer's connection; None where its connection knows no keys (so that it cannot come in by
-        another door)."""
-        if event.initiator:
-            return self._certified(event, [self._connection_of[event.session]])
-        if not self.configured.connections:
-            return NOT_OURS
-        local = self._local_of(event)
-        found = self._by_identity(local, event.remote.address, event.identity, event.own_identity)
-        named = [connection for connection in found if connection.remote.id.text != "%any"]
-        by_key = [connection for connection in found if connection.remote.auth == "pubkey"]
-        by_certificate = [connection for connection in found if connection.remote.auth == "x509"]
-        pinned = any(connection.remote.certs for connection in by_certificate)
-        if by_certificate and (event.certificates or pinned or named):
-            answer = self._certified(event, by_certificate)
-            if isinstance(answer, ike.Known) or (named and not by_key):
-                return answer
-        if by_key:
-            self._connection_of[event.session] = by_key[0]
-            keys = tuple(dict.fromkeys(key for c in by_key for key in c.remote.pubkeys))
-            return ike.Known(keys, None, Authenticated.MANUAL, self._settings_of(by_key[0]))
-        return None if named else NOT_OURS
-
-    def _certified(self, event: ike.NeedPeerKey, connections: list[Connection]) -> ike.Known | ike.Refused:
-        """By the first of the connections that accepts the peer's certificate; the key is still to be proven."""
-        reasons = []
-        for connection in connections:
-            try:
-                key, path = self.trusts.accept(connection, event.certificates, event.identity)
-            except CertificateRefused as refusal:
-                reasons.append(f"{connection.name}: {refusal}")
-                continue
-            self._connection_of[event.session] = connection
-            self._path_of[event.session] = path
-            return ike.Known((key,), None, Authenticated.X509, self._settings_of(connection))
-        reason = f"its certificate is not accepted: {'; '.join(reasons[:4])}"
-        self._core.journal.add(
-            "certificate-refused", peer=str(event.remote.address), id=str(event.identity), reason=reason
-        )
-        return ike.Refused(reason)
-
-    async def status(self, event: ike.NeedStatus) -> bool | ike.Refused:
-        """Whether the certificates that prove this peer are still good, as far as anybody knows."""
-        path, connection = self._path_of.get(event.session), self._connection_of.get(event.session)
-        if path is None or connection is None:
-            return ike.Refused("its connection has just changed")
-        objection = await self.revocation.objection(path, connection.remote.revocation, event.responses)
-        if not objection:
-            return True
-        self._core.journal.add(
-            "certificate-refused",
-            connection=connection.name,
-            peer=str(event.remote.address),
-            id=str(event.identity),
-            reason=objection,
-        )
-        return ike.Refused(objection)
-
-    def _by_identity(
-        self, local: IpAddress, remote: IpAddress, identity: PeerIdentity, own: PeerIdentity | None
-    ) -> list[Connection]:
-        return self.matcher.by_identity(local, remote, identity, own, self.resolved)
-
-    def _local_of(self, event: ike.NeedPsk | ike.NeedPeerKey | ike.NeedPpk) -> IpAddress:
-        if not isinstance(event, ike.NeedPpk) and event.local is not None:
-            return event.local.address
-        info = self._core.negotiator.endpoint.session(event.session)
-        assert info is not None
-        return info.local.address
-
-    def key_of(self, session: int) -> HostKey | None:
-        """The private key that our side of this session has, None for the host key."""
-        connection = self._connection_of.get(session)
-        return self._keys.get(connection.local.key) if connection and connection.local.key else None
-
-    def narrow(self, event: ike.NeedNarrowing) -> ike.Narrowed | ike.Refused | NotOurs:
-        """Which child the peer's proposal is for, and what of it is allowed (RFC 7296 §2.9)."""
-        connection = self._connection_of_peer(event)
-        if connection is None:
-            return self._unless_claimed(event)
-        if connection.name not in self._by_name:
-            return ike.Refused("its connection is no longer configured", peer=True)
-        if connection.ppk_required and event.session not in self._ppk_used:
-            return ike.Refused(f"the connection {connection.name} requires a PPK", peer=True)
-        if not self._acceptable(connection, event.session):
-            return ike.Refused(f"the IKE proposal is not one of the connection {connection.name}", peer=True)
-        state = self.manager.by_spi(event.rekey_of) if event.rekey_of is not None else None
-        if state is not None and event.rekey_of in state.tunnels:
-            pair = state.tunnels[event.rekey_of].pair
-            ours = _common(event.local_ts, pair.local_ts)
-            theirs = _common(event.remote_ts, pair.remote_ts)
-            return self._narrowed(connection, state.child, ours, theirs)
-        found = []
-        for order, child in enumerate(connection.children):
-            here = self.vips.of(event.session) or (event.local.address,)
-            there = self.pools.of(event.session) or (event.remote.address,)
-            ours = _common(event.local_ts, _selectors(child.local_ts, here))
-            theirs = _common(event.remote_ts, _selectors(child.remote_ts, there))
-            theirs = self.pools.only_leased(connection.pools, event.session, theirs)
-            if ours and theirs:
-                whole = set(ours) == set(event.local_ts) and set(theirs) == set(event.remote_ts)
-                found.append(((child.mode != event.mode, not whole, order), child, ours, theirs))
-        if not found:
-            if (
-                connection.remote.auth == "null"
-                and event.rekey_of is None
-                and not self.pools.of(event.session)
-            ):
-                # Whoever proves nothing was taken for this one's by its address: it may be an opportunistic peer
-                del self._connection_of[event.session]
-                return self._unless_claimed(event)
-            return ike.Refused(
-                f"no child of {connection.name} has {_text(event.local_ts)} and {_text(event.remote_ts)}"
-            )
-        _, child, ours, theirs = min(found, key=lambda item: item[0])
-        return self._narrowed(connection, child, ours, theirs)
-
-    def _connection_of_peer(self, event: ike.NeedNarrowing) -> Connection | None:
-        connection = self._connection_of.get(event.session)
-        if connection is not None:
-            by_key = connection.remote.auth == "pubkey" and event.key is not None
-            if by_key and event.key not in connection.remote.pubkeys:
-                # The same identity in several connections: the key decides
-                connection = next(
-                    (
-                        other
-                        for other in self._by_identity(
-                            event.local.address, event.remote.address, event.identity, None
-                        )
-                        if event.key in other.remote.pubkeys
-                    ),
-                    connection,
-                )
-                self._connection_of[event.session] = connection
-            return connection
-        return self._anonymous(event)
-
-    def _anonymous(self, event: ike.NeedNarrowing | ike.NeedLease) -> Connection | None:
-        """The connection of a peer that proves nothing, where one takes such peers from there."""
-        if event.authenticated is not Authenticated.NULL:
-            return None
-        for candidate in self.matcher.by_address(event.local.address, event.remote.address, self.resolved):
-            if candidate.remote.auth == "null":
-                self._connection_of[event.session] = candidate
-                return candidate
-        return None
-
-    def _unless_claimed(self, event: ike.NeedNarrowing) -> ike.Refused | NotOurs:
-        """Opportunistic peers get nothing that a connection names."""
-        for selector in event.remote_ts[:16]:
-            single = selector.start if selector.start == selector.end else event.remote.address
-            if selector.contains_address(single) and (claimed := self.claims(single)):
-                return ike.Refused(f"its traffic belongs to the connection {claimed}")
-        return NOT_OURS
-
-    def _acceptable(self, connection: Connection, session: int) -> bool:
-        """Whether the IKE SA's algorithms are the connection's: by address it may have been taken for another."""
-        suite = self._core.negotiator.endpoint.suite(session)
-        return not suite or _ike_offers(connection) is None or _is_of(suite, connection.proposals)
-
-    def _narrowed(
-        self,
-        connection: Connection,
-        child: Child,
-        ours: tuple[TrafficSelector, ...],
-        theirs: tuple[TrafficSelector, ...],
-    ) -> ike.Narrowed:
-        return ike.Narrowed(
-            ours,
-            theirs,
-            offers=self._offers_of(child.esp_proposals, child.ah_proposals),
-            connection=connection.label(child),
-            authenticated=_AUTHENTICATED[connection.remote.auth],
-            mode=child.mode,
-            settings=self._settings_of(connection),
-            lifetimes=_lifetimes(child),
-        )
-
-    def _make_settings(self, connection: Connection) -> IkeSettings:
-        base = self._core.given.ike_settings
-        rekey, reauth = connection.rekey_time, connection.reauth_time
-        longest = max(rekey, reauth)
-        return replace(
-            base,
-            identity=connection.local.id,
-            own_auth="null" if connection.local.auth == "null" else "pubkey",
-            allow_null_initiator=connection.remote.auth == "null",
-            certificates=self.trusts.settings(connection),
-            ike_offers=_ike_offers(connection) or base.ike_offers,
-            lifetimes=replace(
-                base.lifetimes,
-                ike_rekey=rekey or NEVER_SECONDS,
-                ike_grace=connection.over_time or 600.0,
-                ike_reauth=reauth,
-                jitter=min(connection.rand_time / longest, 0.9) if longest else 0.0,
-            ),
-            liveness_interval=connection.dpd_delay,
-            force_encap=base.force_encap or connection.encap,
-            ppk="require" if connection.ppk_required else self._ppks(),
-            mobike=connection.mobike,
-            heeds_initial_contact=connection.unique != "never",
-            additional_addresses=tuple(place.address for place in connection.local_addrs if place.address),
-            childless={"never": "never", "force": "force"}.get(connection.childless, "accept"),
-        )
+        return bool(self.book.matcher.by_address(*ends, self.book.resolved))
 
     # ------------------------------------------------------------ IKE's news
 
     def has_session(self, session: int) -> bool:
-        return session in self._connection_of
+        return session in self.book.connection_of
 
     def established(self, event: ike.IkeEstablished) -> None:
-        connection = self._connection_of[event.session]
+        connection = self.book.connection_of[event.session]
         wrong = event.initiator and connection.remote.auth != "null"
         if wrong and not connection.remote.id.matches(event.identity):
             text = f"the peer is {event.identity}, not {connection.remote.id.text}"
             self._core.negotiator.end_session(event.session)
             self.feed(m.Failed(0, event.session, text, permanent=True))
             return
-        if connection.ppk_required and event.session not in self._ppk_used:
+        if connection.ppk_required and event.session not in self.book.ppk_used:
             self._core.negotiator.end_session(event.session)  # without a child nobody has asked before
             return
         anonymous = event.authenticated is Authenticated.NULL
@@ -884,24 +556,24 @@ class Conventional:
         self.feed(m.Established(event.session, connection.name, identity, event.initiator, again))
 
     def assigned(self, event: ike.AddressesAssigned) -> None:
-        connection = self._connection_of.get(event.session)
+        connection = self.book.connection_of.get(event.session)
         if connection is not None:
             self.vips.assign(connection.name, event)
 
     def reauthenticating(self, event: ike.ReauthenticationBegun) -> None:
         """The new session is of the same connection; what comes up in it takes the place of the old one's."""
-        self._connection_of[event.session] = self._connection_of[event.replaces]
-        if event.replaces in self._ppk_used:
-            self._ppk_used.add(event.session)
+        self.book.connection_of[event.session] = self.book.connection_of[event.replaces]
+        if event.replaces in self.book.ppk_used:
+            self.book.ppk_used.add(event.session)
 
     def _forget(self, session: int) -> None:
-        self._ppk_used.discard(session)
+        self.book.ppk_used.discard(session)
         self.vips.release(session)
         self.pools.release(session)
 
     def failed(self, event: ike.SessionFailed) -> None:
-        connection = self._connection_of.pop(event.session)
-        self._path_of.pop(event.session, None)
+        connection = self.book.connection_of.pop(event.session)
+        self.book.path_of.pop(event.session, None)
         self._forget(event.session)
         text = event.text + (f" ({event.notify})" if event.notify else "")
         if event.kind is ike.FailureKind.SILENT:
@@ -920,8 +592,8 @@ class Conventional:
         self.feed(m.Failed(0, event.session, text, event.kind in _PERMANENT, superseded))
 
     def down(self, session: int) -> None:
-        self._connection_of.pop(session, None)
-        self._path_of.pop(session, None)
+        self.book.connection_of.pop(session, None)
+        self.book.path_of.pop(session, None)
         self._forget(session)
         self.feed(m.Gone(session))
 
@@ -931,148 +603,4 @@ class Conventional:
         self.feed(m.ChildRefused(event.connection, text, permanent=not temporary))
 
 
-# ---- values ------------------------------------------------------------------------------------------------
-
-
-def _narrowest(table: PrefixTable[str], address: IpAddress) -> str | None:
-    """The first label of the longest prefix."""
-    found = max(table.matching(address), key=lambda item: item[0], default=None)
-    return None if found is None else found[1][0]
-
-
-class _Same:
-    """An offer as a key: it is a dictionary."""
-
-    def __init__(self, offer: Offer) -> None:
-        self.offer = offer
-        self._key = tuple(offer.items())
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self._key == other._key
-
-
-def _child_offers(esp: tuple[str, ...], ah: tuple[str, ...]) -> tuple[Offer, ...] | None:
-    """None: oepy's own list."""
-    named = [parse_esp_proposal(text) for text in esp if text] or [
-        parse_esp_proposal(text) for text in DEFAULT_ESP if esp
-    ]
-    return (*named, *map(parse_ah_proposal, ah)) or None
-
-
-@functools.lru_cache(maxsize=4096)
-def _offers(proposals: tuple[str, ...]) -> tuple[Offer, ...] | None:
-    return tuple(parse_ike_proposal(text) for text in proposals if text) or None
-
-
-def _ike_offers(connection: Connection) -> tuple[Offer, ...] | None:
-    return _offers(connection.proposals)
-
-
-@functools.lru_cache(maxsize=4096)
-def _is_of(suite: str, proposals: tuple[str, ...]) -> bool:
-    """Whether each algorithm of an IKE SA is in one of the proposals."""
-    try:
-        chosen = parse_ike_proposal(suite)
-    except OepyError:
-        return False
-    return any(
-        set(chosen) <= set(offer) and all(set(chosen[kind]) <= set(offer[kind]) for kind in chosen)
-        for offer in _offers(proposals) or ()
-    )
-
-
-def _lifetimes(child: Child) -> Lifetimes:
-    return _lifetimes_of(child.life)
-
-
-@functools.lru_cache(maxsize=4096)
-def _lifetimes_of(life: Life) -> Lifetimes:
-    return Lifetimes(
-        child_rekey=life.rekey_time,
-        child_hard=life.life_time,
-        child_soft_bytes=life.rekey_bytes,
-        child_hard_bytes=life.life_bytes,
-        child_soft_packets=life.rekey_packets,
-        child_hard_packets=life.life_packets,
-        child_jitter=min(life.rand_time / life.rekey_time, 0.9) if life.rekey_time else 0.0,
-    )
-
-
-def _selectors(configured: Iterable[Selector], dynamic: tuple[IpAddress, ...]) -> tuple[TrafficSelector, ...]:
-    """`dynamic`: the addresses that the side has, inside where it was given some, else outside."""
-    found = [
-        selector.at(address)
-        for selector in configured
-        for address in (dynamic if selector.network is None else (None,))
-    ]
-    return tuple(selector for selector in found if selector is not None)
-
-
-def _common(
-    proposed: Iterable[TrafficSelector], allowed: Iterable[TrafficSelector]
-) -> tuple[TrafficSelector, ...]:
-    """What both have, without what lies in others of it."""
-    allowed = tuple(allowed)
-    found = dict.fromkeys(
-        common for one in proposed for other in allowed if (common := one.intersect(other)) is not None
-    )
-    return tuple(one for one in found if not any(other != one and other.covers(one) for other in found))
-
-
-def _names(identity: PeerIdentity | None, places: Iterable[Place]) -> list[PeerIdentity]:
-    named = [identity] if identity is not None else []
-    return named + [PeerIdentity.address(place.address) for place in places if place.address is not None]
-
-
-def _text(items: Iterable[object]) -> str:
-    return ", ".join(sorted(str(item) for item in items if item is not None)[:16])
-
-
-def _both_ways(
-    ours: IpNetwork,
-    theirs: IpNetwork,
-    protocol: int,
-    our_port: int,
-    their_port: int,
-    *,
-    number: int,
-    required: bool,
-    transport: bool,
-) -> Iterable[ConfiguredRule]:
-    common: dict[str, Any] = {
-        "protocol": protocol,
-        "required": required,
-        "number": number,
-        "transport": transport,
-    }
-    yield ConfiguredRule(
-        *(Way.OUT, ours, theirs, Verdict.PRIVATE),
-        source_port=our_port,
-        destination_port=their_port,
-        **common,
-    )
-    for way in (Way.IN, Way.FORWARD):
-        yield ConfiguredRule(
-            *(way, theirs, ours, Verdict.BLOCK),
-            source_port=their_port,
-            destination_port=our_port,
-            **common,
-        )
-
-
-def _rank(rule: ConfiguredRule) -> tuple[int, ...]:
-    remote, local = (
-        (rule.destination, rule.source) if rule.way is Way.OUT else (rule.source, rule.destination)
-    )
-    return (
-        remote.max_prefixlen - remote.prefixlen,
-        local.max_prefixlen - local.prefixlen,
-        not (rule.source_port or rule.destination_port),
-        not rule.protocol,
-    )
-
-
-__all__ = ["NOT_OURS", "Conventional", "NotOurs"]
+__all__ = ["Conventional"]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from typing import Any
 from oepy.connections.messages import Asked, ChildWent
 from oepy.daemon.addresses import is_own, own_addresses, source_towards
 from oepy.daemon.admission import Admissions
+from oepy.daemon.bystanders import Bystanders
 from oepy.daemon.conventional import Conventional
 from oepy.daemon.datapaths import NoHostAddresses
 from oepy.daemon.journal import Journal
@@ -35,13 +37,15 @@ from oepy.ike.settings import IkeSettings
 from oepy.interfaces import Datapath, DatapathEvent, HostAddresses, KeySource, Trap
 from oepy.keylog import KeyLog, ike_line
 from oepy.keys import HostKey
-from oepy.model import Endpoint, Flow, IpAddress, PolicyGroup, SaPair, Unreachable
+from oepy.model import Direction, Endpoint, Flow, IpAddress, PolicyGroup, SaPair, Unreachable
 from oepy.policy import PolicyTable
 
 TRAFFIC_SECONDS = 10.0  # between two looks at what came in
 RESTART_FIRST, RESTART_LONGEST = 2.0, 30.0  # seconds before the datapath process is started again
 MAX_WAITING_STEPS = 10_000  # behind a step that waits; beyond it datagrams are lost, and IKE sends them again
 MAX_AHEAD = 50  # destinations a second that are asked for before a packet goes there
+MAX_TASKS = 4096  # lookups of hosts behind us at once; beyond, all count as ours
+BEHIND_SECONDS = 5.0  # for the record of a host behind us, before its packet is looked after
 LOOKUP_SECONDS = 12.0  # the DNS room bounds itself; this is the belt to its braces
 
 
@@ -105,10 +109,14 @@ class Core:
         self.given = given
         self.keys, self.trap, self.datapath = given.keys, given.trap, given.datapath
         self.own = OwnRecords(given.keys, given.host_key.public, given.monotonic, self._own_changed)
+        self.bystanders = Bystanders(
+            *(given.keys, given.host_key.public, given.monotonic),
+            *(given.trap.pass_by, self._behind_changed),
+        )
         self.connections.wire()
         self.trap.ask_for(lambda number, flow: self.connections.feed(Asked(number, flow)))
         self.negotiator = Negotiator(
-            IkeEndpoint(given.ike_settings, given.random, self.connections.settings_for),
+            IkeEndpoint(given.ike_settings, given.random, self.connections.answers.settings_for),
             given.host_key,
             given.identity,
             self.own,
@@ -145,6 +153,10 @@ class Core:
             state=record.state,
             reason=record.reason,
         )
+
+    def _behind_changed(self, record: OwnRecord) -> None:
+        """Of a host behind this one."""
+        self.journal.add("behind-record", subject=record.subject, state=record.state, reason=record.reason)
 
     def spawn(self, work: Any) -> None:
         task = asyncio.ensure_future(work)
@@ -273,7 +285,20 @@ class Core:
                 self.feed(Named(address, name))
 
     def on_trapped(self, group: PolicyGroup, flow: Flow) -> None:
-        self.feed(Trapped(group, flow, self.policy.match(flow).prefix))
+        trapped = Trapped(group, flow, self.policy.match(flow).prefix)
+        forwarded = flow.direction is Direction.FORWARD and not self.given.is_own(flow.source)
+        if forwarded and len(self._tasks) < MAX_TASKS:
+            self.spawn(self._unless_passing(flow.source, trapped))
+        else:
+            self.feed(trapped)
+
+    async def _unless_passing(self, source: IpAddress, message: Input) -> None:
+        passes = False
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(BEHIND_SECONDS):
+                passes = await self.bystanders.passes_by(source)
+        if not passes:
+            self.feed(message)
 
     def on_ike(self, data: bytes, local: Endpoint, remote: Endpoint) -> None:
         self.negotiator.receive(data, local, remote)
@@ -308,7 +333,11 @@ class Core:
             case "unknown-spi" if event.peer is not None:
                 self.feed(UnknownSpi(event.peer))
             case "no-sa" if event.peer is not None and event.source is not None:
-                self.feed(NoSa(event.source, event.peer))
+                missing = NoSa(event.source, event.peer)
+                if self.given.is_own(event.source) or len(self._tasks) >= MAX_TASKS:
+                    self.feed(missing)
+                else:
+                    self.spawn(self._unless_passing(event.source, missing))
             case "soft-expire":
                 self.negotiator.rekey(event.spi)
             case "hard-expire":

@@ -9,7 +9,8 @@ from typing import Any
 
 from oepy.connections import messages as conventional
 from oepy.daemon.admission import Admission, Admissions, Offer
-from oepy.daemon.conventional import Conventional, NotOurs
+from oepy.daemon.answers import NotOurs
+from oepy.daemon.conventional import Conventional
 from oepy.daemon.own import OwnRecords
 from oepy.engine.messages import (
     Failure,
@@ -328,16 +329,16 @@ class Negotiator:
             case ike.NeedSignature():
                 return self._sign(event)
             case ike.NeedPsk():
-                return self._connections.psk(event)
+                return self._connections.answers.psk(event)
             case ike.NeedPpk():
-                return self._connections.ppk(event)
+                return self._connections.answers.ppk(event)
             case ike.NeedLease():
-                return self._connections.lease(event)
+                return self._connections.answers.lease(event)
         return None
 
     def _answered(self, event: ike.NeedPeerKey | ike.NeedNarrowing) -> bool:
         """Whether a connection has the answer: what it refuses never becomes an opportunistic offer."""
-        ask = self._connections
+        ask = self._connections.answers
         answer = ask.keys(event) if isinstance(event, ike.NeedPeerKey) else ask.narrow(event)
         if isinstance(answer, NotOurs):
             return False
@@ -353,7 +354,7 @@ class Negotiator:
 
     def _sign(self, event: ike.NeedSignature) -> tuple[int, bytes] | None:
         try:
-            key = self._connections.key_of(event.session) or self._key
+            key = self._connections.answers.key_of(event.session) or self._key
             return sign_auth(key.private, event.data, event.peer_hashes)
         except KeyFormatError as error:  # the peer knows no hash that suits our key
             now = self._ports.monotonic()
@@ -425,7 +426,7 @@ class Negotiator:
         self.pump()
 
     async def _check_status(self, event: ike.NeedStatus) -> None:
-        self._answer(event.token, await self._connections.status(event))
+        self._answer(event.token, await self._connections.answers.status(event))
         self.pump()
 
     async def _narrow(self, event: ike.NeedNarrowing) -> None:

@@ -36,11 +36,13 @@ class OwnRecords:
         public: PublicKey,
         monotonic: Callable[[], float],
         on_change: Callable[[OwnRecord], None],
+        limit: int = MAX_SUBJECTS,
     ) -> None:
         self._source = source
         self._public = public
         self._now = monotonic
         self._on_change = on_change
+        self._limit = limit
         self._records: dict[str, OwnRecord] = {}
         self._asking: dict[str, asyncio.Task[OwnRecord]] = {}
 
@@ -71,7 +73,7 @@ class OwnRecords:
         answer = await self._source.peer_keys(subject)
         record = self._judge(str(subject), answer)
         previous = self._records.get(record.subject)
-        if len(self._records) >= MAX_SUBJECTS:
+        if len(self._records) >= self._limit:
             self._records.clear()
         self._records[record.subject] = record
         if previous is None or previous.state != record.state:

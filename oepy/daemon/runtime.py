@@ -393,6 +393,7 @@ class Daemon(Core):
         self.host_key = host_key
         self.negotiator.use_key(host_key)
         self.own.use_key(host_key.public)
+        self.bystanders.use_key(host_key.public)
         self.journal.add("host-key-changed", reason=fingerprint(host_key.public))
 
     def _check_reload(self, config: Config) -> None:

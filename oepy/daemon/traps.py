@@ -35,6 +35,9 @@ class NoTrap:
     def forget(self, destinations: Iterable[tuple[PolicyGroup, IpAddress]]) -> None:
         """Nothing is remembered."""
 
+    def pass_by(self, source: IpAddress, lifetime: float) -> bool:
+        return True  # as everything does
+
     def held(self) -> Mapping[tuple[PolicyGroup | int, IpAddress], int]:
         return {}
 

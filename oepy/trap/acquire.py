@@ -168,6 +168,10 @@ class AcquireTrap:
         self._require()
         self._undecide([address for _, address in destinations if address in self._decided])
 
+    def pass_by(self, source: IpAddress, lifetime: float) -> bool:
+        """See `interfaces.Trap`: the kernel's own trap has one policy for a destination, whoever sends."""
+        return False
+
     def held(self) -> Mapping[tuple[PolicyGroup | int, IpAddress], int]:
         """One at least for each destination: how many the kernel holds it does not say."""
         return dict.fromkeys(self._pending, 1)

@@ -6,9 +6,10 @@ a burst loses its middle, so that the flow's opening and its newest retransmissi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from oepy.model import IpAddress, PolicyGroup
+from oepy.model import Flow, IpAddress, PolicyGroup
 
 MAX_PACKETS_PER_DESTINATION = 64
 MAX_BYTES_PER_DESTINATION = 512 * 1024
@@ -27,6 +28,7 @@ class HeldPacket:
     id: int
     mark: int
     length: int
+    flow: Flow
 
 
 @dataclass(slots=True)
@@ -92,6 +94,22 @@ class Hold:
         self.packets -= len(waiting.packets)
         self.bytes -= waiting.bytes
         return waiting.packets
+
+    def take_from(self, source: IpAddress) -> Iterator[tuple[PolicyGroup, list[HeldPacket], Flow | None]]:
+        """Of each destination for which packets from `source` are held: its group, these packets, which are no
+        longer held, and the flow of the first one that stays."""
+        for destination, waiting in list(self._waiting.items()):
+            if isinstance(destination[0], int):
+                continue  # the configuration's, whoever sends it
+            taken = [packet for packet in waiting.packets if packet.flow.source == source]
+            if not taken:
+                continue
+            waiting.packets = [packet for packet in waiting.packets if packet.flow.source != source]
+            for packet in taken:
+                self._subtract(waiting, packet)
+            if not waiting.packets:
+                del self._waiting[destination]
+            yield destination[0], taken, waiting.packets[0].flow if waiting.packets else None
 
     def expire(self, now: float) -> list[HeldPacket]:
         """What has waited for longer than HOLD_SECONDS: to be dropped."""

@@ -33,7 +33,7 @@ from oepy.trap.hold import MAX_PACKETS, Destination, HeldPacket, Hold
 from oepy.trap.islands import joined_set, past_device
 from oepy.trap.joined import Asking, Joined, Range, range_elements
 from oepy.trap.packet import parse_flow
-from oepy.trap.rules import ASK_CLOSED, ASK_OPEN, TABLE, Ruleset
+from oepy.trap.rules import ASK_CLOSED, ASK_OPEN, BYSTANDER, TABLE, Ruleset
 
 OPEN_QUEUE, CLOSED_QUEUE = 17733, 17734
 QUEUE_MAX_LENGTH = 2 * MAX_PACKETS  # in the kernel, beyond what we ever hold
@@ -42,6 +42,7 @@ SWEEP_SECONDS = 1.0
 RESTORE_SECONDS = 1.0
 _QUEUE_COUNTERS = Path("/proc/thread-self/net/netfilter/nfnetlink_queue")
 MAX_CHANGES_PER_TRANSACTION = 20_000
+MAX_BYSTANDERS = 65_536
 
 
 # A packet of these groups is never a question.
@@ -124,6 +125,10 @@ def _set_messages(changes: Iterable[SetChange], now: float) -> list[bytes]:
     return messages
 
 
+def _bystander(source: IpAddress, end: float, present: bool) -> SetChange:
+    return SetChange(f"{BYSTANDER}{source.version}", source.packed, present, True, end)
+
+
 class NfqueueTrap:
     """Implements `interfaces.Trap` with NFQUEUE and nftables sets.
 
@@ -141,6 +146,7 @@ class NfqueueTrap:
         self._verdicts: list[bytes] = []
         self._flush_due = False
         self._joined = Joined()
+        self._bystanders: dict[IpAddress, float] = {}  # with the ends of their times
         self._on_asked: Callable[[int, Flow], None] = lambda _, __: None
         self._running: _Running | None = None
         self._restore_at = 0.0
@@ -248,6 +254,27 @@ class NfqueueTrap:
                 self._note(change)
         self._schedule_flush()
 
+    def pass_by(self, source: IpAddress, lifetime: float) -> bool:
+        """See `interfaces.Trap`."""
+        running = self._require()
+        now = running.loop.time()
+        if len(self._bystanders) >= MAX_BYSTANDERS:
+            self._bystanders = {one: end for one, end in self._bystanders.items() if end > now}
+        if len(self._bystanders) >= MAX_BYSTANDERS and source not in self._bystanders:
+            lifetime = 0.0  # what is held goes on; the next packet asks again
+        else:
+            known = source in self._bystanders
+            self._bystanders[source] = now + lifetime
+            self._note(_bystander(source, now + lifetime, known))
+        self._flush()
+        for group, packets, left in list(self._hold.take_from(source)):
+            for packet in packets:
+                self._give(packet, Verdict.BLOCK if group.fails_closed else Verdict.CLEAR)
+            if left is not None:
+                running.on_trapped(group, left)
+        self._send_verdicts(running)
+        return True
+
     def held(self) -> Mapping[tuple[PolicyGroup | int, IpAddress], int]:
         return self._hold.counts()
 
@@ -331,6 +358,7 @@ class NfqueueTrap:
         running.close()
         self._running = None
         self._hold, self._decided, self._joined = Hold(), Decided(), Joined()
+        self._bystanders = {}
         self._changes.clear()
         self._releasing.clear()
         self._verdicts.clear()
@@ -355,7 +383,6 @@ class NfqueueTrap:
 
     def _trapped(self, running: _Running, packet: queue.QueuedPacket) -> None:
         self._counters["trapped"] += 1
-        held = HeldPacket(packet.queue, packet.id, packet.mark, packet.length)
         direction = Direction.FORWARD if packet.hook == queue.HOOK_PREROUTING else Direction.OUTPUT
         try:
             flow = parse_flow(packet.payload, direction)
@@ -363,12 +390,16 @@ class NfqueueTrap:
             self._counters["malformed"] += 1
             self._verdicts.append(queue.verdict(packet.queue, packet.id, queue.DROP))
             return
+        held = HeldPacket(packet.queue, packet.id, packet.mark, packet.length, flow)
         now = running.loop.time()
         number = running.asking.number_of(flow) if running.asking else 0
         if number:
             self._asked(running, number, flow, held, now)
             return
         group = running.table.match(flow).group
+        if self._bystanders.get(flow.source, -math.inf) > now:
+            self._give(held, Verdict.BLOCK if group.fails_closed else Verdict.CLEAR)
+            return
         verdict = self._decided.verdict(group, flow.destination, now)
         if verdict is None:
             # Only a reload between queueing and reading brings other groups here.
@@ -462,6 +493,7 @@ class NfqueueTrap:
         running.sweep = running.loop.call_later(SWEEP_SECONDS, self._sweep)
         now = running.loop.time()
         self._decided.expire(now)
+        self._bystanders = {source: end for source, end in self._bystanders.items() if end > now}
         self._drop(self._hold.expire(now), "dropped_overdue")
         self._send_verdicts(running)
         if running.tables.table_comment(TABLE) is None:  # `nft flush ruleset`, say
@@ -483,6 +515,7 @@ class NfqueueTrap:
         running.configured = switch.take_over(running.policy, running.ruleset, running.tables)
         running.tables.insert_queue_rules(TABLE, self._queue_rules)
         self._commit(running, self._decided.all_elements())
+        self._commit(running, [_bystander(source, end, False) for source, end in self._bystanders.items()])
         for number, version, ranges in self._joined.all():
             self._change_joined(running, joined_set(number, version), version, [], ranges)
 

@@ -22,7 +22,8 @@ Theory of operation. All stands in one table of the inet family:
              lies; there the first rule that matches counts. Outward it comes first in `sort`, inward before the
              groups' prefixes. The rules of a connection's child look into a set of remote addresses of its own.
              Chains, elements and these sets come and go over netlink (configured.py), without a new ruleset.
-    group_*  what the group does with a packet. The order of its lines is the group's policy:
+    group_*  what the group does with a packet. What comes from a source in @bystander is none of ours to protect:
+             it is neither led into tunnels nor a question. The order of the other lines is the group's policy:
              clear accepts. block drops. private never looks at @clear, at replies or at the open queue.
     ask_open, ask_closed
              the queues. Loaded as "accept" and "drop"; the queue rule is put before that over netlink, for
@@ -57,6 +58,8 @@ TUNNEL, KERNEL, DECRYPTED, SORT = "tunnel", "kernel", "decrypted", "sort"
 # `block`, so that one port's failed-closed verdict does not take the address's other traffic along.
 PRIVATE, CLEAR, BLOCK, REFUSED = "private", "clear", "block", "refused"
 SETS = (PRIVATE, CLEAR, BLOCK, REFUSED)
+# Hosts behind this one that have not made it their gateway
+BYSTANDER = "bystander"
 
 _ADDRESS_TYPE = {4: "ipv4_addr", 6: "ipv6_addr"}
 _IP = {4: "ip", 6: "ip6"}
@@ -171,7 +174,7 @@ class Ruleset:
             return ""
         sets = "".join(
             f"set {name}{version} {{ type {kind}; flags timeout; }}\n"
-            for name in SETS
+            for name in (*SETS, BYSTANDER)
             for version, kind in _ADDRESS_TYPE.items()
         )
         return f"{sets}chain {ASK_OPEN} {{ accept; }}\nchain {ASK_CLOSED} {{ drop; }}\n"
@@ -227,7 +230,12 @@ class Ruleset:
             return ["drop"]
         if group is PolicyGroup.CLEAR or self._guard:
             return ["accept"]
-        lines = _in_set(PRIVATE, "goto tunnel")
+        lines = [
+            f"{_IP[version]} saddr @{BYSTANDER}{version} {'drop' if group.fails_closed else 'accept'}"
+            for version in (4, 6)
+            if self._policy.forward
+        ]
+        lines += _in_set(PRIVATE, "goto tunnel")
         if group is PolicyGroup.PRIVATE:
             return [*lines, *_in_set(REFUSED, "drop"), f"goto {ASK_CLOSED}"]
         lines += _in_set(BLOCK, "drop")

@@ -81,7 +81,7 @@ def subject_of(certificate: Certificate) -> str:
     if certificate.subject.rdns:
         return dn.to_text(certificate.subject.public_bytes())
     names = alternative_names(certificate)
-    return next((str(value) for value in _values(names)), "(no subject)")
+    return next((dn.printable(str(value)) for value in _values(names)), "(no subject)")
 
 
 def alternative_names(certificate: Certificate) -> x509.SubjectAlternativeName | None:
@@ -97,4 +97,4 @@ def _values(names: x509.SubjectAlternativeName | None) -> Iterable[object]:
 
 
 def _text_of(error: BaseException) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__
+    return dn.printable(" ".join(str(error).split())[:160]) or type(error).__name__

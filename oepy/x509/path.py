@@ -24,6 +24,7 @@ from oepy.x509.certificates import MAX_FROM_PEER, Certificate, alternative_names
 
 MAX_DEPTH = 6  # certificates between the peer's and the anchor's
 MAX_CHECKS = 32  # signatures of one path search
+MAX_COMPARISONS = 50_000  # of names with name constraints, in one path search; some 0.1 s
 MIN_RSA_BITS = 2048
 MAX_RSA_BITS = 8192  # a check takes 0.3 ms
 MAX_RSA_EXPONENT = 1 << 32
@@ -86,6 +87,7 @@ class _Search:
     anchors: Sequence[Certificate]
     others: Sequence[Certificate]
     checks: int = 0
+    comparisons: int = 0
     reasons: list[str] = field(default_factory=list)
 
     def note(self, certificate: Certificate, reason: str) -> None:
@@ -120,7 +122,7 @@ class _Search:
         between = sum(not _self_issued(below) for below in path[1:])
         reason = _unfit_issuer(issuer, between) or out_of_time(issuer, self.now) or _unknown(issuer)
         if not reason:
-            found = (_constrained(issuer, below, leaf=below is path[0]) for below in path)
+            found = (self._constrained(issuer, below, leaf=below is path[0]) for below in path)
             reason = next(filter(None, found), "")
         if reason:
             self.note(issuer, reason)
@@ -137,6 +139,18 @@ class _Search:
             self.note(certificate, f"its signature cannot be checked ({error})")
             return False
         return True
+
+    def _constrained(self, issuer: Certificate, below: Certificate, *, leaf: bool) -> str:
+        """Why the issuer may not vouch for the names of a certificate below it. Nothing of either is proven yet."""
+        constraints = _extension(issuer, x509.NameConstraints)
+        if constraints is None or (_self_issued(below) and not leaf):
+            return ""
+        names = _names_of(below)
+        trees = (*(constraints.excluded_subtrees or ()), *(constraints.permitted_subtrees or ()))
+        self.comparisons += len(names) * len(trees)
+        if self.comparisons > MAX_COMPARISONS:
+            raise PathError(f"more than {MAX_COMPARISONS} names would have to be compared")
+        return next(filter(None, (_outside(constraints, name) for name in names)), "")
 
 
 def validate(
@@ -243,25 +257,25 @@ def _extension(certificate: Certificate, kind: type[_Kind]) -> _Kind | None:
 # ---- name constraints (RFC 5280 §4.2.1.10) ------------------------------------------------------------------
 
 
-def _constrained(issuer: Certificate, below: Certificate, *, leaf: bool) -> str:
-    """Why the issuer may not vouch for the names of a certificate below it."""
-    constraints = _extension(issuer, x509.NameConstraints)
-    if constraints is None or (_self_issued(below) and not leaf):
-        return ""
-    names: list[x509.GeneralName] = list(alternative_names(below) or ())
-    if below.subject:
-        names.append(x509.DirectoryName(below.subject))
-        mails = below.subject.get_attributes_for_oid(NameOID.EMAIL_ADDRESS)
+def _names_of(certificate: Certificate) -> list[x509.GeneralName]:
+    """All that constraints may be about; of the subject also the e-mail addresses in it."""
+    names: list[x509.GeneralName] = list(alternative_names(certificate) or ())
+    if certificate.subject:
+        names.append(x509.DirectoryName(certificate.subject))
+        mails = certificate.subject.get_attributes_for_oid(NameOID.EMAIL_ADDRESS)
         names += [x509.RFC822Name(str(mail.value)) for mail in mails if str(mail.value).isascii()]
-    for name in names:
-        excluded = [tree for tree in constraints.excluded_subtrees or () if type(tree) is type(name)]
-        permitted = [tree for tree in constraints.permitted_subtrees or () if type(tree) is type(name)]
-        if (excluded or permitted) and not _comparable(name):
-            return f"its name constraints cannot be applied to {_shown(name)}"
-        if any(_within(name, tree) for tree in excluded):
-            return f"its name constraints exclude {_shown(name)}"
-        if permitted and not any(_within(name, tree) for tree in permitted):
-            return f"its name constraints do not permit {_shown(name)}"
+    return names
+
+
+def _outside(constraints: x509.NameConstraints, name: x509.GeneralName) -> str:
+    excluded = [tree for tree in constraints.excluded_subtrees or () if type(tree) is type(name)]
+    permitted = [tree for tree in constraints.permitted_subtrees or () if type(tree) is type(name)]
+    if (excluded or permitted) and not _comparable(name):
+        return f"its name constraints cannot be applied to {_shown(name)}"
+    if any(_within(name, tree) for tree in excluded):
+        return f"its name constraints exclude {_shown(name)}"
+    if permitted and not any(_within(name, tree) for tree in permitted):
+        return f"its name constraints do not permit {_shown(name)}"
     return ""
 
 
@@ -316,7 +330,7 @@ def _mail_within(mail: str, tree: str) -> bool:
 
 def _shown(name: x509.GeneralName) -> str:
     value = name.value
-    return value.rfc4514_string() if isinstance(value, x509.Name) else str(value)
+    return dn.to_text(value.public_bytes()) if isinstance(value, x509.Name) else dn.printable(str(value))
 
 
 __all__ = ["Path", "PathError", "validate"]

@@ -27,6 +27,7 @@ class FakeTrap:
         self.verdicts: dict[tuple[PolicyGroup, IpAddress], Verdict] = {}
         self.joined: dict[int, tuple[tuple[IpAddress, IpAddress], ...]] = {}
         self.refused: list[int] = []
+        self.bystanders: dict[IpAddress, float] = {}
         self.history: list[tuple[IpAddress, Verdict | None]] = []
 
     def start(self, policy: TrapPolicy, on_trapped: Callable[[PolicyGroup, Flow], None]) -> None:
@@ -57,6 +58,10 @@ class FakeTrap:
         for key in destinations:
             self.verdicts.pop(key, None)
             self.history.append((key[1], None))
+
+    def pass_by(self, source: IpAddress, lifetime: float) -> bool:
+        self.bystanders[source] = lifetime
+        return True
 
     def held(self) -> Mapping[tuple[PolicyGroup | int, IpAddress], int]:
         return {}

@@ -1,7 +1,9 @@
 """Opportunistic encryption for whole subnets: two gateways, each for the hosts behind it, whose records name it.
 
-a1, a2 (198.18.100.0/24) ── alpha ──┬── wire (captured) ──┬── beta ── b1, b2 (198.18.200.0/24)
-                                    └── ns (BIND)         └── legacy (no oepy)
+    a1 a2 a3 (198.18.100.0/24) ── alpha ──┬── wire (captured) ──┬── beta ── b1 b2 b3 (198.18.200.0/24)
+                                          └── ns (BIND)         └── legacy (no oepy)
+
+a3 and b3 have no records: nobody is their gateway, and they talk in the clear, to whom they like.
 """
 
 from __future__ import annotations
@@ -78,7 +80,7 @@ def clients(network: LabNetwork) -> dict[str, Namespace]:
             if host.plan.name != other:
                 host.namespace.ip("route", "add", f"{four}.0/24", "via", peer.v4)
                 host.namespace.ip("-6", "route", "add", f"{six}::/80", "via", peer.v6)
-        for number in (11, 12):
+        for number in (11, 12, 13):
             label = f"{name[0]}{number - 10}"
             client = network.lab.namespace(label)
             network.lab.veth(client, gateway, "eth0", f"lan{number}")
@@ -126,6 +128,35 @@ def test_hosts_behind_gateways_are_private_from_their_first_packet(
     packets = [packet for packet in capture.packets() if packet.time >= since]
     assert demo.clear_between(packets, *ends.values()) == []
     assert any(packet.kind == "esp" for packet in packets)
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize(("source", "target"), [("a3", "b1"), ("b3", "a1"), ("a3", "b3"), ("a1", "b3")])
+def test_hosts_without_records_talk_in_the_clear_and_spoil_nothing(
+    network: LabNetwork,
+    clients: dict[str, Namespace],
+    capture: Capture,
+    source: str,
+    target: str,
+    version: int,
+) -> None:
+    """Beside their neighbours' tunnel to the same host, and without one. The first packet is lost where the
+    tunnel was there before anybody asked about the sender."""
+    for host in (network.hosts["alpha"], network.hosts["beta"]):
+        host.client.post(protocol.FLUSH, {"destination": None, "dns": "all"})
+    there = of(target)[version == 6]
+    neighbour = f"{source[0]}2"
+    first = ping(clients[source], there, count=1, timeout=3)
+    assert first != [None] or target[1] != "3"
+    assert None not in ping(clients[source], there, count=2, timeout=8)
+    since = time.time()
+    assert None not in ping(clients[neighbour], there, count=2, timeout=8)
+    assert None not in ping(clients[source], there, count=2, timeout=8)
+    capture.flush()
+    packets = [packet for packet in capture.packets() if packet.time >= since]
+    seen = demo.clear_between(packets, of(neighbour)[version == 6], there)
+    assert bool(seen) is (target[1] == "3"), "a2 and b2 are private with whoever has a record"
+    assert demo.clear_between(packets, of(source)[version == 6], there)
 
 
 def test_the_last_stretch_is_the_gateways_own(network: LabNetwork, clients: dict[str, Namespace]) -> None:

@@ -124,3 +124,46 @@ async def test_packets_for_the_gateway_itself_are_not_trapped_as_forwarded(net: 
         for target in ("10.9.0.1", "198.18.0.1", "2001:2:9::1"):
             assert await pinged(net.inner, target) == 1
         assert not trap.asked
+
+
+@pytest.mark.parametrize(("destination", "source"), [(OUTER4, INNER4), (OUTER6, INNER6)])
+async def test_what_a_bystander_sends_passes_by(net: Gateway, destination: str, source: str) -> None:
+    """Not asked about, whatever is decided of its destination, until its time is over; held packets go on."""
+    with (
+        trapping(net.gateway, policy()) as trap,
+        listen_udp(net.outer, destination, 7000) as listener,
+        udp(net.inner, destination, 7000) as sender,
+    ):
+        sender.send(b"first")
+        await until(lambda: trap.trap.held().get((GROUP.PRIVATE_OR_CLEAR, address(destination))) == 1)
+        assert trap.trap.pass_by(address(source), 2.0)
+        await until(lambda: received(listener) == [b"first"])
+        trap.decide(GROUP.PRIVATE_OR_CLEAR, destination, Verdict.PRIVATE)
+        sender.send(b"second")
+        await until(lambda: received(listener) == [b"second"])
+        assert len(trap.asked) == 1
+        trap.trap.forget([(GROUP.PRIVATE_OR_CLEAR, address(destination))])
+        await asyncio.sleep(2.5)
+        sender.send(b"third")
+        await until(lambda: len(trap.asked) == 2)
+        assert received(listener) == []
+
+
+async def test_a_bystander_gets_nothing_from_what_fails_closed(net: Gateway) -> None:
+    """`private`: dropped, held or not; its neighbour is asked about as ever."""
+    chosen = policy(rule(GROUP.PRIVATE, "198.18.0.0/24"))
+    with (
+        trapping(net.gateway, chosen) as trap,
+        listen_udp(net.outer, OUTER4, 7000) as listener,
+        udp(net.inner, OUTER4, 7000) as sender,
+    ):
+        sender.send(b"first")
+        await until(lambda: trap.trap.held().get((GROUP.PRIVATE, address(OUTER4))) == 1)
+        assert trap.trap.pass_by(address(INNER4), 60.0)
+        sender.send(b"second")
+        await asyncio.sleep(0.2)
+        assert received(listener) == []
+        assert trap.trap.held() == {}
+        with udp(net.gateway, OUTER4, 7000) as own:
+            own.send(b"own")
+            await until(lambda: len(trap.asked) == 2)

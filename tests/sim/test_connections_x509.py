@@ -16,6 +16,7 @@ from oepy.connections.model import ConnectionSet
 from oepy.daemon.revocation import Fetch, Fetcher, FetchFailed, nothing_fetched
 from oepy.keys import HostKey
 from oepy.model import Authenticated, KeyAnswer
+from oepy.x509.certificates import to_der
 from tests.fakes.certificates import DNS, NOW, Holder, ocsp_response, points, responder, revocation_list
 from tests.fakes.clock import run_virtual
 from tests.fakes.connections import good, read
@@ -415,9 +416,9 @@ def test_a_renewed_certificate_ends_nothing_and_is_shown_from_then_on() -> None:
         one.core.connections.load(configured(A, B, renewed, start="start"), one.keys)
         await asyncio.sleep(3)
         assert set(one.datapath.pairs) == before
-        assert (
-            one.core.connections.trusts.settings(one.core.connections.configured.connections[0]).chain != ()
-        )
+        book = one.core.connections.book
+        shown = book.trusts.settings(book.configured.connections[0]).chain
+        assert shown == (to_der(renewed.certificate),)
         one.core.connections.load(configured(A, B, renewed, start="start", trusted=[OTHER_ROOT]), one.keys)
         await asyncio.sleep(3)
         assert not one.datapath.pairs

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import random
+from ipaddress import ip_address
 
 import pytest
 
-from oepy.engine.messages import Terminate
+from oepy.engine.messages import Flush, Terminate
 from oepy.engine.table import State
 from oepy.keys import HostKey
-from oepy.model import Authenticated, KeyAnswer, PolicyGroup, Verdict
+from oepy.model import (
+    Authenticated,
+    Direction,
+    Flow,
+    GatewayType,
+    KeyAnswer,
+    PeerKey,
+    PolicyGroup,
+    Secure,
+    Unreachable,
+    Verdict,
+)
 from tests.fakes.clock import run_virtual
 from tests.sim.world import Host, Router, matching_pairs
 
@@ -219,3 +231,43 @@ def test_a_thousand_simultaneous_starts(loss: float) -> None:
     """Many seeds of the race that both sides start at once: always one tunnel, the same on both ends."""
     for seed in range(1000, 1333):
         test_both_sides_starting_at_once_end_with_one_tunnel(seed, loss)
+
+
+def test_only_hosts_that_name_us_are_spoken_for() -> None:
+    """Forwarded packets: of a host without a record, or with another key, nothing is asked; while DNS is silent,
+    and of one whose record has our key, a tunnel is."""
+
+    async def main() -> None:
+        router = Router(random.Random(1))
+        answers: dict[str, KeyAnswer] = {}
+        gateway, peer = Host(router, "198.18.0.1", answers), Host(router, "198.18.0.2", answers)
+        peer.publish()
+
+        def record(address: str, key: HostKey) -> Secure:
+            found = PeerKey(
+                key.public, (gateway.address,), GatewayType.IPV4, "198.18.0.1", 10, "IPSECKEY", "owner.", 300
+            )
+            return Secure(address, "owner.", 300, keys=(found,))
+
+        answers["10.0.0.2"] = record("10.0.0.2", HostKey.generate("ed25519"))
+        answers["10.0.0.3"] = Unreachable("10.0.0.3", "", 0, "silent")
+        answers["10.0.0.4"] = record("10.0.0.4", gateway.key)
+        for source, passes in (
+            ("10.0.0.1", True),
+            ("10.0.0.2", True),
+            ("10.0.0.3", False),
+            ("10.0.0.4", False),
+        ):
+            gateway.trap.bystanders.clear()
+            flow = Flow(ip_address(source), peer.address, 6, 1, 2, Direction.FORWARD)
+            gateway.core.on_trapped(PolicyGroup.PRIVATE_OR_CLEAR, flow)
+            await asyncio.sleep(0.001)
+            asked = bool(gateway.named("trapped"))
+            assert (ip_address(source) in gateway.trap.bystanders, asked) == (passes, not passes), source
+            assert all(300 <= seconds <= 3600 for seconds in gateway.trap.bystanders.values())
+            gateway.events.clear()
+            await asyncio.sleep(20)
+            gateway.core.feed(Flush(None))
+        assert not gateway.named("internal-error")
+
+    run_virtual(main())

@@ -115,10 +115,11 @@ def test_ranges_are_disjoint_and_ascending(rules: list[PolicyRule]) -> None:
 # -- holding ---------------------------------------------------------------------------------------------
 
 _HERE = (G.PRIVATE, ip_address("192.0.2.1"))
+FLOW = Flow(ip_address("10.0.0.1"), ip_address("192.0.2.1"), 6, 1, 2)
 
 
 def _packet(number: int, length: int = 100) -> HeldPacket:
-    return HeldPacket(1, number, 0, length)
+    return HeldPacket(1, number, 0, length, FLOW)
 
 
 def test_the_first_and_the_last_survive_a_flood() -> None:
@@ -133,6 +134,23 @@ def test_the_first_and_the_last_survive_a_flood() -> None:
     assert kept == [*range(hold.MAX_PACKETS_PER_DESTINATION - 1), 499]
     assert len(dropped) == 500 - len(kept)
     assert (held.packets, held.bytes) == (0, 0)
+
+
+def test_one_senders_packets_are_taken_out_and_the_others_stay() -> None:
+    """In their order, of every destination of the policy; what the configuration catches is never taken."""
+    held, other = Hold(), Flow(ip_address("10.0.0.2"), ip_address("192.0.2.1"), 6, 1, 2)
+    for number, flow in enumerate((FLOW, other, FLOW)):
+        held.add(_HERE, HeldPacket(1, number, 0, 100, flow), 0.0)
+    held.add((G.PRIVATE_OR_CLEAR, ip_address("192.0.2.9")), _packet(7), 0.0)
+    held.add((5, ip_address("192.0.2.9")), _packet(8), 0.0)
+    taken = list(held.take_from(FLOW.source))
+    assert [(group, [packet.id for packet in packets], left) for group, packets, left in taken] == [
+        (G.PRIVATE, [0, 2], other),
+        (G.PRIVATE_OR_CLEAR, [7], None),
+    ]
+    assert (held.packets, held.bytes) == (2, 200)
+    assert [packet.id for packet in held.release(_HERE)] == [1]
+    assert list(held.take_from(FLOW.source)) == []
 
 
 def test_a_full_hold_takes_no_new_destination() -> None:

@@ -20,7 +20,7 @@ from oepy.model import IdType, PeerIdentity
 from oepy.x509.certificates import MAX_CERTIFICATE, from_der, from_pem, key_hash, subject_of, to_der
 from oepy.x509.identity import identities_of, speaks_for
 from oepy.x509.path import MAX_CHECKS, MAX_DEPTH, PathError, validate
-from tests.fakes.certificates import DNS, IP, MAIL, NOW, Holder, name, usage
+from tests.fakes.certificates import DAY, DNS, IP, MAIL, MOMENT, NOW, Holder, name, usage
 
 ROOT = Holder("Root")
 MIDDLE = Holder("Middle", ROOT)
@@ -257,4 +257,30 @@ def test_a_name_is_what_its_kind_says_not_what_it_reads_like() -> None:
     found = identities_of(holder.certificate)
     assert [one.type for one in found] == [IdType.FQDN] * 3 + [IdType.RFC822_ADDR, IdType.DER_ASN1_DN]
     assert all(str(one).isprintable() for one in found)
+    nobody = Holder("", ROOT, ca=False, alternatives=[DNS("a\nb.example")])
+    assert subject_of(nobody.certificate) == "a?b.example"
     assert not speaks_for(holder.certificate, PeerIdentity.parse("192.0.2.1"))
+
+
+def test_certificates_that_are_made_to_be_costly_are_given_up() -> None:
+    """A leaf with many names below CAs of one name with many constraints, as anybody can make them up."""
+    trees = [DNS(f"x{number}.example") for number in range(250)]
+    constraints = x509.NameConstraints(permitted_subtrees=None, excluded_subtrees=trees)
+    bombs = [Holder("CA", extensions=[(constraints, True)]) for _ in range(7)]
+    leaf = Holder("h", bombs[0], ca=False, alternatives=[DNS(f"y{number}.example") for number in range(250)])
+    with pytest.raises(PathError, match="names would have to be compared"):
+        check(leaf, bombs)
+    few = Holder("h", bombs[0], ca=False, alternatives=[DNS("y.example")])
+    assert check(few, bombs, anchors=bombs[:1]) == 2
+
+
+def test_keys_that_are_made_to_be_costly_are_not_tried() -> None:
+    """A modulus of 16,000 bits makes one check take as long as hundreds of usual ones."""
+    huge = rsa.RSAPublicNumbers(65537, (1 << 16_000) + 1).public_key()
+    builder = x509.CertificateBuilder().subject_name(name("CA")).issuer_name(ROOT.name).public_key(huge)
+    builder = builder.serial_number(1).not_valid_before(MOMENT - DAY).not_valid_after(MOMENT + DAY)
+    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+    middle = builder.sign(ROOT.key, hashes.SHA256())
+    leaf = Holder("h", issuer_name="CA", ca=False)
+    with pytest.raises(PathError, match="costs too much"):
+        validate(leaf.certificate, [middle], [ROOT.certificate], NOW)
