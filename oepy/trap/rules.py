@@ -221,6 +221,7 @@ class Ruleset:
                 *self._exempt_out(),
                 "goto sort",
             ],
+            "decrypted": self._decrypted(),
             "arriving": self._arriving(),
             **({} if self._guard else {"leaving": self._leaving()}),
         }
@@ -340,6 +341,16 @@ class Ruleset:
             if mtu
         ]
 
+    def _decrypted(self) -> list[str]:
+        """What has come out of a tunnel, and is for others, goes where the configuration has it: into the tunnel of
+        another connection for a hub with spokes. Groups are not asked: it may be for a network of our own."""
+        onward = self._to_configured(Way.OUT) if self._policy.forward else []
+        return [
+            *([] if self._guard else [_REMEMBER]),
+            *(["fib daddr type { local, broadcast, multicast } accept", *onward] if onward else []),
+            "accept",
+        ]
+
     def _arriving(self) -> list[str]:
         device = self._policy.tunnel_device
         decrypted = "meta ipsec exists" if device is None else f"iifname {json.dumps(device)}"
@@ -348,7 +359,7 @@ class Ruleset:
             *self._pass_marked(),
             'iifname "lo" accept',
             *self._clamp(decrypted),
-            f"{decrypted} {'' if self._guard else f'{_REMEMBER} '}accept",
+            f"{decrypted} goto decrypted",
             "fib daddr type { local, broadcast, multicast } goto to_host",
             *(
                 [*self._to_configured(Way.FORWARD), "jump refuse", "goto sort"]
