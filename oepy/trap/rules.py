@@ -221,7 +221,7 @@ class Ruleset:
                 *self._exempt_out(),
                 "goto sort",
             ],
-            "decrypted": self._decrypted(),
+            "from_tunnel": self._from_tunnel(),
             "arriving": self._arriving(),
             **({} if self._guard else {"leaving": self._leaving()}),
         }
@@ -341,7 +341,7 @@ class Ruleset:
             if mtu
         ]
 
-    def _decrypted(self) -> list[str]:
+    def _from_tunnel(self) -> list[str]:
         """What has come out of a tunnel, and is for others, goes where the configuration has it: into the tunnel of
         another connection for a hub with spokes. Groups are not asked: it may be for a network of our own."""
         onward = self._to_configured(Way.OUT) if self._policy.forward else []
@@ -359,7 +359,7 @@ class Ruleset:
             *self._pass_marked(),
             'iifname "lo" accept',
             *self._clamp(decrypted),
-            f"{decrypted} goto decrypted",
+            f"{decrypted} goto from_tunnel",
             "fib daddr type { local, broadcast, multicast } goto to_host",
             *(
                 [*self._to_configured(Way.FORWARD), "jump refuse", "goto sort"]

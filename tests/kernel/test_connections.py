@@ -12,6 +12,7 @@ from oepy.lab.namespaces import Lab, Namespace
 from oepy.lab.probe import ping
 from tests.net.daemon_host import Host, kinds
 from tests.net.test_connections_mobike import (
+    GATE,
     INSIDE,
     client_section,
     gate_section,
@@ -70,3 +71,30 @@ def test_ah_by_ike(
             wait_for(lambda sa=sa: client.json("sas")[0]["spi_in"] != sa["spi_in"], client.log, 60)
         capture.flush()
         assert kinds(capture) == {"ike", "ah"}
+
+
+def test_ah_in_transport_mode(
+    hosts: tuple[tuple[Namespace, Namespace, Namespace], tuple[Host, Host]], tmp_path: Path
+) -> None:
+    """Between the two outer addresses, past the tunnel's device: what goes both ways is AH, nothing in the clear;
+    with the peer gone the trap holds it."""
+    (warrior, gate, _), (client, server) = hosts
+    routes(warrior)
+    child = {"mode": "transport", "ah_proposals": ["sha256"], "start_action": "trap"}
+    sections = gate_section(), client_section()
+    for section, name in zip(sections, ("road", "home"), strict=True):
+        connection = section["connections"][name]
+        for key in ("vips", "pools"):
+            connection.pop(key, None)
+        connection["children"] = {"net": child if name == "home" else {**child, "start_action": "none"}}
+    server.start({}, **sections[0], datapath="xfrm")
+    client.start({}, **sections[1], datapath="xfrm")
+    with Capture(gate, ["wan0", "wan1"], tmp_path / "wan.pcap") as capture:
+        assert None not in ping(warrior, GATE, count=3, timeout=20), client.log() + server.log()
+        (sa,) = client.json("sas")
+        assert (sa["protocol"], sa["mode"]) == ("ah", "transport")
+        assert None not in ping(gate, "198.18.6.2", count=2, timeout=10, source=GATE), server.log()
+        server.stop()
+        ping(warrior, GATE, count=2, timeout=1)
+        capture.flush()
+        assert kinds(capture) <= {"ike", "ah"}
