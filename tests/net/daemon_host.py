@@ -75,11 +75,13 @@ class Host:
 
     def reload(self, manual_section: dict[str, Any], **others: Any) -> None:
         before = len(self.events())
+        old = json.loads(self.config_file.read_text())["manual"]
+        done = "reloaded" if manual_section == old else "manual-changed"
         self.write(manual_section, **others)
         assert self.process is not None
         os.kill(self.process.pid, signal.SIGHUP)
         deadline = time.monotonic() + START_SECONDS
-        while not {"manual-changed", "reload-refused"} & set(self.events()[before:]):
+        while not {done, "reload-refused"} & set(self.events()[before:]):
             assert time.monotonic() < deadline, self.log()
             time.sleep(0.02)
 
