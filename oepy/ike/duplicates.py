@@ -65,13 +65,18 @@ def after_establishment(session: Session) -> None:
 
 
 def confirm_and_drop(winner: Session, loser: Session) -> None:
+    """Either may be rekeyed meanwhile: then it is the successor that stays, or goes."""
+
     def steps(_: Session) -> OwnSteps:
         yield Send(Exchange.INFORMATIONAL, [])
         from oepy.ike.lifetimes import terminate
 
-        if winner.state is State.ESTABLISHED and winner.children and _children_alike(winner, loser):
-            terminate(loser, DownReason.SUPERSEDED)
-            loser.reschedule()
+        stays, goes = (winner.context.by_number.get(one.number) for one in (winner, loser))
+        if stays is None or goes is None or stays.state is not State.ESTABLISHED:
+            return
+        if stays.children and _children_alike(stays, goes):
+            terminate(goes, DownReason.SUPERSEDED)
+            goes.reschedule()
 
     winner.start("confirm", steps)
     winner.reschedule()
