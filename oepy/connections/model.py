@@ -179,6 +179,9 @@ class Child:
     dpd_action: Action = Action.NONE
     life: Life = Life()
     inactivity: float = 0.0
+    if_id: int = (
+        0  # of an XFRM interface of the administrator's, whose routes decide what goes there; 0 is none
+    )
     tfc_padding: int = 0  # least bytes of a packet inside; 0 is none
     updown: tuple[str, ...] = ()
 

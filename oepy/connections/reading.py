@@ -47,7 +47,7 @@ from oepy.connections.model import (
 )
 from oepy.connections.reading_clients import check_vips, missing_pools, ppk_name, read_pools, virtual_address
 from oepy.errors import OepyError
-from oepy.model import IdType, PeerIdentity, PublicKey, Secret
+from oepy.model import XFRM_IF_ID, IdType, PeerIdentity, PublicKey, Secret
 
 SECTIONS = ("connections", "secrets", "pools", "authorities")
 MAX_CONNECTIONS = 20_000
@@ -83,8 +83,8 @@ NOT_YET_AUTH = {"eap": "EAP"}
 _NOT_YET_CONNECTION = {
     "aggressive": "it is IKEv1's",
     "dpd_timeout": "it is IKEv1's; IKEv2 gives up after its retransmissions (20 s)",
-    "if_id_in": "",
-    "if_id_out": "",
+    "if_id_in": "write it for each child",
+    "if_id_out": "write it for each child",
     "local_port": "IKE speaks from ports 500 and 4500",
     "mediation": "",
     "pull": "",
@@ -95,8 +95,6 @@ _NOT_YET_CHILD = {
     "copy_dscp": "",
     "copy_ecn": "",
     "hw_offload": "",
-    "if_id_in": "SAs belong to oepy's own device",
-    "if_id_out": "SAs belong to oepy's own device",
     "interface": "",
     "ipcomp": "",
     "label": "",
@@ -351,15 +349,41 @@ def _child(name: str, value: object, path: Path, problems: list[Problem], files:
         dpd_action=fields.take("dpd_action", Action.NONE, action(clear="none", restart="start")),
         life=_life(fields),
         inactivity=fields.take("inactivity", 0.0, duration),
+        if_id=_if_id(fields),
         tfc_padding=fields.take("tfc_padding", 0, _tfc_padding),
         updown=fields.take("updown", (), command),
     )
     fields.finish(_NOT_YET_CHILD)
+    if made.if_id and (made.trap or made.mode == "transport"):
+        text = "with if_id routes lead to the interface, and nothing is held: start, and tunnel mode"
+        fields.wrong(text, "if_id_in")
     if "" in made.ah_proposals:
         fields.wrong("name the algorithms of AH, such as sha256-x25519", "ah_proposals")
     if not made.local_ts or not made.remote_ts:
         fields.wrong("local_ts and remote_ts need an entry each")
     return made
+
+
+def _if_id(fields: Fields) -> int:
+    """Both directions belong to one interface: two numbers would need two."""
+    inward, outward = (fields.take(name, 0, _interface_number) for name in ("if_id_in", "if_id_out"))
+    if inward != outward:
+        fields.wrong("if_id_in and if_id_out are one number, that of the XFRM interface", "if_id_out")
+    return inward
+
+
+def _interface_number(value: object) -> int:
+    text = text_of(value)
+    try:
+        found = int(text, 0)
+    except ValueError:
+        found = -1
+    if not 0 <= found < 1 << 32 or found == XFRM_IF_ID:
+        raise Refused(
+            f"{text[:40]!r}: the if_id of an XFRM interface, as `ip link add … type xfrm if_id N` has it, "
+            f"and not {XFRM_IF_ID}, which is oepy's own"
+        )
+    return found
 
 
 def _tfc_padding(value: object) -> int:

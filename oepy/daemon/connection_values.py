@@ -144,6 +144,15 @@ def both_ways(
         )
 
 
+def past_the_trap(
+    ours: IpNetwork, theirs: IpNetwork, protocol: int, our_port: int, their_port: int
+) -> Iterable[ConfiguredRule]:
+    """What goes by an interface of the administrator's: no group asks for it, and no tunnel of ours takes it."""
+    yield ConfiguredRule(Way.OUT, ours, theirs, Verdict.CLEAR, protocol, our_port, their_port)
+    for way in (Way.IN, Way.FORWARD):
+        yield ConfiguredRule(way, theirs, ours, Verdict.CLEAR, protocol, their_port, our_port)
+
+
 def rank_of(rule: ConfiguredRule) -> tuple[int, ...]:
     remote, local = (
         (rule.destination, rule.source) if rule.way is Way.OUT else (rule.source, rule.destination)

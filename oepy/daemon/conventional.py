@@ -25,6 +25,7 @@ from oepy.daemon.connection_values import (
     listed,
     names_of,
     narrowest,
+    past_the_trap,
     rank_of,
     selectors,
 )
@@ -183,6 +184,10 @@ class Conventional:
                     both = local.protocol and remote.protocol and local.protocol != remote.protocol
                     if ours.version != version or theirs.version != version or both:
                         continue
+                    if state.child.if_id:
+                        protocol = local.protocol or remote.protocol
+                        yield from past_the_trap(ours, theirs, protocol, local.port, remote.port)
+                        continue
                     yield from both_ways(
                         *(ours, theirs, local.protocol or remote.protocol, local.port, remote.port),
                         number=state.number,
@@ -288,8 +293,9 @@ class Conventional:
             core.negotiator.close(pair.spi_in)
 
     def _join(self, action: m.Join) -> None:
-        self._core.trap.join(action.number, action.gone, action.fresh)
         state = self.manager.by_number(action.number)
+        if state is None or not state.child.if_id:
+            self._core.trap.join(action.number, action.gone, action.fresh)
         if state is not None:  # else unloaded meanwhile: _settle forgets it
             self._carry(state, action)
         self.vips.settle()

@@ -98,3 +98,47 @@ def test_ah_in_transport_mode(
         ping(warrior, GATE, count=2, timeout=1)
         capture.flush()
         assert kinds(capture) <= {"ike", "ah"}
+
+
+def test_an_interface_of_the_administrators(
+    hosts: tuple[tuple[Namespace, Namespace, Namespace], tuple[Host, Host]], tmp_path: Path
+) -> None:
+    """`if_id_in` and `if_id_out`: what is routed to the XFRM interface of that number goes by this connection's SAs,
+    and nowhere without them; oepy's own device has no part in it."""
+    (warrior, gate, _), (client, server) = hosts
+    routes(warrior)
+    for namespace, device, ours, theirs in (
+        (warrior, "eth0", "10.9.1.1", "10.1.0.0/24"),
+        (gate, "wan0", "10.9.1.2", "10.9.1.1"),
+    ):
+        namespace.ip("link", "add", "ipsec0", "type", "xfrm", "dev", device, "if_id", "42")
+        namespace.ip("link", "set", "ipsec0", "up")
+        namespace.address("ipsec0", f"{ours}/32")
+        namespace.ip("route", "add", theirs, "dev", "ipsec0")
+    sections = gate_section(), client_section()
+    for section, name in zip(sections, ("road", "home"), strict=True):
+        connection = section["connections"][name]
+        for key in ("vips", "pools"):
+            connection.pop(key, None)
+        inside, outside = (
+            (["10.1.0.0/24"], ["10.9.1.1/32"]) if name == "road" else (["10.9.1.1/32"], ["10.1.0.0/24"])
+        )
+        connection["children"] = {
+            "net": {"local_ts": inside, "remote_ts": outside, "if_id_in": 42, "if_id_out": 42}
+        }
+    server.start({}, **sections[0], datapath="xfrm")
+    client.start({}, **sections[1], datapath="xfrm")
+    with Capture(gate, ["wan0", "wan1"], tmp_path / "wan.pcap") as capture:
+        assert ping(warrior, "10.1.0.1", count=2, timeout=1, source="10.9.1.1") == [None, None]
+        up = client.oepy("connection", "up", "home")
+        assert up.returncode == 0, up.stdout + up.stderr + client.log() + server.log()
+        answers = ping(warrior, "10.1.0.1", count=3, timeout=10, source="10.9.1.1")
+        assert None not in answers, client.log() + server.log()
+        (sa,) = client.json("sas")
+        assert sa["packets_out"] >= 3
+        assert client.oepy("connection", "down", "home").returncode == 0
+        assert ping(warrior, "10.1.0.1", count=2, timeout=1, source="10.9.1.1") == [None, None]
+        capture.flush()
+        assert kinds(capture) == {"ike", "esp"}
+    client.stop()
+    assert "if_id 0x2a" not in warrior.run("ip", "xfrm", "policy").stdout

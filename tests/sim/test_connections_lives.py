@@ -15,9 +15,9 @@ from oepy.connections.manager import State
 from oepy.connections.messages import Asked, Down, Up
 from oepy.interfaces import DatapathEvent
 from oepy.keys import HostKey
-from oepy.model import Authenticated, Flow
+from oepy.model import Authenticated, Flow, Verdict
 from tests.fakes.clock import run_virtual
-from tests.fakes.connections import between, good
+from tests.fakes.connections import between, good, read
 from tests.sim.test_connections import PSK, A, B, child, pair, quiet, up
 from tests.sim.world import Host, Router, matching_pairs
 
@@ -377,5 +377,42 @@ def test_encap(encap: bool) -> None:
         for host in (one, two):
             (sa,) = host.datapath.pairs.values()
             assert sa.encap is encap
+
+    run_virtual(main())
+
+
+@pytest.mark.parametrize(
+    ("child", "words"),
+    [
+        ({"if_id_in": 42, "if_id_out": 43}, "one number"),
+        ({"if_id_in": 42}, "one number"),
+        ({"if_id_in": 17733, "if_id_out": 17733}, "oepy's own"),
+        ({"if_id_in": "%unique", "if_id_out": "%unique"}, "of an XFRM interface"),
+        ({"if_id_in": 42, "if_id_out": 42, "start_action": "trap"}, "nothing is held"),
+        ({"if_id_in": 42, "if_id_out": 42, "mode": "transport"}, "tunnel mode"),
+        ({"mark_in": 1}, "mark"),
+    ],
+)
+def test_interfaces_that_cannot_be(child: dict[str, Any], words: str) -> None:
+    """Each is named with its mend."""
+    _, problems = read(between(A, B, own="a.example", peer="b.example", child=child), PSK)
+    assert any(words in problem.text for problem in problems), problems
+
+
+def test_if_id_goes_past_the_trap() -> None:
+    """The pair carries the number; the trap lets its traffic pass as it is, holds none of it, and is told of no
+    addresses; the engine keeps off."""
+
+    async def main() -> None:
+        child_keys = {"if_id_in": "0x2a", "if_id_out": 42}
+        one, other = pair(Router(random.Random(12)), "start", child=child_keys)
+        await asyncio.sleep(5)
+        assert {p.if_id for p in one.datapath.pairs.values()} == {42}
+        assert matching_pairs(one, other)
+        assert not one.trap.joined.get(child(one).number)
+        rules = one.core.connections.rules()
+        assert {rule.verdict for rule in rules} == {Verdict.CLEAR}
+        assert not any(rule.number or rule.required for rule in rules)
+        assert one.core.connections.settles(other.address) == "site/net"
 
     run_virtual(main())
