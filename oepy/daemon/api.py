@@ -209,7 +209,7 @@ class ControlApi:
         manual = self._daemon.manual.concerns(destination)
         if manual is not None:
             return await self._explain_manual(destination, manual)
-        label = self._daemon.connections.settles(destination)
+        label = self._daemon.connections.traffic.settles(destination)
         if label is not None:
             return await self._explain_connection(destination, label)
         entry = self._daemon.engine.find(destination)
@@ -273,7 +273,7 @@ class ControlApi:
         manual = self._daemon.manual.concerns(destination)
         if manual is not None:
             raise OepyError(f"{destination} is keyed by hand ({manual})", "there is nothing to negotiate")
-        label = self._daemon.connections.settles(destination)
+        label = self._daemon.connections.traffic.settles(destination)
         if label is not None:
             raise OepyError(
                 f"{destination} belongs to the connection {label}", f"use `oepy connection up {label}`"
@@ -296,7 +296,7 @@ class ControlApi:
     async def terminate(self, destination: IpAddress) -> dict[str, Any]:
         """Returns when the peer has confirmed, or after a few seconds without it."""
         engine = self._daemon.engine
-        label = self._daemon.connections.settles(destination)
+        label = self._daemon.connections.traffic.settles(destination)
         if label is not None:
             raise OepyError(
                 f"{destination} belongs to the connection {label}", f"use `oepy connection down {label}`"

@@ -4,66 +4,52 @@ IKE asks is in `answers`."""
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
-import socket
-from collections.abc import Iterable
 from dataclasses import replace
-from ipaddress import ip_address, ip_network, summarize_address_range
 from typing import TYPE_CHECKING, Any
 
 from oepy.connections import messages as m
-from oepy.connections.manager import ChildState, Manager
+from oepy.connections.manager import Manager
 from oepy.connections.match import Matcher
 from oepy.connections.model import Child, Connection, ConnectionSet
 from oepy.daemon.answers import Answers
 from oepy.daemon.book import Book
 from oepy.daemon.connection_values import (
-    both_ways,
     ike_offers,
     lifetimes_of_child,
     listed,
     names_of,
-    narrowest,
-    past_the_trap,
-    rank_of,
     selectors,
 )
 from oepy.daemon.crlreader import read_long_crl
 from oepy.daemon.paths import Paths
 from oepy.daemon.pools import Pools
 from oepy.daemon.revocation import Revocation
+from oepy.daemon.traffic import Traffic
 from oepy.daemon.trust import Trusts, endings
 from oepy.daemon.updown import Updown
 from oepy.daemon.vips import Vips
-from oepy.engine import messages as engine_messages
+from oepy.daemon.whereabouts import Whereabouts
 from oepy.errors import OepyError
 from oepy.ike import events as ike
-from oepy.ike.endpoint import SessionInfo
 from oepy.ike.settings import ChildRequest, Initiate, Ppk
-from oepy.interfaces import ConfiguredRule, Way
 from oepy.keys import HostKey
 from oepy.model import (
     IKE_PORT,
-    AddressRange,
     Authenticated,
     Endpoint,
     IpAddress,
     PeerIdentity,
     Secret,
 )
-from oepy.prefixtable import PrefixTable
 
 if TYPE_CHECKING:
     from oepy.daemon.core import Core
 
-RESOLVE_SECONDS = 60.0  # between two looks at the names in remote_addrs
-RESOLVE_LIMIT = 10.0
+LOOK_SECONDS = 60.0  # between two looks at certificates
 TOLD_AGAIN = 86400.0  # seconds between two alerts about one certificate that ends
 MAX_ENDINGS_TOLD = 16
 _PERMANENT = (ike.FailureKind.REJECTED, ike.FailureKind.PROOF_FAILED, ike.FailureKind.REFUSED)
-_Ranked = tuple[tuple[tuple[int, ...], ConfiguredRule], ...]
-_ANYWHERE = {4: ip_network("0.0.0.0/0"), 6: ip_network("::/0")}
 
 
 class Conventional:
@@ -72,17 +58,10 @@ class Conventional:
     def __init__(self, core: Core) -> None:
         self._core = core
         self.book = Book.empty(self._wall_clock)
-        self._claimed: PrefixTable[str] = (
-            PrefixTable()
-        )  # all fixed remote selectors: opportunistic peers get none of it
-        self._settled: PrefixTable[str] = (
-            PrefixTable()
-        )  # what connections carry or hold now: the engine keeps off
-        self._rules: dict[int, tuple[tuple[object, ...], _Ranked]] = {}  # by child's number, and of what
-        self._joined: dict[int, set[AddressRange]] = {}  # by child's number: what its tunnels carry
+        self.traffic = Traffic(core)
+        self.whereabouts = Whereabouts(core, self.book)
         self._contacted: set[tuple[str, IpAddress]] = set()
         self._timer: asyncio.TimerHandle | None = None
-        self._resettles = False
         self.updown = Updown(core.journal.add)
         self.vips = Vips(core)
         self.paths = Paths(core)
@@ -93,7 +72,15 @@ class Conventional:
         self.pools = Pools(given.leases, self._core.journal.add)
         self.revocation = Revocation(given.fetch, read_long_crl, given.wall_clock)
         self.answers = Answers(
-            *(self._core, self.book, self.manager, self.pools, self.vips, self.revocation, self.claims)
+            *(
+                self._core,
+                self.book,
+                self.manager,
+                self.pools,
+                self.vips,
+                self.revocation,
+                self.traffic.claims,
+            )
         )
 
     def _wall_clock(self) -> float:
@@ -110,12 +97,7 @@ class Conventional:
         self.book.load(configured, matcher, trusts, keys)
         self.revocation.begin_anew(trusts.authority_of)
         self.answers.forget_settings()
-        self._claimed = PrefixTable()
-        for connection in configured.connections:
-            for child in connection.children:
-                for selector in child.remote_ts:
-                    if selector.network is not None and not selector.protocol:
-                        self._claimed.add(selector.network, connection.label(child))
+        self.traffic.load(configured)
         self.feed(m.Load(configured, touched))
 
     def _touched(
@@ -151,72 +133,6 @@ class Conventional:
             names_of(connection.remote.id.exact(), connection.remote_addrs),
         )
         return matcher.secret(ours, theirs)
-
-    def rules(self) -> tuple[ConfiguredRule, ...]:
-        """For the trap: narrower destinations first, then in the order of the file."""
-        found: list[tuple[tuple[int, ...], int, ConfiguredRule]] = []
-        states = self.manager.children.values()
-        for order, state in enumerate(states):
-            found += [(rank, order, rule) for rank, rule in self._ranked(state)]
-        if len(self._rules) > 2 * len(states) + 64:
-            self._rules = {state.number: self._rules[state.number] for state in states}
-        return tuple(rule for _, _, rule in sorted(found, key=lambda item: item[:2]))
-
-    def _ranked(self, state: ChildState) -> _Ranked:
-        """The same objects as last time, where nothing has changed: with ten thousand connections only the new ones
-        have to be made and compared."""
-        ends = self._fixed(state)
-        of = (state.trapped, *ends)
-        known = self._rules.get(state.number)
-        if known is None or known[0] != of:
-            known = of, tuple((rank_of(rule), rule) for rule in self._rules_of(state, *ends))
-            self._rules[state.number] = known
-        return known[1]
-
-    def _rules_of(
-        self, state: ChildState, here: IpAddress | None, there: IpAddress | None
-    ) -> Iterable[ConfiguredRule]:
-        for local in state.child.local_ts:
-            for remote in state.child.remote_ts:
-                for version in (4, 6):
-                    ours = local.network or (ip_network(here) if here else _ANYWHERE[version])
-                    theirs = remote.network or (ip_network(there) if there else _ANYWHERE[version])
-                    both = local.protocol and remote.protocol and local.protocol != remote.protocol
-                    if ours.version != version or theirs.version != version or both:
-                        continue
-                    if state.child.if_id:
-                        protocol = local.protocol or remote.protocol
-                        yield from past_the_trap(ours, theirs, protocol, local.port, remote.port)
-                        continue
-                    yield from both_ways(
-                        *(ours, theirs, local.protocol or remote.protocol, local.port, remote.port),
-                        number=state.number,
-                        required=state.trapped,
-                        transport=state.child.mode == "transport",
-                    )
-
-    def _fixed(self, state: ChildState) -> tuple[IpAddress | None, IpAddress | None]:
-        """What `dynamic` is on each side, where it can be one address only: the outer one, unless one is assigned.
-        A route is asked for only where ours is `dynamic`."""
-        connection = state.connection
-        remotes = [place.address for place in connection.remote_addrs]
-        there = remotes[0] if len(remotes) == 1 and not connection.pools else None
-        locals_ = [place.address for place in connection.local_addrs]
-        here = locals_[0] if len(locals_) == 1 else None
-        if connection.vips:
-            return None, there  # our side is what the peer will give us
-        is_dynamic = any(selector.network is None for selector in state.child.local_ts)
-        if here is None and there is not None and is_dynamic:
-            here = self._core.given.source_towards(there)
-        return here, there
-
-    def settles(self, address: IpAddress) -> str | None:
-        """Which child has this destination now, so that the engine has nothing to do with it."""
-        return narrowest(self._settled, address)
-
-    def claims(self, address: IpAddress) -> str | None:
-        """Which child names this destination, up or not."""
-        return narrowest(self._claimed, address) or narrowest(self._settled, address)
 
     # ------------------------------------------------------------ the manager
 
@@ -266,7 +182,7 @@ class Conventional:
             case m.RefuseHeld(number):
                 core.trap.refuse(number)
             case m.Resettle(rules):
-                self._settle(rules=rules)
+                self.traffic.settle(rules=rules)
             case m.CloseChild(spi_in):
                 core.negotiator.close(spi_in)
             case m.CloseSession(session):
@@ -296,51 +212,9 @@ class Conventional:
         state = self.manager.by_number(action.number)
         if state is None or not state.child.if_id:
             self._core.trap.join(action.number, action.gone, action.fresh)
-        if state is not None:  # else unloaded meanwhile: _settle forgets it
-            self._carry(state, action)
+        if state is not None:  # else unloaded meanwhile: `settle` forgets it
+            self.traffic.carry(state, action)
         self.vips.settle()
-
-    def _carry(self, state: ChildState, action: m.Join) -> None:
-        joined = self._joined.setdefault(action.number, set())
-        for gone in joined.intersection(action.gone):
-            for network in summarize_address_range(*gone):
-                self._settled.remove(network, state.label)
-        for fresh in set(action.fresh) - joined:
-            for network in summarize_address_range(*fresh):
-                self._settled.add(network, state.label)
-        joined.difference_update(action.gone)
-        joined.update(action.fresh)
-        if action.gone or action.fresh:
-            self._later()
-
-    def _settle(self, *, rules: bool) -> None:
-        if rules:
-            self._settled = PrefixTable()
-            for number in list(self._joined):
-                joined_by = self.manager.by_number(number)
-                if joined_by is None:
-                    del self._joined[number]
-                    continue
-                for carried in self._joined[number]:
-                    for network in summarize_address_range(*carried):
-                        self._settled.add(network, joined_by.label)
-            for state in self.manager.children.values():
-                for _, rule in self._ranked(state) if state.trapped else ():
-                    if rule.way is Way.OUT and not rule.protocol:
-                        self._settled.add(rule.destination, state.label)
-            self._core.reload_trap()
-        self._later()
-
-    def _later(self) -> None:
-        """The engine looks through all its destinations: once for what happens together."""
-        if not self._resettles:
-            asyncio.get_running_loop().call_soon(self._now)
-        self._resettles = True
-
-    def _now(self) -> None:
-        self._resettles = False
-        if self._core.engine.entries:
-            self._core.feed(engine_messages.Reloaded())
 
     async def _read_use(self, spis: tuple[int, ...]) -> None:
         try:
@@ -359,8 +233,8 @@ class Conventional:
         connection, child = action.connection, action.child
         problem = ""
         request: Initiate | None = None
-        await self._resolve(connection)
-        ends = self._ends(connection)
+        await self.whereabouts.resolve(connection)
+        ends = self.whereabouts.ends(connection)
         if ends is None:
             wanted = ", ".join(str(place) for place in connection.remote_addrs)
             problem = f"no route to {wanted}, or the name is not known now"
@@ -377,35 +251,6 @@ class Conventional:
             self._contacted.add((connection.name, request.remote.address))
         self.feed(m.Began(action.attempt, session))
         self._core.negotiator.pump()
-
-    def _ends(self, connection: Connection) -> tuple[IpAddress, IpAddress] | None:
-        """The first remote address that there is a way to, and ours towards it."""
-        for remote in self.remotes_of(connection):
-            local = self.local_towards(connection, remote)
-            if local is not None:
-                return local, remote
-        return None
-
-    def remotes_of(self, connection: Connection) -> list[IpAddress]:
-        """The addresses of the peer that are known, in the order of the configuration."""
-        found: list[IpAddress] = []
-        for place in connection.remote_addrs:
-            found += (
-                [place.address] if place.address else sorted(self.book.resolved.get(place.name, ()), key=str)
-            )
-        return found
-
-    def local_towards(self, connection: Connection, remote: IpAddress) -> IpAddress | None:
-        """Ours, as the routes have it where that is allowed, else the first of those named that this host has."""
-        routed = self._core.given.source_towards(remote)
-        places = connection.local_addrs
-        if routed is not None and any(place.network is None or routed in place.network for place in places):
-            return routed
-        for place in places:
-            address = place.address
-            if address and address.version == remote.version and self._core.given.is_own(address):
-                return address
-        return None
 
     def connection_of(self, session: int) -> Connection | None:
         return self.book.connection_of.get(session)
@@ -479,19 +324,6 @@ class Conventional:
             ),
         )
 
-    async def _resolve(self, connection: Connection) -> None:
-        names = [place.name for place in connection.remote_addrs if place.name]
-        for name in names:
-            with contextlib.suppress(OSError, TimeoutError):
-                async with asyncio.timeout(RESOLVE_LIMIT):
-                    found = await asyncio.get_running_loop().getaddrinfo(name, None, type=socket.SOCK_DGRAM)
-                addresses = frozenset(ip_address(str(entry[4][0]).partition("%")[0]) for entry in found)
-                if addresses != self.book.resolved.get(name):
-                    self._core.journal.add(
-                        "name-resolved", subject=name, reason=", ".join(sorted(map(str, addresses)))
-                    )
-                self.book.resolved[name] = addresses
-
     async def watch_certificates(self) -> None:
         """Those that end, and what responders say of our own, to send along (RFC 4806)."""
         told: dict[str, float] = {}
@@ -506,34 +338,7 @@ class Conventional:
                     )
             if await self.book.trusts.refresh_responses(self.revocation):
                 self.answers.forget_settings()
-            await asyncio.sleep(RESOLVE_SECONDS)
-
-    async def watch_names(self) -> None:
-        """Peers known by a name may begin from a new address, and are followed to it."""
-        while True:
-            for connection in self.book.configured.connections:
-                if not any(place.name for place in connection.remote_addrs):
-                    continue
-                await self._resolve(connection)
-                for session in self.manager.session_of(connection.name):
-                    info = self._core.negotiator.endpoint.session(session)
-                    moved = info is not None and not self._is_known(connection, info)
-                    if moved:
-                        self._core.journal.add(
-                            "connection-moved",
-                            connection=connection.name,
-                            reason="its name leads elsewhere now",
-                        )
-                        self._core.negotiator.check_liveness(session)
-            await asyncio.sleep(RESOLVE_SECONDS)
-
-    def _is_known(self, connection: Connection, info: SessionInfo) -> bool:
-        """Whether the peer may still be where the session has it."""
-        if info.mobike:  # who decides moves where it likes
-            known = (*self.remotes_of(connection), *info.peer_addresses)
-            return info.mobike == "follows" or info.remote.address in known
-        ends = info.local.address, info.remote.address
-        return bool(self.book.matcher.by_address(*ends, self.book.resolved))
+            await asyncio.sleep(LOOK_SECONDS)
 
     # ------------------------------------------------------------ IKE's news
 

@@ -95,7 +95,7 @@ class Core:
         manual = self.manual.concerns(address)
         if manual is not None:
             return f"manual {manual}", bool(manual.selector.protocol)
-        label = self.connections.settles(address)
+        label = self.connections.traffic.settles(address)
         return None if label is None else (f"connection {label}", False)
 
     def is_own(self, address: IpAddress) -> bool:

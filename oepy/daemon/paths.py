@@ -90,7 +90,7 @@ class Paths:
             if info.mobike == "decides":
                 self._choose(info, next(self._candidates(connection, info), None))
             elif not core.given.is_own(info.local.address):
-                local = core.connections.local_towards(connection, info.remote.address)
+                local = core.connections.whereabouts.local_towards(connection, info.remote.address)
                 here = (local, info.remote.address) if local is not None and info.mobike else None
                 if not self._choose(info, here):
                     core.negotiator.check_liveness(info.session)
@@ -107,11 +107,11 @@ class Paths:
 
     def _candidates(self, connection: Connection, info: SessionInfo) -> Iterator[tuple[IpAddress, IpAddress]]:
         """Ours and the peer's, those in use first, then in order after them, so that all have their turn."""
-        known = (*info.peer_addresses, *self._core.connections.remotes_of(connection))
+        known = (*info.peer_addresses, *self._core.connections.whereabouts.remotes_of(connection))
         others = sorted({*known} - {info.remote.address}, key=_order)
         later = [one for one in others if _order(one) > _order(info.remote.address)]
         for remote in (info.remote.address, *later, *(one for one in others if one not in later)):
-            local = self._core.connections.local_towards(connection, remote)
+            local = self._core.connections.whereabouts.local_towards(connection, remote)
             if local is not None:
                 yield local, remote
 

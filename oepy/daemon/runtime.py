@@ -152,7 +152,7 @@ class Daemon(Core):
         _collect_seldom()
         self.spawn(self._learn_own_records())
         self.spawn(self.watch_traffic())
-        self.spawn(self.connections.watch_names())
+        self.spawn(self.connections.whereabouts.watch_names())
         self.spawn(self.connections.watch_certificates())
         self.spawn(self.connections.vips.watch())
         self.spawn(self.connections.paths.watch())
@@ -213,7 +213,7 @@ class Daemon(Core):
         )
 
     def _configured_rules(self) -> tuple[ConfiguredRule, ...]:
-        return (*self.manual.rules(), *self.connections.rules())
+        return (*self.manual.rules(), *self.connections.traffic.rules())
 
     def reload_trap(self) -> None:
         """The rules of connections are others."""

@@ -103,7 +103,7 @@ def test_ah_in_transport_mode(
 def test_an_interface_of_the_administrators(
     hosts: tuple[tuple[Namespace, Namespace, Namespace], tuple[Host, Host]], tmp_path: Path
 ) -> None:
-    """`if_id_in` and `if_id_out`: what is routed to the XFRM interface of that number goes by this connection's SAs,
+    """`if_id_in` and `if_id_out`: what is routed to the XFRM interface of that number goes by these SAs,
     and nowhere without them; oepy's own device has no part in it."""
     (warrior, gate, _), (client, server) = hosts
     routes(warrior)

@@ -98,7 +98,7 @@ def test_a_packet_brings_a_trapped_child_up_and_down_goes_back_to_the_trap() -> 
         assert one.trap.joined[number] == ()
         assert not one.datapath.pairs
         assert not other.datapath.pairs
-        rules = [rule for rule in one.core.connections.rules() if rule.required]
+        rules = [rule for rule in one.core.connections.traffic.rules() if rule.required]
         assert len(rules) == 3
 
     run_virtual(main())

@@ -95,7 +95,7 @@ def test_a_peer_at_a_known_address_is_reached_by_the_assigned_one() -> None:
         assert child(client).state is State.UP
         (rule,) = (
             rule
-            for rule in gate.core.connections.rules()
+            for rule in gate.core.connections.traffic.rules()
             if rule.way is Way.OUT and rule.source == ip_network("10.1.0.0/16")
         )
         assert ip_network("10.3.0.1/32").subnet_of(rule.destination)

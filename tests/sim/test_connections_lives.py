@@ -217,7 +217,7 @@ def test_close_action(action: str, after: State) -> None:
         assert before.isdisjoint(one.datapath.pairs)
         await asyncio.sleep(20)
         assert child(one).state is after
-        assert any(rule.required for rule in one.core.connections.rules()) is (after is State.TRAPPED)
+        assert any(rule.required for rule in one.core.connections.traffic.rules()) is (after is State.TRAPPED)
         if after is State.TRAPPED:
             flow = Flow(one.address, other.address, 6, 40000, 80)
             one.core.connections.feed(Asked(child(one).number, flow))
@@ -269,7 +269,7 @@ def test_a_name_that_leads_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
         text = named.replace("start_action: none", "start_action: start\n        dpd_action: start")
         one = Host(router, A, {}, configured=good(text, PSK))
         two = Host(router, B, {}, configured=good(between(B, A, own="b.example", peer="a.example"), PSK))
-        watch = asyncio.ensure_future(one.core.connections.watch_names())
+        watch = asyncio.ensure_future(one.core.connections.whereabouts.watch_names())
         await asyncio.sleep(5)
         assert matching_pairs(one, two)
         del router.hosts[two.address]
@@ -410,9 +410,9 @@ def test_if_id_goes_past_the_trap() -> None:
         assert {p.if_id for p in one.datapath.pairs.values()} == {42}
         assert matching_pairs(one, other)
         assert not one.trap.joined.get(child(one).number)
-        rules = one.core.connections.rules()
+        rules = one.core.connections.traffic.rules()
         assert {rule.verdict for rule in rules} == {Verdict.CLEAR}
         assert not any(rule.number or rule.required for rule in rules)
-        assert one.core.connections.settles(other.address) == "site/net"
+        assert one.core.connections.traffic.settles(other.address) == "site/net"
 
     run_virtual(main())
