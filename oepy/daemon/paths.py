@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 import socket
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -83,13 +84,14 @@ class Paths:
     def check(self) -> None:
         """Every session of a connection to where it belongs now."""
         core = self._core
+        is_own = functools.lru_cache(maxsize=4096)(core.given.is_own)  # most sessions have the same end here
         for info in core.negotiator.endpoint.sessions():
             connection = core.connections.connection_of(info.session)
             if connection is None or info.state != "established":
                 continue
             if info.mobike == "decides":
                 self._choose(info, next(self._candidates(connection, info), None))
-            elif not core.given.is_own(info.local.address):
+            elif not is_own(info.local.address):
                 local = core.connections.whereabouts.local_towards(connection, info.remote.address)
                 here = (local, info.remote.address) if local is not None and info.mobike else None
                 if not self._choose(info, here):

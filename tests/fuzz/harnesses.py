@@ -79,7 +79,7 @@ from tests.sim.test_ike_collisions import COMMANDS, HYBRID, SETTINGS, Run
 
 # ---- IKE ---------------------------------------------------------------------------------------------------
 
-_QUIET = IkeSettings(liveness_interval=0.0)
+_QUIET = IkeSettings(liveness_interval=0.0, mobike=True)
 _CLASSIC = replace(_QUIET, ike_offers=_QUIET.ike_offers[1:])  # no further key exchanges before IKE_AUTH
 SCENES = (
     *("fresh", "init-sent", "half-open", "auth-sent", "established", "responder"),

@@ -69,6 +69,14 @@ def seeds() -> dict[str, list[bytes]]:
     for first, plain in shares:
         for state in range(4, 8):
             made["ike_sealed"] += [bytes((state, exchange, 0, first)) + plain for exchange in (4, 5)]
+    moves = [
+        [notify(NotifyType.UPDATE_SA_ADDRESSES), notify(NotifyType.NO_NATS_ALLOWED, bytes(12))],
+        [notify(NotifyType.COOKIE2, bytes(8)), notify(NotifyType.ADDITIONAL_IP4_ADDRESS, bytes(4))],
+        [notify(NotifyType.NAT_DETECTION_SOURCE_IP, bytes(20)), notify(NotifyType.NO_ADDITIONAL_ADDRESSES)],
+    ]
+    for payloads in moves:
+        first, plain = build_chain(payloads)
+        made["ike_sealed"] += [bytes((state, 2, 0, first)) + plain for state in range(2, 8)]
     made["ike_session"] = [bytes((hybrid, a, 8 + b, 7, 15, 23, 31)) for hybrid in (0, 1) for a, b in _BOTH]
     _records(made)
     _streams_and_anchors(made)

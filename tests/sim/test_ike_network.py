@@ -211,3 +211,42 @@ def test_many_peers_at_once(number: int) -> None:
     assert len(b.pairs) == len(b.of(IkeEstablished)) == number
     assert all(len(host.pairs) == 1 for host in hosts)
     assert not any(isinstance(event, Datagram) for event in b.events)
+
+
+@pytest.mark.parametrize("proven", [True, False])
+def test_a_nat_with_another_address_is_followed_where_the_peer_has_proved_a_key(proven: bool) -> None:
+    """RFC 7296 §2.23 without MOBIKE: the whole mapping changes. Whoever proved nothing but that it receives at its
+    address stays there; and nobody is followed who was not behind a NAT."""
+    a, b = two_hosts(HONEST)
+    net = NatNet(a, b, "198.51.100.7")
+    a.ike.initiate(request(a, b, own_auth="pubkey" if proven else "null"), net.now)
+    net.run(3)
+    [session] = a.ike.sessions()
+    net.outside = ip_address("198.51.100.99")
+    a.ike.check_liveness(session.session, net.now)
+    net.run(3)
+    moved = [str(event.remote.address) for event in b.of(PeerMoved) if isinstance(event, PeerMoved)]
+    assert moved == (["198.51.100.99"] if proven else [])
+    assert (b.ike.counters.get("moves_refused", 0) > 0) is not proven
+    if proven:
+        [info] = b.ike.sessions()
+        b.ike.rekey_child(info.children[0].spi_in, net.now)
+        net.run(5)
+        [pair] = b.pairs.values()
+        assert pair.remote.address == net.outside
+
+
+def test_without_a_nat_nobody_is_followed() -> None:
+    """A message of the peer's from another address changes nothing where no NAT was seen."""
+    a, b = two_hosts(HONEST)
+    net = Net([a, b])
+    a.ike.initiate(request(a, b), net.now)
+    net.run(3)
+    elsewhere = ip_address("192.0.2.77")
+    net.hosts[elsewhere] = a
+    [info] = a.ike.sessions()
+    a.ike._context.by_number[info.session].local = Endpoint(elsewhere, 500)
+    a.ike.check_liveness(info.session, net.now)
+    net.run(3)
+    assert not b.of(PeerMoved)
+    assert str(b.ike.sessions()[0].remote.address) == a.address
