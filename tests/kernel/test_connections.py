@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from oepy.lab.capture import Capture
+from oepy.lab.charon import charon
 from oepy.lab.namespaces import Lab, Namespace
 from oepy.lab.probe import ping
 from tests.net.daemon_host import Host, kinds
@@ -142,3 +143,52 @@ def test_an_interface_of_the_administrators(
         assert kinds(capture) == {"ike", "esp"}
     client.stop()
     assert "if_id 0x2a" not in warrior.run("ip", "xfrm", "policy").stdout
+
+
+_CHARON_AH = """
+connections {
+  road {
+    version = 2
+    local_addrs = 198.18.8.1
+    local { auth = psk\n id = gate.example }
+    remote { auth = psk\n id = one.road.example }
+    children { net { local_ts = 10.1.0.0/24\n ah_proposals = sha256-x25519,sha256 } }
+  }
+}
+secrets { ike-1 { id-1 = gate.example\n id-2 = one.road.example\n secret = "wherever we are" } }
+"""
+
+
+def test_ah_with_strongswan(
+    hosts: tuple[tuple[Namespace, Namespace, Namespace], tuple[Host, Host]], tmp_path: Path
+) -> None:
+    """Both kernels' AH in tunnel mode: oepy begins, either side rekeys, pings go on; the wire sees IKE and AH."""
+    (warrior, gate, inside), (client, _) = hosts
+    routes(warrior)
+    for parent in (tmp_path, *tmp_path.parents[:2]):
+        parent.chmod(0o755)
+    section = client_section()
+    section["connections"]["home"].pop("vips")
+    section["connections"]["home"]["children"]["net"] = {
+        "remote_ts": ["10.1.0.0/24"],
+        "ah_proposals": ["sha256-x25519"],
+    }
+    with charon(gate.name, tmp_path / "charon") as peer:
+        peer.load(_CHARON_AH)
+        client.start({}, **section, datapath="xfrm")
+        with Capture(gate, ["wan0", "wan1"], tmp_path / "wan.pcap") as capture:
+            up = client.oepy("connection", "up", "home")
+            assert up.returncode == 0, up.stdout + up.stderr + client.log() + peer.tail()
+            assert None not in ping(inside, "198.18.6.2", count=3, timeout=10), client.log() + peer.tail()
+            for rekey in (
+                lambda: client.oepy("rekey", INSIDE),
+                lambda: peer.swanctl("--rekey", "--child", "net"),
+            ):
+                (sa,) = client.json("sas")
+                assert (sa["protocol"], sa["mode"]) == ("ah", "tunnel")
+                rekey()
+                wait_for(lambda sa=sa: client.json("sas")[-1]["spi_in"] != sa["spi_in"], client.log, 60)
+                wait_for(lambda: len(client.json("sas")) == 1, client.log, 60)
+                assert None not in ping(inside, "198.18.6.2", count=3, timeout=10), peer.tail()
+            capture.flush()
+            assert kinds(capture) == {"ike", "ah"}
