@@ -92,5 +92,8 @@ def test_no_obstacle_is_everywhere() -> None:
     """A case that no peer can play would be a case that nobody sees."""
     for line in LINES:
         assert any(
-            obstacle(peer, where, line.setup) is None for peer, places in WHERE.items() for where in places
+            obstacle(peer, where, line.setup, role) is None
+            for peer, places in WHERE.items()
+            for where in places
+            for role in ROLES
         ), line

@@ -125,8 +125,10 @@ LINES = (
 WHERE = {STRONGSWAN: (USERLAND, KERNEL), LIBRESWAN: (KERNEL,), OPENIKED: (KERNEL,)}
 
 
-def obstacle(peer: str, where: str, setup: Setup) -> str | None:
+def obstacle(peer: str, where: str, setup: Setup, role: str) -> str | None:
     """Why this peer can't take part in it; None where it can."""
+    if peer != STRONGSWAN and setup.moves:
+        return "not tried"
     if peer == STRONGSWAN and where == USERLAND and setup.mode == "transport":
         return "its userland ESP has tunnel mode only"
     if peer == OPENIKED and setup.inner_version != setup.outer:

@@ -168,6 +168,7 @@ class Ground:
         namespace, net = (self.oepy, "198.18.1") if side == OEPY else (self.peer, "198.18.2")
         old, new = (12, 10) if back else (10, 12)
         namespace.address("eth0", f"{net}.{new}/24")
+        namespace.ip("address", "add" if back else "delete", f"{net}.11/32", "dev", "eth0")
         namespace.ip("address", "delete", f"{net}.{old}/24", "dev", "eth0")
         return f"{net}.{new}"
 

@@ -16,7 +16,7 @@ from tests.fakes.certificates import pem
 from tests.interop.matrix.cases import LIBRESWAN, OEPY, PEER, Setup
 from tests.interop.matrix.credentials import OEPY_ID, PEER_ID, SECRET, Credentials
 from tests.interop.matrix.ground import Ground, wait_for
-from tests.interop.matrix.ours import LIVENESS_SECONDS
+from tests.interop.matrix.ours import LIVENESS_SECONDS, POOL_FIRST, POOL_LAST
 
 # The tools that make raw keys, and what the peer's are called in ipsec.conf
 _RAW = {
@@ -37,6 +37,7 @@ class Libreswan:
         self._directory = directory
         self._credentials = credentials
         self._process: subprocess.Popen[Any] | None = None
+        self._has_raw_keys = False
         self._nss = f"sql:{directory / 'nss'}"
         for name in ("nss", "run", "ipsec.d"):
             (directory / name).mkdir(parents=True)
@@ -113,6 +114,11 @@ class Libreswan:
         assert self._process is not None
         if self._process.poll() is not None:
             raise OepyError(f"pluto has ended by itself ({self._process.returncode})", self.log())
+        if setup.is_x509 and self._has_raw_keys:
+            # It keeps raw keys of connections that are gone, and believes no certificate of the same name then
+            self.stop()
+            self.start()
+        self._has_raw_keys = setup.is_raw or (self._has_raw_keys and not setup.is_x509)
         file = self._directory / "site.conf"
         lines = "".join(f"\t{name}={value}\n" for name, value in self._section(setup).items())
         file.write_text(f"conn site\n{lines}")
@@ -138,9 +144,15 @@ class Libreswan:
         }
         if PEER in setup.asking:
             section |= {"dpddelay": f"{LIVENESS_SECONDS}s", "dpdtimeout": "10s", "dpdaction": "clear"}
-        subnets = ground.selectors(setup, PEER), ground.selectors(setup, OEPY)
-        if all(subnets):
-            section["leftsubnet"], section["rightsubnet"] = (side[0] for side in subnets)
+        for side, who in (("left", PEER), ("right", OEPY)):
+            given = setup.assigns and who == setup.begins
+            for subnet in ["0.0.0.0/0"] if given else ground.selectors(setup, who)[:1]:
+                section[f"{side}subnet"] = subnet
+        if setup.assigns:
+            client, server = ("left", "right") if setup.begins == PEER else ("right", "left")
+            section |= {f"{client}modecfgclient": "yes", f"{server}modecfgserver": "yes", "narrowing": "yes"}
+            if client == "right":
+                section["rightaddresspool"] = f"{POOL_FIRST}-{POOL_LAST}"
         if setup.auth == "psk":
             section["authby"] = "secret"
         elif setup.is_raw:
@@ -157,6 +169,10 @@ class Libreswan:
 
     def down(self) -> None:
         self._whack("--terminate", "--name", "site")
+
+    def take_address(self, address: str) -> None:
+        """It leaves that to a script."""
+        self._ground.peer.run("ip", "address", "replace", f"{address}/32", "dev", "lo")
 
     def rekey(self, *, ike: bool) -> None:
         self._whack("--rekey-ike" if ike else "--rekey-ipsec", "--name", "site")

@@ -15,6 +15,7 @@ from tests.fakes.certificates import pem
 from tests.interop.matrix.cases import OEPY, OPENIKED, PEER, Setup
 from tests.interop.matrix.credentials import OEPY_ID, PEER_ID, SECRET, Credentials
 from tests.interop.matrix.ground import Ground, wait_for
+from tests.interop.matrix.ours import POOL
 
 IKED, IKECTL = "/usr/sbin/iked", "/usr/sbin/ikectl"
 _USER = "_iked"  # it gives its rights away to, and is locked up in the home of
@@ -22,7 +23,7 @@ _LIVENESS_SECONDS = 2  # `set dpd_check_interval`
 REKEY_SECONDS = 8  # where it is to rekey: there is no command for it
 # PF_KEY gives Linux neither AES-GCM nor the right length of HMAC-SHA2-256's value (RFC 4868)
 _CONF = """\
-set {fragmentation}
+set fragmentation
 set nomobike
 set dpd_check_interval {dpd}
 ikev2 "site" {activity} {mode} esp inet{family} \\
@@ -111,14 +112,20 @@ class OpenIked:
     def _write(self, setup: Setup, activity: str) -> Path:
         ground = self._ground
         ours, theirs = ground.selectors(setup, PEER), ground.selectors(setup, OEPY)
-        pairs = list(zip(ours, theirs, strict=True))
-        if not pairs:
-            pairs = [(ground.own(setup, PEER), ground.seen(setup, OEPY))]
+        pairs = [(ground.own(setup, PEER), ground.seen(setup, OEPY))]
+        if setup.assigns:
+            pairs = [((ours or ["dynamic"])[0], (theirs or ["dynamic"])[0])]
+        elif ours:
+            pairs = list(zip(ours, theirs, strict=True))
+        address = ""
+        if setup.assigns and setup.begins == PEER:
+            address = "request address any iface lo \\\n    "
+        elif setup.assigns:
+            address = f"config address {POOL} \\\n    "
         conf = self._directory / f"{activity}.conf"
         conf.touch(mode=0o600)
         conf.write_text(
             _CONF.format(
-                fragmentation="fragmentation",
                 dpd=_LIVENESS_SECONDS if PEER in setup.asking else 0,
                 activity=activity,
                 mode=setup.mode,
@@ -130,7 +137,7 @@ class OpenIked:
                 peer_id=OEPY_ID,
                 ike_lifetime=REKEY_SECONDS if setup.peer_rekeys == "ike" else 0,
                 lifetime=REKEY_SECONDS if setup.peer_rekeys == "child" else 0,
-                auth=f'psk "{SECRET}"' if setup.auth == "psk" else "rfc7427",
+                auth=address + (f'psk "{SECRET}"' if setup.auth == "psk" else "rfc7427"),
             )
         )
         return conf
@@ -150,6 +157,9 @@ class OpenIked:
 
     def down(self) -> None:
         self._ctl("reset", "id", f"FQDN/{OEPY_ID}")
+
+    def take_address(self, address: str) -> None:
+        """It does it itself (`iface`)."""
 
     def rekey(self, *, ike: bool) -> None:
         """It does by itself, by `Setup.peer_rekeys`."""

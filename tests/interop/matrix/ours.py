@@ -15,7 +15,7 @@ from tests.interop.matrix.ground import Ground, wait_for
 from tests.net.daemon_host import Host
 
 LIVENESS_SECONDS = 1
-POOL = "10.3.0.0/28"
+POOL, POOL_FIRST, POOL_LAST = "10.3.0.0/28", "10.3.0.1", "10.3.0.14"
 
 
 class Oepy:

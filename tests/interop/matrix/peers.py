@@ -27,6 +27,9 @@ class Peer(Protocol):
     def down(self) -> None:
         """End it, telling the other side."""
 
+    def take_address(self, address: str) -> None:
+        """It was assigned to it, and is to be an address of its host."""
+
     def rekey(self, *, ike: bool) -> None: ...
 
     def children(self) -> int:

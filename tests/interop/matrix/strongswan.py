@@ -120,6 +120,9 @@ class StrongSwan:
     def down(self) -> None:
         self._charon.swanctl("--terminate", "--ike", "site")
 
+    def take_address(self, address: str) -> None:
+        """charon does it itself."""
+
     def rekey(self, *, ike: bool) -> None:
         self._charon.swanctl("--rekey", *(("--ike", "site") if ike else ("--child", "net")))
 

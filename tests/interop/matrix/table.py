@@ -137,7 +137,7 @@ def _row(cells: list[str]) -> str:
 
 
 def _cell(rows: dict[Key, Row], peer: str, where: str, line: Line, role: str, notes: list[str]) -> str:
-    reason = obstacle(peer, where, line.setup)
+    reason = obstacle(peer, where, line.setup, role)
     if reason is not None:
         if reason not in notes:
             notes.append(reason)

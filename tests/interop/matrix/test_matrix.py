@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from tests.interop.matrix.cases import (
     PEER,
     REKEYED,
     REKEYS,
+    RESPONDER,
     ROLES,
     STRONGSWAN,
     USERLAND,
@@ -47,7 +49,7 @@ pytestmark = [pytest.mark.root, pytest.mark.interop]
 
 KERNEL_NAME = os.environ.get("OEPY_SECOND_KERNEL", "")
 HERE = KERNEL if KERNEL_NAME else USERLAND
-PACE = {"qemu": 10.0, "uml": 3.0}.get(KERNEL_NAME, 1.0)
+PACE = {"qemu": 6.0, "uml": 3.0}.get(KERNEL_NAME, 1.0)
 _SKF = 53  # Encrypted and Authenticated Fragment, RFC 7383 §2.5
 
 
@@ -75,6 +77,8 @@ class Game:
         if setup.assigns:
             selectors = self.oepy.sas()[0]["local_ts" if role == INITIATOR else "remote_ts"]
             (self.ground.given,) = (text.removesuffix("/32") for text in selectors)
+            if role == RESPONDER:
+                self.peer.take_address(self.ground.given)
         return setup
 
     def wait(self, condition: Callable[[], object], seconds: float = 10.0) -> None:
@@ -97,18 +101,20 @@ class Game:
         self.wait(lambda: not self.oepy.sas() and self.peer.children() == 0)
 
 
+_MARKS: dict[tuple[str, ...], tuple[pytest.MarkDecorator, ...]] = {
+    (USERLAND, KERNEL): (pytest.mark.any_kernel,),
+    (KERNEL,): (pytest.mark.kernel,),
+    (USERLAND,): (),
+}
+
+
 def _params(setups: tuple[Setup, ...]) -> Iterator[Any]:
     for peer, places in WHERE.items():
-        for setup in setups:
-            able = [where for where in places if obstacle(peer, where, setup) is None]
-            marks = {
-                (USERLAND, KERNEL): [pytest.mark.any_kernel],
-                (KERNEL,): [pytest.mark.kernel],
-                (USERLAND,): [],
-            }
-            for role in ROLES if able else ():
+        for setup, role in itertools.product(setups, ROLES):
+            able = tuple(where for where in places if obstacle(peer, where, setup, role) is None)
+            if able:
                 name = f"{peer}-{setup.name}-{role}"
-                yield pytest.param(peer, setup, role, id=name, marks=marks[tuple(able)])
+                yield pytest.param(peer, setup, role, id=name, marks=_MARKS[able])
 
 
 def over(*setups: Setup) -> Any:
