@@ -127,6 +127,10 @@ WHERE = {STRONGSWAN: (USERLAND, KERNEL), LIBRESWAN: (KERNEL,), OPENIKED: (KERNEL
 
 def obstacle(peer: str, where: str, setup: Setup, role: str) -> str | None:
     """Why this peer can't take part in it; None where it can."""
+    if peer == OPENIKED and setup.asking == {PEER}:
+        return "in silence it asks after five minutes only"
+    if peer == LIBRESWAN and setup.mode == "transport" and setup.natted:
+        return "4.10 does not put the addresses that it sees into selectors (RFC 7296 §2.23.1)"
     if peer != STRONGSWAN and setup.moves:
         return "not tried"
     if peer == STRONGSWAN and where == USERLAND and setup.mode == "transport":

@@ -10,6 +10,7 @@ Who is behind the translator uses its second address, ….11; who moves goes to 
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -230,7 +231,8 @@ class Traffic:
         due = time.monotonic()
         while not self._ended.is_set():
             sequence += 1
-            pinger.send(sequence & 0xFFFF)
+            with contextlib.suppress(OSError):  # no way, while the tunnel is down: lost like any other
+                pinger.send(sequence & 0xFFFF)
             due += self._interval
             while (left := due - time.monotonic()) > 0:
                 answered.add(pinger.receive(left))

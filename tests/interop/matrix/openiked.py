@@ -119,9 +119,9 @@ class OpenIked:
             pairs = list(zip(ours, theirs, strict=True))
         address = ""
         if setup.assigns and setup.begins == PEER:
-            address = "request address any iface lo \\\n    "
+            address = " \\\n    request address any \\\n    iface lo"
         elif setup.assigns:
-            address = f"config address {POOL} \\\n    "
+            address = f" \\\n    config address {POOL}"
         conf = self._directory / f"{activity}.conf"
         conf.touch(mode=0o600)
         conf.write_text(
@@ -137,7 +137,7 @@ class OpenIked:
                 peer_id=OEPY_ID,
                 ike_lifetime=REKEY_SECONDS if setup.peer_rekeys == "ike" else 0,
                 lifetime=REKEY_SECONDS if setup.peer_rekeys == "child" else 0,
-                auth=address + (f'psk "{SECRET}"' if setup.auth == "psk" else "rfc7427"),
+                auth=(f'psk "{SECRET}"' if setup.auth == "psk" else "rfc7427") + address,
             )
         )
         return conf

@@ -242,15 +242,16 @@ def test_a_living_peer_answers(game: Game, setup: Setup, role: str) -> None:
 @over(DYING)
 @pytest.mark.timeout(900)
 def test_a_dead_peer_is_noticed(game: Game, setup: Setup, role: str) -> None:
-    """The wire is cut, and both notice. Mended, they come together again."""
+    """The wire is cut under traffic, and both notice. Mended, they come together again."""
     setup = game.begin(setup, role)
     game.ground.cut()
     try:
-        with game.recorder.cell("dpd-oepy-notices", role):
-            game.wait(lambda: not game.oepy.sas(), 45)
-            assert "liveness" in game.oepy.log()
-        with game.recorder.cell("dpd-peer-notices", role):
-            game.wait(lambda: game.peer.children() == 0, 45)
+        with game.ground.traffic(setup):
+            with game.recorder.cell("dpd-oepy-notices", role):
+                game.wait(lambda: not game.oepy.sas(), 45)
+                assert "liveness" in game.oepy.log()
+            with game.recorder.cell("dpd-peer-notices", role):
+                game.wait(lambda: game.peer.children() == 0, 45)
     finally:
         game.ground.mend()
     with game.recorder.cell("dpd-again", role):
