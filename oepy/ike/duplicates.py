@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
 
 def rank(session: Session) -> tuple[int, bytes]:
-    """Lower stays. Both sides compute the same: how many of the two proved a key, then the SPIs."""
+    """Lower stays. Both sides compute the same, whichever of the sessions were rekeyed meanwhile: how many of the
+    two proved a key, then the first SPIs."""
     proofs = int(session.own_proof) + int(session.authenticated is not Authenticated.NULL)
-    return -proofs, session.spi_i + session.spi_r
+    return -proofs, session.origin[1]
 
 
 def _others(session: Session) -> Iterator[Session]:
@@ -55,7 +56,7 @@ def after_establishment(session: Session) -> None:
             continue
         winner, loser = sorted((session, other), key=rank)
         session.context.counters["duplicates"] += 1
-        if loser.initiator:
+        if loser.origin[0]:
             confirm_and_drop(winner, loser)
         elif other.established_at < session.created:
             # Not begun at the same time: a peer that still had the older tunnel would not have come again
@@ -95,7 +96,7 @@ def remaining_child(session: Session, gone: ChildSa) -> int | None:
 def has_replacement(session: Session) -> bool:
     """Whether a failed attempt of ours does not matter, for the peer's own attempt has made a tunnel."""
     return session.initiator and any(
-        other.children and not other.initiator and other.connection == session.connection
+        other.children and not other.origin[0] and other.connection == session.connection
         for other in _others(session)
     )
 

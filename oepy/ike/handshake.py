@@ -178,6 +178,7 @@ def establish(session: Session) -> None:
     if session.half_open_key is not None:
         context.drop_half_open(session.half_open_key)
         session.half_open_key = None
+    session.origin = (session.initiator, session.spi_i + session.spi_r)
     session.established_at = context.now
     session.childless_since = context.now
     lifetimes = session.settings.lifetimes

@@ -111,6 +111,7 @@ INHERITED = (
     "mobike",
     "nat_local",
     "nat_remote",
+    "origin",
     "own_proof",
     "peer_fragments",
     "reauth_at",

@@ -89,6 +89,7 @@ class Session:
         "nat_local",
         "nat_remote",
         "number",
+        "origin",
         "own",
         "own_proof",
         "peer_fragments",
@@ -130,10 +131,8 @@ class Session:
         self.settings = settings or context.settings
         self.number = number
         self.initiator = initiator  # the original initiator of this IKE SA
-        self.local = local
-        self.remote = remote
-        self.spi_own = spi or context.new_spi()
-        self.spi_peer = NO_SPI
+        self.local, self.remote = local, remote
+        self.spi_own, self.spi_peer = spi or context.new_spi(), NO_SPI
         self.state = State.NEW
         self.window = Window()
         self.suite: IkeSuite | None = None
@@ -150,6 +149,8 @@ class Session:
         self.identity: PeerIdentity | None = None
         self.authenticated: Authenticated | None = None
         self.key: PublicKey | None = None
+        self.origin = (initiator, b"")
+        """Whether we began the first IKE SA of this one's line, and the SPIs of that, the initiator's first."""
         self.own_proof = False  # we proved a key too (not NULL)
         self.early_deletes: tuple[int, ...] = ()
         """Outbound SPIs that the peer deleted before we had its answer that makes them."""

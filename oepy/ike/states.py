@@ -34,9 +34,9 @@ A reauthentication is a session of its own beside the old one, which it ends whe
 (`reauthentication.py`); it is no duplicate.
 
 Two tunnels where one would do (both ends began at once): both sides rank the two IKE SAs alike, by the number
-of sides that proved a key (AUTH NULL counts 0), then by the lower SPI pair (`duplicates.py`). The *initiator*
-of the loser first makes sure, by an empty INFORMATIONAL in the winner, that the peer has the winner as well,
-and only then deletes the loser; traffic can use either until then.
+of sides that proved a key (AUTH NULL counts 0), then by the lower SPI pair, which is that of the first IKE SA of
+each line (`duplicates.py`). The *initiator* of the loser first makes sure, by an empty INFORMATIONAL in the
+winner, that the peer has the winner as well, and only then deletes the loser; traffic can use either until then.
 """
 
 from __future__ import annotations
