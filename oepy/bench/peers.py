@@ -16,7 +16,7 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
-from oepy.bench.processes import START_SECONDS, await_daemon, resident_bytes
+from oepy.bench.processes import START_SECONDS, await_daemon, cpu_seconds, resident_bytes
 from oepy.control import protocol
 from oepy.control.client import ControlClient
 from oepy.errors import OepyError
@@ -30,12 +30,13 @@ _PEERS, _NETWORKS = int(IPv4Address("198.18.0.0")), int(IPv4Address("10.0.0.0"))
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Times in seconds: `start` until the daemon answers and traps, `add` the median of one connection more.
-    `memory` is the daemon's resident memory in bytes."""
+    """Times in seconds: `start` until the daemon answers and traps, `add` the median of one connection more, and
+    `add_cpu` what of it is the daemon's CPU time. `memory` is the daemon's resident memory in bytes."""
 
     connections: int
     start: float
     add: float
+    add_cpu: float
     memory: int
 
 
@@ -82,13 +83,15 @@ def _measure(namespace: Namespace, place: Path, size: int) -> Row:
         try:
             await_daemon(client, process, place / "log")
             start = time.monotonic() - begun
-            times = []
+            times, cpu = [], []
             for more in range(1, ADDED + 1):
                 config.write_text(_text(place, size + more))
-                begun = time.monotonic()
+                begun, spent = time.monotonic(), cpu_seconds(process.pid)
                 _load(client, size + more)
                 times.append(time.monotonic() - begun)
-            return Row(size, start, statistics.median(times), resident_bytes(process.pid))
+                cpu.append(cpu_seconds(process.pid) - spent)
+            add, add_cpu = statistics.median(times), statistics.median(cpu)
+            return Row(size, start, add, add_cpu, resident_bytes(process.pid))
         finally:
             process.terminate()
             process.wait(60)

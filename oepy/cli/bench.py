@@ -291,10 +291,11 @@ def peers(connections: int, as_json: bool) -> None:
     if as_json:
         print_json(result)
         return
-    click.secho(f"{'connections':>12}{'start':>10}{'one more':>12}{'memory':>10}", bold=True)
+    click.secho(f"{'connections':>12}{'start':>10}{'one more':>12}{'its CPU':>12}{'memory':>10}", bold=True)
     for row in result["rows"]:
         click.echo(
             f"{row['connections']:>12,}{row['start']:>8.2f} s{milliseconds(row['add']):>12}"
+            f"{milliseconds(row['add_cpu']):>12}"
             f"{row['memory'] / 1e6:>7.0f} MB"
         )
     click.echo(

@@ -12,4 +12,7 @@ pytestmark = pytest.mark.root
 def test_the_rows() -> None:
     result = run((2, 12), lambda done, total: None).as_dict()
     assert [row["connections"] for row in result["rows"]] == [2, 12]
-    assert all(row["start"] > 0 and row["add"] > 0 and row["memory"] > 10_000_000 for row in result["rows"])
+    assert all(
+        row["start"] > 0 and row["add"] > row["add_cpu"] > 0 and row["memory"] > 10_000_000
+        for row in result["rows"]
+    )
