@@ -35,14 +35,17 @@ class Configured:
         while gone or fresh:
             some, gone = gone[:MAX_AT_ONCE], gone[MAX_AT_ONCE:]
             # What replaces an island comes in the transaction in which that goes; the rest when all are gone
-            now = [item for item in fresh if item[0] in set(some)] or ([] if gone else fresh[:MAX_AT_ONCE])
+            leaving = set(some)
+            now = [item for item in fresh if item[0] in leaving] or ([] if gone else fresh[:MAX_AT_ONCE])
             taken = {place for place, _ in now}
             fresh = [item for item in fresh if item[0] not in taken]
-            self._transaction(changer, some, now)
+            later = {name for _, rules in fresh for name in self._sets_of(rules)} if fresh else set()
+            self._transaction(changer, some, now, later)
 
     def _transaction(
-        self, changer: kernel.Tables, gone: list[Place], fresh: list[tuple[Place, Rules]]
+        self, changer: kernel.Tables, gone: list[Place], fresh: list[tuple[Place, Rules]], later: set[str]
     ) -> None:
+        """`later`: sets that a following one refers to; with what is in them they stay."""
         sets = dict(self._sets)
         for place in gone:
             for name in self._sets_of(self.there[place]):
@@ -60,7 +63,8 @@ class Configured:
         messages += [programs.delete_jumps(self._table, name, keys) for name, keys in _by_map(gone)]
         messages += [programs.add_jumps(self._table, name, jumps) for name, jumps in _jumps(chains)]
         messages += [programs.delete_chain(self._table, self._chains[place]) for place in gone]
-        messages += [programs.delete_set(self._table, name) for name, count in sets.items() if not count]
+        unused = {name for name, count in sets.items() if not count} - later
+        messages += [programs.delete_set(self._table, name) for name in sorted(unused)]
         try:
             changer.transaction(messages)
         except kernel.NetlinkRefused as refused:
@@ -69,9 +73,10 @@ class Configured:
                 "fewer of them, perhaps",
             ) from refused
         self._serial += len(fresh)
-        self._sets = {name: count for name, count in sets.items() if count}
-        there = {place: rules for place, rules in self.there.items() if place not in set(gone)}
-        self.there = there | dict(fresh)
+        self._sets = {name: count for name, count in sets.items() if name not in unused}
+        leaving = set(gone)
+        there = {place: rules for place, rules in self.there.items() if place not in leaving}
+        self.there = there | dict(fresh)  # another dictionary: the old one may be what we have to go back to
         for place in gone:
             del self._chains[place]
         self._chains.update(chains)

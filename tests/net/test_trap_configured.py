@@ -20,6 +20,7 @@ from oepy.interfaces import ConfiguredRule, TrapPolicy, Way
 from oepy.lab.capture import Capture
 from oepy.lab.namespaces import Namespace
 from oepy.model import PolicyGroup, Verdict
+from oepy.trap import configured as configured_rules
 from oepy.trap import islands, kernel, switch
 from oepy.trap.rules import Ruleset
 from tests.net.harness import A4, B4, Wired, address, trapping, wired
@@ -151,6 +152,27 @@ def test_the_difference_is_what_a_fresh_load_makes(net: Wired) -> None:
         with namespace.entered():
             switch.leave(current, False, tables)
         tables.close()
+
+
+async def test_in_several_transactions_what_is_up_stays_up(
+    net: Wired, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Islands that one wider prefix swallows: the sets of what their children have joined keep their elements."""
+    monkeypatch.setattr(configured_rules, "MAX_AT_ONCE", 1)
+    narrow = [r for n in (1, 2, 3) for r in both_ways("192.0.2.10/32", f"10.{n}.0.0/16", n, required=True)]
+    first, second = (
+        with_rules(*narrow),
+        with_rules(*narrow, *both_ways("192.0.2.10/32", "10.0.0.0/8", 9)),
+    )
+    with trapping(net.a, first) as trap:
+        joined = ip_network("10.2.0.0/24")
+        trap.trap.join(2, (), [(joined[0], joined[-1])])
+        trap.reload(second)
+        assert "10.2.0.0/24" in net.a.run("nft", "list", "set", "inet", "oepy", "joined_2_4").stdout
+        assert len(listed(net.a)["configured"]) == 3
+        trap.reload(first)
+        assert "10.2.0.0/24" in net.a.run("nft", "list", "set", "inet", "oepy", "joined_2_4").stdout
+        assert len(listed(net.a)["configured"]) == 9
 
 
 def test_what_the_kernel_refuses_changes_nothing(net: Wired) -> None:
