@@ -358,7 +358,8 @@ class Conventional:
             return
         anonymous = event.authenticated is Authenticated.NULL
         identity = "" if anonymous else str(event.identity)
-        again = any(
+        # Where many may have one identity, nobody asks
+        again = connection.unique in ("keep", "replace") and any(
             info is not None and info.remote == event.remote
             for info in map(
                 self._core.negotiator.endpoint.session, self.manager.sessions_of(connection.name, identity)
