@@ -52,15 +52,11 @@ test:
 	@$(MAKE) --no-print-directory check
 	@scripts/run-tests -m "not long and not kernel" $(PYTEST)
 
-# Where the tests marked `kernel` and `any_kernel` are: to collect all the others takes a minute in there
-KERNEL_TESTS := tests/kernel tests/net/test_trap.py tests/net/test_trap_forward.py tests/net/test_leak.py \
-	tests/interop/test_daemon_strongswan.py tests/interop/matrix
-
 test-kernel:
 	@scripts/install-system kernel
 	@scripts/unpack-peers libreswan openiked
 	@$(MAKE) --no-print-directory $(VENV)/.dev
-	@scripts/second-kernel --time 3600 --out .interop/kernel $(BIN)/python -m pytest -p no:cacheprovider --timeout 900 -m "(kernel or any_kernel) and not long" $(KERNEL_TESTS) $(PYTEST)
+	@scripts/run-kernel-tests "(kernel or any_kernel) and not long" 3600 $(PYTEST)
 
 test-long:
 	@scripts/install-system test
@@ -68,7 +64,7 @@ test-long:
 	@scripts/run-tests -m "not kernel" $(PYTEST)
 	@scripts/install-system kernel
 	@scripts/unpack-peers libreswan openiked
-	@scripts/second-kernel --time 4500 --out .interop/kernel $(BIN)/python -m pytest -p no:cacheprovider --timeout 900 -m "kernel or any_kernel" $(KERNEL_TESTS) $(PYTEST)
+	@scripts/run-kernel-tests "kernel or any_kernel" 4500 $(PYTEST)
 
 # From what the last `make test` and `make test-kernel` have seen
 interop-table:
