@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
+import functools
 from dataclasses import dataclass
 
 from oepy.keys import HostKey
@@ -24,6 +26,18 @@ class Site:
     middle: Holder
     oepy: Holder
     peer: Holder
+
+
+@functools.cache
+def _made() -> Credentials:
+    return Credentials()
+
+
+def credentials() -> Credentials:
+    """The same for all peers of a run, as RSA keys take minutes in an emulated machine; own public keys."""
+    found = copy.copy(_made())
+    found.peer_public = dict(found.peer_public)
+    return found
 
 
 class Credentials:

@@ -37,7 +37,7 @@ class Libreswan:
         self._directory = directory
         self._credentials = credentials
         self._process: subprocess.Popen[Any] | None = None
-        self._has_raw_keys = False
+        self._has_keys = ""
         self._nss = f"sql:{directory / 'nss'}"
         for name in ("nss", "run", "ipsec.d"):
             (directory / name).mkdir(parents=True)
@@ -114,11 +114,12 @@ class Libreswan:
         assert self._process is not None
         if self._process.poll() is not None:
             raise OepyError(f"pluto has ended by itself ({self._process.returncode})", self.log())
-        if setup.is_x509 and self._has_raw_keys:
-            # It keeps raw keys of connections that are gone, and believes no certificate of the same name then
+        if setup.auth != "psk" and self._has_keys not in ("", setup.auth):
+            # It keeps the keys of connections that are gone, and believes no others of the same name then
             self.stop()
             self.start()
-        self._has_raw_keys = setup.is_raw or (self._has_raw_keys and not setup.is_x509)
+        if setup.auth != "psk":
+            self._has_keys = setup.auth
         file = self._directory / "site.conf"
         lines = "".join(f"\t{name}={value}\n" for name, value in self._section(setup).items())
         file.write_text(f"conn site\n{lines}")
@@ -145,8 +146,8 @@ class Libreswan:
         if PEER in setup.asking:
             section |= {"dpddelay": f"{LIVENESS_SECONDS}s", "dpdtimeout": "10s", "dpdaction": "clear"}
         for side, who in (("left", PEER), ("right", OEPY)):
-            given = setup.assigns and who == setup.begins
-            for subnet in ["0.0.0.0/0"] if given else ground.selectors(setup, who)[:1]:
+            asks = setup.assigns and who == setup.begins == PEER  # for a part of everything
+            for subnet in ["0.0.0.0/0"] if asks else ground.selectors(setup, who)[:1]:
                 section[f"{side}subnet"] = subnet
         if setup.assigns:
             client, server = ("left", "right") if setup.begins == PEER else ("right", "left")

@@ -22,6 +22,7 @@ from tests.interop.matrix.cases import (
     USERLAND,
     WHERE,
     Line,
+    loses,
     obstacle,
 )
 
@@ -139,15 +140,22 @@ def _row(cells: list[str]) -> str:
 def _cell(rows: dict[Key, Row], peer: str, where: str, line: Line, role: str, notes: list[str]) -> str:
     reason = obstacle(peer, where, line.setup, role)
     if reason is not None:
-        if reason not in notes:
-            notes.append(reason)
-        return f"– ({notes.index(reason) + 1})"
+        return f"– ({_number(reason, notes)})"
     row = rows.get((peer, where, line.key, role))
     if row is None:
         return f"not run (`{_COMMANDS[where]}`)"
     if row["result"] != WORKS:
         return "**no**"
+    if line.rekey:
+        reason = loses(peer, line.rekey)
+        return "yes, none lost" if reason is None else f"yes ({_number(reason, notes)})"
     return "yes, in UDP" if row.get("encap") else "yes"
+
+
+def _number(reason: str, notes: list[str]) -> int:
+    if reason not in notes:
+        notes.append(reason)
+    return notes.index(reason) + 1
 
 
 def main(files: list[str]) -> None:

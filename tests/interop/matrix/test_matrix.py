@@ -34,9 +34,10 @@ from tests.interop.matrix.cases import (
     USERLAND,
     WHERE,
     Setup,
+    loses,
     obstacle,
 )
-from tests.interop.matrix.credentials import Credentials
+from tests.interop.matrix.credentials import Credentials, credentials
 from tests.interop.matrix.ground import Ground, wait_for
 from tests.interop.matrix.libreswan import Libreswan
 from tests.interop.matrix.openiked import OpenIked
@@ -135,11 +136,11 @@ def game(
     directory = tmp_path_factory.mktemp("matrix")
     for parent in (directory, *directory.parents[:2]):
         parent.chmod(0o755)
-    credentials = Credentials()
+    keys = credentials()
     with Lab() as lab:
         ground = Ground(lab, PACE, translates=KERNEL_NAME != "uml")
-        peer = _peer(request.param, ground, directory / "peer", credentials)
-        ours = Oepy(ground, directory / "oepy", "tun" if HERE == USERLAND else "auto", credentials)
+        peer = _peer(request.param, ground, directory / "peer", keys)
+        ours = Oepy(ground, directory / "oepy", "tun" if HERE == USERLAND else "auto", keys)
         try:
             peer.start()
             yield Game(ground, ours, peer, Recorder(peer.name, peer.version, HERE))
@@ -149,13 +150,13 @@ def game(
             ground.tap.close()
 
 
-def _peer(name: str, ground: Ground, directory: Path, credentials: Credentials) -> Peer:
+def _peer(name: str, ground: Ground, directory: Path, keys: Credentials) -> Peer:
     if name == OPENIKED:
-        return OpenIked(ground, directory, credentials)
+        return OpenIked(ground, directory, keys)
     if name == LIBRESWAN:
-        return Libreswan(ground, directory, credentials)
+        return Libreswan(ground, directory, keys)
     assert name == STRONGSWAN
-    return StrongSwan(ground, directory, credentials, userland=HERE == USERLAND)
+    return StrongSwan(ground, directory, keys, userland=HERE == USERLAND)
 
 
 @over(*COMING_UP, ASSIGNED)
@@ -184,8 +185,8 @@ def _is_ike_fragment(packet: Packet) -> bool:
 
 @over(*REKEYED)
 def test_both_rekey_under_traffic(game: Game, setup: Setup, role: str) -> None:
-    """Pings go on both ways while each end rekeys the CHILD SA and the IKE SA: none is lost, nothing goes in the
-    clear, and in the end there is one tunnel, as before."""
+    """Pings go on both ways while each end rekeys the CHILD SA and the IKE SA: none is lost (but where the peer
+    can't help it), nothing goes in the clear, and in the end there is one tunnel, as before."""
     up = ""
     for kind in REKEYS:
         what, who = kind.split("-")
@@ -211,7 +212,8 @@ def _rekey_under_traffic(game: Game, setup: Setup, what: str, who: str) -> None:
         time.sleep(0.5 * game.ground.pace)
         traffic.stop()
         assert traffic.sent > 20
-        assert traffic.lost == 0, game.told()
+        assert traffic.lost == 0 or loses(game.peer.name, f"{what}-{who}"), game.told()
+        assert traffic.lost < traffic.sent / 2, game.told()
         kinds = {packet.kind for packet in game.ground.tap.packets()}
         assert kinds == {"ike", "esp"}
 
