@@ -16,7 +16,7 @@ from oepy.datapath.xfrm.datapath import SEQUENCE_LEAP, XfrmDatapath
 from oepy.datapath.xfrm.plan import BY_DEVICE, BY_MARK
 from oepy.errors import OepyError
 from oepy.interfaces import DatapathEvent
-from oepy.model import XFRM_IF_ID, Endpoint, EspSuite, Lifetime, SaPair, Secret
+from oepy.model import XFRM_IF_ID, Endpoint, EspSuite, Lifetime, SaKeys, SaPair, Secret
 from oepy.xfrm import pieces as p
 from oepy.xfrm import requests
 from oepy.xfrm import values as v
@@ -175,6 +175,30 @@ async def test_another_peer_has_another_reqid(bed: Bed) -> None:
     other = dataclasses.replace(SECOND, remote=Endpoint(ip_address("192.0.2.3"), 4500))
     await bed.datapath.install(other)
     assert len({sa.reqid for sa in bed.kernel.sas.values()}) == 2
+
+
+async def test_ah_is_padded_as_its_family_wants(bed: Bed) -> None:
+    """RFC 4302 §3.3.3.2.1: to 32 bits over IPv4, to 64 over IPv6; other systems refuse what has more."""
+    ah = dataclasses.replace(
+        FIRST,
+        protocol="ah",
+        encap=False,
+        suite=EspSuite("", "sha256"),
+        keys_in=SaKeys(Secret(b""), Secret(bytes(32))),
+        keys_out=SaKeys(Secret(b""), Secret(bytes(32))),
+    )
+    await bed.datapath.install(ah)
+    assert all(v.SaFlag.ALIGN4 in sa.flags for sa in bed.kernel.sas.values())
+    await bed.datapath.remove(0x1001)
+    over6 = {
+        "local": Endpoint(ip_address("2001:db8::1"), 500),
+        "remote": Endpoint(ip_address("2001:db8::2"), 500),
+    }
+    await bed.datapath.install(dataclasses.replace(ah, **over6))
+    assert not any(v.SaFlag.ALIGN4 in sa.flags for sa in bed.kernel.sas.values())
+    await bed.datapath.remove(0x1001)
+    await bed.datapath.install(FIRST)
+    assert not any(v.SaFlag.ALIGN4 in sa.flags for sa in bed.kernel.sas.values())
 
 
 async def test_configured_connections_come_first(bed: Bed) -> None:

@@ -83,6 +83,8 @@ def _sa(pair: SaPair, reqid: int, scheme: Scheme, selector: v.Selector, keys: Sa
     found = transforms(pair.protocol, pair.suite, keys)
     mode = mode_of(pair)
     flags = v.SaFlag.ESN if pair.suite.esn else v.SaFlag.NONE
+    if pair.protocol == "ah" and pair.local.address.version == 4:
+        flags |= v.SaFlag.ALIGN4  # as RFC 4302 §3.3.3.2.1 has it; without, the kernel pads as for IPv6
     if mode is v.Mode.TUNNEL:
         flags |= v.SaFlag.AF_UNSPEC  # both families inside, whatever the outer one is
     return v.Sa(
