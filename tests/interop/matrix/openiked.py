@@ -76,7 +76,7 @@ class OpenIked:
             "mount --bind $1/passwd /etc/passwd && mount --bind $1/group /etc/group && "
             "mount --bind $1/iked /etc/iked && exec $2 -dvv -f $3 -s $4"
         )
-        with (self._directory / "iked.log").open("ab") as log:
+        with (self._directory / "iked.log").open("wb") as log:
             self._process = self._ground.peer.popen(
                 *["unshare", "-m", "sh", "-c", script, "sh"],
                 *[str(self._directory), IKED, str(conf), self._socket],
@@ -86,8 +86,9 @@ class OpenIked:
         wait_for(self._is_ready, 10 * self._ground.pace, self.log)
 
     def _is_ready(self) -> bool:
+        """Its processes answer commands before they have the configuration."""
         call = self._ground.peer.run(IKECTL, "-s", self._socket, "show", "sa", check=False)
-        return call.returncode == 0
+        return call.returncode == 0 and "compilation done" in (self._directory / "iked.log").read_text()
 
     def _write_keys(self, setup: Setup) -> None:
         base = self._directory / "iked"
