@@ -72,7 +72,8 @@ interop-table:
 
 # Not part of the tests: SECONDS for each target, one after the other. A finding is a file `crash-…`.
 SECONDS ?= 600
-FUZZ ?= ike ike_sealed ike_session records dns_reply dns_chain esp trap xfrm setkey ipsec_conf manual_section connections
+FUZZ ?= ike ike_sealed ike_session certificates connections records dns_reply dns_chain dns_stream anchor_file esp trap \
+  xfrm setkey ipsec_conf manual_section
 fuzz: $(VENV)/.dev
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check atheris
 	@for target in $(FUZZ); do $(BIN)/python -m tests.fuzz.run $$target $(SECONDS) || exit 1; done
