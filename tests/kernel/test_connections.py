@@ -177,7 +177,8 @@ def test_ah_with_strongswan(
     with charon(gate.name, tmp_path / "charon") as peer:
         peer.load(_CHARON_AH)
         client.start({}, **section, datapath="xfrm")
-        with Capture(gate, ["wan0", "wan1"], tmp_path / "wan.pcap") as capture:
+        # On our side: at strongSwan's, whose policies have no device, a capture sees what has been decrypted, too
+        with Capture(warrior, ["eth0", "eth1"], tmp_path / "wan.pcap") as capture:
             up = client.oepy("connection", "up", "home")
             assert up.returncode == 0, up.stdout + up.stderr + client.log() + peer.tail()
             assert None not in ping(inside, "198.18.6.2", count=3, timeout=10), client.log() + peer.tail()
