@@ -156,8 +156,7 @@ class _Search:
 def validate(
     leaf: Certificate, others: Sequence[Certificate], anchors: Sequence[Certificate], now: float
 ) -> Path:
-    """`others` are what the peer sent beside its own, and intermediate ones that are configured. `now` in seconds
-    since 1970. Raises PathError."""
+    """`others` are what the peer sent beside its own. `now` in seconds since 1970. Raises PathError."""
     moment = datetime.fromtimestamp(now, UTC)
     if not anchors:
         raise PathError("no CA is trusted")

@@ -18,16 +18,15 @@ MAX_NAMED = 4  # identities that a message lists
 @dataclass(frozen=True, slots=True)
 class Trust:
     """`pinned`: if there are any, the peer's certificate must be one of them, and that is enough. Else it must lead
-    to one of `anchors`, by way of `intermediates` and what the peer sends."""
+    to one of `anchors`, by way of what the peer sends."""
 
     anchors: tuple[Certificate, ...] = ()
-    intermediates: tuple[Certificate, ...] = ()
     pinned: tuple[Certificate, ...] = ()
 
     @classmethod
     def of(cls, authorities: Sequence[Certificate], pinned: Sequence[Certificate] = ()) -> Trust:
         """All configured CAs are anchors, as with strongSwan: an intermediate one alone may be what is trusted."""
-        return cls(tuple(authorities), (), tuple(pinned))
+        return cls(tuple(authorities), tuple(pinned))
 
     def key_hashes(self) -> tuple[bytes, ...]:
         """For CERTREQ (RFC 7296 §3.7)."""
@@ -55,7 +54,7 @@ def accept(trust: Trust, sent: Sequence[bytes], identity: PeerIdentity, now: flo
         if reason:
             raise PathError(f"{subject_of(leaf)}: {reason}")
         return Path((leaf,))
-    return validate(leaf, (*others, *trust.intermediates), trust.anchors, now)
+    return validate(leaf, others, trust.anchors, now)
 
 
 def _read(sent: Sequence[bytes]) -> tuple[Certificate | None, list[Certificate]]:
