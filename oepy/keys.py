@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import hashlib
 import os
 import secrets
@@ -188,8 +189,10 @@ def _rsa_data(key: rsa.RSAPublicKey) -> bytes:
     return writer.finish()
 
 
+@functools.lru_cache(maxsize=1024)
 def from_public_key(key: PublicKey) -> PublicKeyObject:
-    """cryptography's object of a key in DNS form. Raises KeyFormatError, saying why."""
+    """cryptography's object of a key in DNS form. Raises KeyFormatError, saying why. Peers come again, and to look
+    whether a point is on its curve takes a good part of what a handshake may cost."""
     try:
         if key.algorithm is KeyAlgorithm.RSA:
             return _rsa_object(key.data)

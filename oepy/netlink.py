@@ -67,7 +67,7 @@ def parse_frames(data: bytes) -> Iterator[Frame]:
     """All messages of one datagram. Raises ParseError where a length does not fit."""
     reader = Reader(data, what="netlink message")
     while reader.remaining:
-        length, kind, flags, sequence, _ = HEADER.unpack(reader.pull_bytes(HEADER.size))
+        length, kind, flags, sequence, _ = reader.pull(HEADER)
         if length < HEADER.size:
             raise ParseError(f"netlink message of {length} bytes")
         body = reader.pull_reader(length - HEADER.size)
@@ -99,7 +99,7 @@ def parse_attributes(data: bytes) -> dict[int, bytes]:
     found: dict[int, bytes] = {}
     reader = Reader(data, what="netlink attribute")
     while reader.remaining:
-        length, kind = _ATTRIBUTE.unpack(reader.pull_bytes(4))
+        length, kind = reader.pull(_ATTRIBUTE)
         if length < 4:
             raise ParseError(f"netlink attribute of {length} bytes")
         found[kind & _NLA_TYPE_MASK] = reader.pull_bytes(length - 4)

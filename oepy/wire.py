@@ -7,6 +7,7 @@ parser built on `Reader` can neither read past the end nor loop on an element of
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 from oepy.errors import ParseError
 
@@ -61,10 +62,15 @@ class Reader:
 
     def pull_bytes(self, count: int) -> bytes:
         start = self._advance(count)
-        return bytes(self._data[start : start + count])
+        return self._data[start : start + count]
+
+    def pull(self, layout: struct.Struct) -> tuple[Any, ...]:
+        """The fields of a fixed layout."""
+        return layout.unpack_from(self._data, self._advance(layout.size))
 
     def pull_rest(self) -> bytes:
-        return self.pull_bytes(self.remaining)
+        start, self._pos = self._pos, self._end
+        return self._data[start : self._end]
 
     def pull_reader(self, count: int, what: str | None = None) -> Reader:
         """A cursor over the next `count` bytes, which are skipped here."""

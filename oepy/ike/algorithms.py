@@ -4,6 +4,7 @@ the choice between two proposals.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -91,8 +92,8 @@ _NAMES = {
 
 
 def transform_name(transform: Transform) -> str:
-    key = (transform.type, transform.id, transform.key_length)
-    return _NAMES.get(key, f"{transform.type}:{transform.id}/{transform.key_length}")
+    known = _NAMES.get((transform.type, transform.id, transform.key_length))
+    return known or f"{transform.type}:{transform.id}/{transform.key_length}"
 
 
 Offer = dict[TransformType, tuple[Transform, ...]]
@@ -273,12 +274,15 @@ def choose(offers: Sequence[Offer], peer: tuple[Proposal, ...], *, prefer_group:
 
 
 def _match(offer: Offer, proposal: Proposal, prefer_group: int) -> dict[int, Transform] | None:
-    chosen: dict[int, Transform] = {}
-    for kind in {transform.type for transform in proposal.transforms} - set(offer):
-        if not any(transform.id == 0 for transform in proposal.of_type(kind)):
+    proposed: dict[int, list[Transform]] = {}
+    for transform in proposal.transforms:
+        proposed.setdefault(transform.type, []).append(transform)
+    for kind, transforms in proposed.items():
+        if kind not in offer and all(transform.id for transform in transforms):
             return None  # the peer insists on something that we don't offer
+    chosen: dict[int, Transform] = {}
     for kind, acceptable in offer.items():
-        theirs = [transform for transform in proposal.of_type(kind) if transform.usable]
+        theirs = [transform for transform in proposed.get(kind, ()) if transform.usable]
         common = [transform for transform in acceptable if transform in theirs]
         if not common and kind == TransformType.ESN and not theirs and ESN_NO in acceptable:
             common = [ESN_NO]  # RFC 7296 §3.3.3: it should be there, some leave it out
@@ -310,27 +314,34 @@ def accepted(offers: Sequence[Offer], answer: tuple[Proposal, ...]) -> Chosen | 
 
 
 def ike_suite(chosen: Chosen) -> IkeSuite:
-    names = {kind: transform_name(transform) for kind, transform in chosen.transforms.items()}
+    return _ike_suite(tuple(chosen.transforms.values()))
+
+
+@functools.lru_cache(maxsize=64)
+def _ike_suite(transforms: tuple[Transform, ...]) -> IkeSuite:
+    names = {transform.type: transform_name(transform) for transform in transforms if transform.id}
     return IkeSuite(
         names[TransformType.ENCR],
         names.get(TransformType.INTEG, ""),
         names[TransformType.PRF],
         names[TransformType.KE],
-        tuple(
-            names[kind].partition("_")[2]
-            for kind in ADDITIONAL_TYPES
-            if kind in chosen.transforms and chosen.transforms[kind].id
-        ),
+        tuple(names[kind].partition("_")[2] for kind in ADDITIONAL_TYPES if kind in names),
     )
 
 
 def esp_suite(chosen: Chosen) -> EspSuite:
     """ESP's, or AH's, which has no encryption."""
-    names = {kind: transform_name(transform) for kind, transform in chosen.transforms.items()}
+    return _esp_suite(tuple(chosen.transforms.values()))
+
+
+@functools.lru_cache(maxsize=64)
+def _esp_suite(transforms: tuple[Transform, ...]) -> EspSuite:
+    by_type = {transform.type: transform for transform in transforms}
+    encryption, integrity = by_type.get(TransformType.ENCR), by_type.get(TransformType.INTEG)
     return EspSuite(
-        names.get(TransformType.ENCR, ""),
-        names.get(TransformType.INTEG, ""),
-        esn=chosen.transforms[TransformType.ESN].id == 1,
+        transform_name(encryption) if encryption else "",
+        transform_name(integrity) if integrity else "",
+        esn=by_type[TransformType.ESN] == ESN_YES,
     )
 
 

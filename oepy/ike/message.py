@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from oepy.errors import ParseError
@@ -26,6 +26,7 @@ class Message:
     header: Header
     chain: Chain
     raw: bytes
+    _first: dict[int, Notify] | None = field(default=None, init=False)
 
     def get(self, kind: PayloadType, expected: type[T]) -> T | None:
         """The first payload of a type."""
@@ -46,10 +47,12 @@ class Message:
         return [n for n in self.chain.parsed.get(PayloadType.NOTIFY, ()) if isinstance(n, Notify)]
 
     def notify(self, kind: NotifyType) -> Notify | None:
-        for item in self.chain.parsed.get(PayloadType.NOTIFY, ()):
-            if isinstance(item, Notify) and item.type == kind:
-                return item
-        return None
+        """The first one of this type."""
+        if self._first is None:
+            self._first = {}
+            for item in self.notifies():
+                self._first.setdefault(item.type, item)
+        return self._first.get(kind)
 
 
 def build_plain(header: Header, payloads: Sequence[Payload]) -> bytes:

@@ -79,7 +79,7 @@ def parse_sa(reader: Reader) -> SaPayload:
 
 
 def _pull_proposal(reader: Reader) -> tuple[Proposal, bool]:
-    last, _, length, number, protocol, spi_size, count = _PROPOSAL.unpack(reader.pull_bytes(_PROPOSAL.size))
+    last, _, length, number, protocol, spi_size, count = reader.pull(_PROPOSAL)
     if last not in (0, 2):
         raise ParseError(f"proposal: last-substructure field {last}")
     inner = reader.pull_reader(length - _PROPOSAL.size, "proposal")
@@ -104,7 +104,7 @@ def _parse_transforms(data: bytes, count: int) -> tuple[Transform, ...]:
 
 
 def _pull_transform(reader: Reader) -> tuple[Transform, bool]:
-    last, _, length, kind, _, number = _TRANSFORM.unpack(reader.pull_bytes(_TRANSFORM.size))
+    last, _, length, kind, _, number = reader.pull(_TRANSFORM)
     if last not in (0, 3):
         raise ParseError(f"transform: last-substructure field {last}")
     if length == _TRANSFORM.size:
@@ -149,17 +149,14 @@ def _transforms(transforms: tuple[Transform, ...]) -> bytes:
 
 
 def build_sa(payload: SaPayload) -> bytes:
-    writer = Writer()
-    for index, proposal in enumerate(payload.proposals):
-        start = len(writer)
-        writer.push_u8(2 if index < len(payload.proposals) - 1 else 0)
-        writer.push_u8(0)
-        writer.push_u16(0)
-        writer.push_u8(proposal.number)
-        writer.push_u8(proposal.protocol)
-        writer.push_u8(len(proposal.spi))
-        writer.push_u8(len(proposal.transforms))
-        writer.push_bytes(proposal.spi)
-        writer.push_bytes(_transforms(proposal.transforms))
-        writer.patch_u16(start + 2, len(writer) - start)
-    return writer.finish()
+    parts = []
+    for left, proposal in enumerate(payload.proposals, 1 - len(payload.proposals)):
+        body = proposal.spi + _transforms(proposal.transforms)
+        parts += (
+            _PROPOSAL.pack(
+                *(2 if left else 0, 0, _PROPOSAL.size + len(body)),
+                *(proposal.number, proposal.protocol, len(proposal.spi), len(proposal.transforms)),
+            ),
+            body,
+        )
+    return b"".join(parts)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import struct
 from ipaddress import IPv4Address, IPv6Address
 
 from oepy.errors import ParseError
 from oepy.model import IpAddress, TrafficSelector
-from oepy.wire import Reader, Writer
+from oepy.wire import Reader
 
 MAX_SELECTORS = 64
 
 _TS_IPV4 = 7
 _TS_IPV6 = 8
+_GENERIC = struct.Struct("!BBH")
+_PORTS = struct.Struct("!HH")
+_SELECTOR = struct.Struct("!BBHHH")  # both
 _TYPES: dict[int, tuple[int, type[IPv4Address] | type[IPv6Address]]] = {
     _TS_IPV4: (4, IPv4Address),
     _TS_IPV6: (16, IPv6Address),
@@ -27,16 +31,18 @@ def parse_ts(reader: Reader) -> tuple[TrafficSelector, ...]:
         raise ParseError(f"traffic selectors: {count} of them")
     selectors = []
     for _ in range(count):
-        kind, protocol = reader.pull_u8(), reader.pull_u8()
-        body = reader.pull_reader(reader.pull_u16() - 4, "traffic selector")
+        kind, protocol, length = reader.pull(_GENERIC)
         if kind not in _TYPES:
+            reader.pull_bytes(length - _GENERIC.size)
             continue
         size, family = _TYPES[kind]
-        start_port, end_port = body.pull_u16(), body.pull_u16()
-        start: IpAddress = family(body.pull_bytes(size))
-        end: IpAddress = family(body.pull_bytes(size))
-        body.expect_end()
-        if int(start) > int(end):
+        if length != _SELECTOR.size + 2 * size:
+            raise ParseError(f"traffic selector: {length} bytes of type {kind}")
+        start_port, end_port = reader.pull(_PORTS)
+        first, last = reader.pull_bytes(size), reader.pull_bytes(size)
+        start: IpAddress = family(first)
+        end: IpAddress = start if first == last else family(last)
+        if first > last:
             raise ParseError("traffic selector: an address range runs backwards")
         if start_port > end_port:
             continue
@@ -46,16 +52,13 @@ def parse_ts(reader: Reader) -> tuple[TrafficSelector, ...]:
 
 
 def build_ts(selectors: tuple[TrafficSelector, ...]) -> bytes:
-    writer = Writer()
-    writer.push_u8(len(selectors))
-    writer.push_bytes(bytes(3))
+    parts = [bytes((len(selectors), 0, 0, 0))]
     for selector in selectors:
         kind = _TS_IPV4 if selector.start.version == 4 else _TS_IPV6
-        writer.push_u8(kind)
-        writer.push_u8(selector.protocol)
-        writer.push_u16(8 + 2 * _TYPES[kind][0])
-        writer.push_u16(selector.start_port)
-        writer.push_u16(selector.end_port)
-        writer.push_bytes(selector.start.packed)
-        writer.push_bytes(selector.end.packed)
-    return writer.finish()
+        length = _SELECTOR.size + 2 * _TYPES[kind][0]
+        parts += (
+            _SELECTOR.pack(kind, selector.protocol, length, selector.start_port, selector.end_port),
+            selector.start.packed,
+            selector.end.packed,
+        )
+    return b"".join(parts)

@@ -91,7 +91,7 @@ def parse_nonce(reader: Reader) -> bytes:
 
 
 def parse_notify(reader: Reader) -> Notify:
-    protocol, spi_size, kind = reader.pull_u8(), reader.pull_u8(), reader.pull_u16()
+    protocol, spi_size, kind = reader.pull(_NOTIFY)
     spi = reader.pull_bytes(spi_size)
     if reader.remaining > MAX_NOTIFY_DATA:
         raise ParseError(f"notify: {reader.remaining} bytes of data")
@@ -209,7 +209,7 @@ def parse_chain(data: bytes, first: int, start: int = 0, *, sealed: bool = True)
         number += 1
         if number > MAX_PAYLOADS:
             raise ParseError(f"more than {MAX_PAYLOADS} payloads")
-        next_kind, flags, length = _GENERIC.unpack(reader.pull_bytes(4))
+        next_kind, flags, length = reader.pull(_GENERIC)
         body = reader.pull_reader(length - 4)
         chain.counts[kind] = chain.counts.get(kind, 0) + 1
         if kind in _ENCRYPTED:
