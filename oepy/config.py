@@ -16,10 +16,12 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from oepy import included
 from oepy.configfile import DEFAULT_PATH, DEFAULT_SOCKET, RESOLV_CONF, system_resolvers
 from oepy.connections.model import EMPTY, ConnectionSet
-from oepy.connections.reading import SECTIONS, Files, read_connections
+from oepy.connections.reading import SECTIONS, Files, bounds_and_pools, read_connections
 from oepy.errors import ConfigError, UsageError
+from oepy.included import Memory, Part
 from oepy.interfaces import PolicyRule
 from oepy.manual.checks import read_manual
 from oepy.manual.model import NOTHING, ManualSet
@@ -178,6 +180,7 @@ class _File(_Section):
     control: _Control = Field(default_factory=_Control)
     debug: _Debug = Field(default_factory=_Debug)
     manual: Any = None  # read by manual/reading.py
+    include: list[str] = []
     connections: Any = None  # these four are read by connections/reading.py
     authorities: Any = None
     secrets: Any = None
@@ -189,11 +192,11 @@ _MENDS = {
 }
 
 
-def load(path: Path | str | None = None) -> Config:
-    """Read and check a file; the default path may be missing, which means all defaults. Raises ConfigError
-    with every mistake."""
+def load(path: Path | str | None = None, memory: Memory | None = None) -> Config:
+    """Read and check a file, and those that it includes; the default path may be missing, which means all defaults.
+    What `memory` knows and is the same is not read again. Raises ConfigError with every mistake."""
     text, file = _text_of(path)
-    return parse(text, file)
+    return parse(text, file, memory)
 
 
 def load_manual(path: Path | str | None = None) -> ManualSet:
@@ -224,13 +227,13 @@ def _text_of(path: Path | str | None) -> tuple[str, str]:
     return text, str(file)
 
 
-def parse(text: str, source: str = "oepy.yaml") -> Config:
+def parse(text: str, source: str = "oepy.yaml", memory: Memory | None = None) -> Config:
     """Check the text of a configuration. Raises ConfigError with every mistake."""
     data, lines, problems = _compose(text, source)
     problems += _cross_checks(data, lines)
     manual, wrong = _read_manual(text, data, source, lines)
     problems += wrong
-    connections, mistakes = _read_connections(data, source, lines)
+    connections, mistakes = _all_connections(data, source, lines, memory or Memory())
     problems += mistakes
     model = None
     try:
@@ -293,34 +296,70 @@ def _read_manual(
     return manual, [_manual_problem(problem, lines) for problem in wrong]
 
 
+def _all_connections(
+    data: dict[str, Any], source: str, lines: dict[tuple[str | int, ...], int], memory: Memory
+) -> tuple[ConnectionSet, list[str]]:
+    """Of the file and of those that it includes."""
+    own, problems, _ = _read_connections(data, source, lines)
+    patterns = data.get("include")
+    texts = [text for text in patterns if isinstance(text, str)] if isinstance(patterns, list) else []
+    files, wrong = included.find(texts, Path(source).parent)
+    place = f"line {lines.get(('include',), 1)}: "
+    problems += [place + problem for problem in wrong]
+    whole, wrong = included.join(own, memory.parts(files, _read_part))
+    problems += wrong
+    problems += [_placed(problem.path, problem.text, lines) for problem in bounds_and_pools(whole)]
+    return whole, problems
+
+
+def _read_part(source: str) -> Part:
+    try:
+        text, _ = _text_of(source)
+        data, lines, problems = _compose(text, source)
+    except ConfigError as error:
+        return Part(source, EMPTY, tuple(error.problems), ())
+    for name in data:
+        if name not in SECTIONS:
+            known = f"an included file has {', '.join(SECTIONS[:-1])} and {SECTIONS[-1]} alone"
+            problems.append(_placed((str(name),), known, lines))
+    found, wrong, named = _read_connections(data, source, lines)
+    return Part(source, found, (*problems, *wrong), named)
+
+
 def _read_connections(
     data: dict[str, Any], source: str, lines: dict[tuple[str | int, ...], int]
-) -> tuple[ConnectionSet, list[str]]:
+) -> tuple[ConnectionSet, list[str], tuple[str, ...]]:
+    """Of one file; and the files that it names."""
     if all(data.get(section) is None for section in SECTIONS):
-        return EMPTY, []
+        return EMPTY, [], ()
     from oepy.ike.algorithms import parse_ah_proposal, parse_esp_proposal, parse_ike_proposal
     from oepy.keys import HostKey, parse_public, to_public_key
 
     base = Path(source).parent
     read: dict[str, Any] = {}
+    named: dict[str, None] = {}
     public_halves: dict[str, PublicKey] = {}
+
+    def at(name: str) -> Path:
+        named[str(base / name)] = None
+        return base / name
 
     def public(name: str) -> PublicKey:
         try:
-            return parse_public((base / name).read_bytes()[:MAX_KEY_FILE], name)
+            return parse_public(at(name).read_bytes()[:MAX_KEY_FILE], name)
         except OSError as error:
             raise UsageError(
                 f"{name}: {error.strerror}", "name a PEM file of the peer's public key"
             ) from None
 
     def own_key(name: str) -> str:
-        public_halves[str(base / name)] = HostKey.load(base / name).public
-        return str(base / name)
+        public_halves[str(at(name))] = HostKey.load(at(name)).public
+        return str(at(name))
 
     def certificates(name: str) -> str:
         from oepy.x509.certificates import load
 
-        file = str(base / name)
+        file = str(at(name))
         if file not in read:
             read[file] = load(file)
         return file
@@ -331,7 +370,7 @@ def _read_connections(
         return identities_of(read[file][0])
 
     files = Files(
-        private=lambda name: read_private_file(base / name, "put the secret there, mode 0600"),
+        private=lambda name: read_private_file(at(name), "put the secret there, mode 0600"),
         public=public,
         own_key=own_key,
         certificates=certificates,
@@ -343,7 +382,7 @@ def _read_connections(
         proposal_ah=parse_ah_proposal,
     )
     found, wrong = read_connections(data, files)
-    return found, [_placed(problem.path, problem.text, lines) for problem in wrong]
+    return found, [_placed(problem.path, problem.text, lines) for problem in wrong], tuple(named)
 
 
 def _key_files(source: str) -> KeyFiles:

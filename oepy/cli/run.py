@@ -24,8 +24,10 @@ def run(ctx: click.Context, check: bool, verbose: bool) -> None:
       oepy -c ./oepy.yaml run --check
     """
     from oepy import config as configuration
+    from oepy.included import Memory
 
-    config = configuration.load(ctx.obj)
+    files = Memory()
+    config = configuration.load(ctx.obj, files)
     if check:
         click.echo(f"{config.source}: no mistakes")
         return
@@ -33,4 +35,4 @@ def run(ctx: click.Context, check: bool, verbose: bool) -> None:
         raise OepyError("the daemon needs root", "packets, routes and ports below 1024 belong to root")
     from oepy.daemon.runtime import run_daemon
 
-    run_daemon(config, ctx.obj, verbose)
+    run_daemon(config, ctx.obj, files, verbose)

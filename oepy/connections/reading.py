@@ -6,7 +6,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
@@ -119,7 +119,7 @@ _NOT_YET_SIDE = {
 
 
 def read_connections(data: Mapping[str, object], files: Files) -> tuple[ConnectionSet, list[Problem]]:
-    """Of a whole configuration the SECTIONS."""
+    """Of one file the SECTIONS."""
     connections = data.get("connections")
     problems: list[Problem] = []
     found = []
@@ -138,14 +138,23 @@ def read_connections(data: Mapping[str, object], files: Files) -> tuple[Connecti
         if len(problems) == before:
             found.append(connection)
     if isinstance(connections, dict) and len(connections) > MAX_CONNECTIONS:
-        problems.append(
-            Problem(("connections",), f"{len(connections)} connections; at most {MAX_CONNECTIONS}")
-        )
+        problems.append(_too_many(len(connections)))
     shared, ppks = _secrets(data.get("secrets"), problems, files)
     known = _authorities(data.get("authorities"), problems, files)
-    made = ConnectionSet(tuple(found), shared, known, dict(files.read), address_pools, ppks)
-    problems += missing_pools(made)
-    return made, problems
+    return ConnectionSet(tuple(found), shared, known, dict(files.read), address_pools, ppks), problems
+
+
+def _too_many(count: int) -> Problem:
+    return Problem(("connections",), f"{count} connections; at most {MAX_CONNECTIONS}")
+
+
+def bounds_and_pools(whole: ConnectionSet) -> Iterator[Problem]:
+    """What shows only when all files are read."""
+    if len(whole.connections) > MAX_CONNECTIONS:
+        yield _too_many(len(whole.connections))
+    if len(whole.secrets) > MAX_SECRETS:
+        yield Problem(("secrets",), f"{len(whole.secrets)} secrets; at most {MAX_SECRETS}")
+    yield from missing_pools(whole)
 
 
 def _connection(name: str, value: object, path: Path, problems: list[Problem], files: Files) -> Connection:

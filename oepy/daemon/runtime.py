@@ -38,6 +38,7 @@ from oepy.engine import messages as engine_messages
 from oepy.errors import ConfigError, OepyError, UsageError
 from oepy.ike.events import Datagram
 from oepy.ike.settings import IkeSettings
+from oepy.included import Memory
 from oepy.interfaces import ConfiguredRule, TrapPolicy
 from oepy.keylog import KeyLog
 from oepy.keys import HostKey, fingerprint
@@ -63,9 +64,16 @@ _FIXED = (
 class Daemon(Core):
     """`start`, then `run_until_stopped`, then `stop`."""
 
-    def __init__(self, config: Config, config_path: str | None, log: Callable[[Event], None]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        config_path: str | None,
+        log: Callable[[Event], None],
+        files: Memory | None = None,
+    ) -> None:
         self.config = config
         self._config_path = config_path
+        self._files = files or Memory()
         self.started = time.monotonic()
         super().__init__(
             PolicyTable(config.rules, config.default_group),
@@ -355,7 +363,7 @@ class Daemon(Core):
     def reload(self) -> list[str]:
         """SIGHUP, and `connection load`. A configuration with mistakes changes nothing; returns the mistakes."""
         try:
-            config = configuration.load(self._config_path)
+            config = configuration.load(self._config_path, self._files)
             self._check_reload(config)
             self._check_manual(config.manual)
             host_key = HostKey.load(config.key)
@@ -469,11 +477,12 @@ def _log_line(event: Event, verbose: bool) -> None:
     )
 
 
-def run_daemon(config: Config, config_path: str | None, verbose: bool) -> None:
-    """`oepy run` until a signal. Raises OepyError when it cannot start; everything made is removed then."""
+def run_daemon(config: Config, config_path: str | None, files: Memory, verbose: bool) -> None:
+    """`oepy run` until a signal. `files`: with what `config` was read. Raises OepyError when it cannot start;
+    everything made is removed then."""
 
     async def main() -> None:
-        daemon = Daemon(config, config_path, lambda event: _log_line(event, verbose))
+        daemon = Daemon(config, config_path, lambda event: _log_line(event, verbose), files)
         try:
             await daemon.start()
             await daemon.run_until_stopped()

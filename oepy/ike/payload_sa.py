@@ -149,7 +149,7 @@ def _transforms(transforms: tuple[Transform, ...]) -> bytes:
 
 
 def build_sa(payload: SaPayload) -> bytes:
-    parts = []
+    parts: list[bytes] = []
     for left, proposal in enumerate(payload.proposals, 1 - len(payload.proposals)):
         body = proposal.spi + _transforms(proposal.transforms)
         parts += (

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from oepy.connections.model import ConnectionSet
-from oepy.connections.reading import Files, Problem, read_connections
+from oepy.connections.reading import Files, Problem, bounds_and_pools, read_connections
 from oepy.errors import UsageError
 from oepy.ike.algorithms import parse_ah_proposal, parse_esp_proposal, parse_ike_proposal
 from oepy.keys import HostKey, to_public_key
@@ -49,7 +49,7 @@ def read_data(
     def proves(name: str, key: str) -> bool:
         return to_public_key(loaded[name][0].public_key()) == HostKey.from_pem(of(private or {}, key)).public
 
-    return read_connections(
+    found, problems = read_connections(
         data,
         Files(
             private=lambda name: of(private or {}, name),
@@ -64,6 +64,7 @@ def read_data(
             proposal_ah=parse_ah_proposal,
         ),
     )
+    return found, [*problems, *bounds_and_pools(found)]
 
 
 def good(
