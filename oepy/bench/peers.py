@@ -1,16 +1,18 @@
 """What configured connections cost: the start of a daemon that has so many, its memory, and one connection more.
 
 A daemon in a namespace of its own, with the userland datapath and `start_action: trap`, so that each connection is
-in the trap's ruleset. One more is added to the file, and `connection load` takes the difference up; ten times.
+in the trap's ruleset. Each is a file that the configuration includes. First all are added to a daemon that has
+none, by one `connection load`. Then a daemon starts with all of them, and one more is added, ten times.
 """
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -30,10 +32,12 @@ _PEERS, _NETWORKS = int(IPv4Address("198.18.0.0")), int(IPv4Address("10.0.0.0"))
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Times in seconds: `start` until the daemon answers and traps, `add` the median of one connection more, and
-    `add_cpu` what of it is the daemon's CPU time. `memory` is the daemon's resident memory in bytes."""
+    """Times in seconds: `all_at_once` for all of them, added to a daemon that has none; `start` until one that has
+    them answers and traps; `add` the median of one connection more, and `add_cpu` what of it is the daemon's CPU
+    time. `memory` is the daemon's resident memory in bytes."""
 
     connections: int
+    all_at_once: float
     start: float
     add: float
     add_cpu: float
@@ -48,7 +52,10 @@ class Result:
         first, last = self.rows[0], self.rows[-1]
         added = max(last.connections - first.connections, 1)
         return {
-            "rows": [asdict(row) for row in self.rows],
+            "rows": [
+                asdict(row) | {"milliseconds_each": round(1000 * row.all_at_once / row.connections, 3)}
+                for row in self.rows
+            ],
             "bytes_a_connection": round((last.memory - first.memory) / added),
             "milliseconds_a_connection_at_start": round(1000 * (last.start - first.start) / added, 3),
         }
@@ -72,48 +79,67 @@ def _measure(namespace: Namespace, place: Path, size: int) -> Row:
     secret = place / "psk"
     secret.touch(mode=0o600)
     secret.write_text("of the bench\n")
-    config = place / "oepy.yaml"
-    config.write_text(_text(place, size))
+    (place / "oepy.yaml").write_text(_MAIN.format(place=place))
+    with _running(namespace, place) as (client, _):
+        (place / "conf.d").mkdir()
+        for number in range(size):
+            _write(place, number)
+        begun = time.monotonic()
+        _load(client, size)
+        all_at_once = time.monotonic() - begun
+    begun = time.monotonic()
+    with _running(namespace, place) as (client, pid):
+        start = time.monotonic() - begun
+        times, cpu = [], []
+        for more in range(ADDED):
+            _write(place, size + more)
+            begun, spent = time.monotonic(), cpu_seconds(pid)
+            _load(client, size + more + 1)
+            times.append(time.monotonic() - begun)
+            cpu.append(cpu_seconds(pid) - spent)
+        add, add_cpu = statistics.median(times), statistics.median(cpu)
+        return Row(size, all_at_once, start, add, add_cpu, resident_bytes(pid))
+
+
+@contextlib.contextmanager
+def _running(namespace: Namespace, place: Path) -> Iterator[tuple[ControlClient, int]]:
+    """The daemon, ready, and its process ID."""
     client = ControlClient(place / "oepy.sock")
     with (place / "log").open("wb") as log:
-        begun = time.monotonic()
         process = namespace.popen(
-            *[sys.executable, "-m", "oepy", "-c", str(config), "run"], stdout=log, stderr=log
+            *[sys.executable, "-m", "oepy", "-c", str(place / "oepy.yaml"), "run"], stdout=log, stderr=log
         )
         try:
             await_daemon(client, process, place / "log")
-            start = time.monotonic() - begun
-            times, cpu = [], []
-            for more in range(1, ADDED + 1):
-                config.write_text(_text(place, size + more))
-                begun, spent = time.monotonic(), cpu_seconds(process.pid)
-                _load(client, size + more)
-                times.append(time.monotonic() - begun)
-                cpu.append(cpu_seconds(process.pid) - spent)
-            add, add_cpu = statistics.median(times), statistics.median(cpu)
-            return Row(size, start, add, add_cpu, resident_bytes(process.pid))
+            yield client, process.pid
         finally:
             process.terminate()
             process.wait(60)
 
 
-def _text(place: Path, size: int) -> str:
-    children = "children: {net: {local_ts: [192.0.2.10/32], start_action: trap, remote_ts: "
-    lines = [
-        f"identity: {{key: {place}/host.key}}",
-        "dns: {resolvers: [192.0.2.10]}",
-        f"control: {{socket: {place}/oepy.sock}}",
-        "datapath: tun",
-        "policy: {default: clear}",
-        f"secrets: [{{type: ike, secret_file: {place}/psk}}]",
-        "connections:",
-    ]
-    for number in range(size):
-        lines.append(
-            f"  c{number}: {{remote_addrs: [{IPv4Address(_PEERS + number)}], local: {{auth: psk, id: a.example}}, "
-            f"remote: {{auth: psk, id: p{number}.example}}, {children}[{IPv4Address(_NETWORKS + number)}/32]}}}}}}"
-        )
-    return "\n".join(lines) + "\n"
+_MAIN = """\
+identity: {{key: {place}/host.key}}
+dns: {{resolvers: [192.0.2.10]}}
+control: {{socket: {place}/oepy.sock}}
+datapath: tun
+policy: {{default: clear}}
+secrets: [{{type: ike, secret_file: {place}/psk}}]
+include: [conf.d/*.yaml]
+"""
+_CONNECTION = """\
+connections:
+  c{number}:
+    remote_addrs: [{peer}]
+    local: {{auth: psk, id: a.example}}
+    remote: {{auth: psk, id: p{number}.example}}
+    children: {{net: {{local_ts: [192.0.2.10/32], remote_ts: [{network}/32], start_action: trap}}}}
+"""
+
+
+def _write(place: Path, number: int) -> None:
+    peer, network = IPv4Address(_PEERS + number), IPv4Address(_NETWORKS + number)
+    text = _CONNECTION.format(number=number, peer=peer, network=network)
+    (place / "conf.d" / f"c{number}.yaml").write_text(text)
 
 
 def _load(client: ControlClient, expected: int) -> None:

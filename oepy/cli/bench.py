@@ -282,7 +282,7 @@ def zone(*, hosts: int, rounds: int, ipv6: bool, shuffled: bool, as_json: bool) 
 @click.option("--connections", default=10_000, show_default=True, type=click.IntRange(10, 20_000))
 @json_option
 def peers(connections: int, as_json: bool) -> None:
-    """What 10, 1,000, ... configured connections cost: start, memory, and one connection more."""
+    """What 10, 1,000, ... configured connections cost: to add them, the start, memory, and one connection more."""
     from oepy.bench import peers as benchmark
 
     need_root()
@@ -291,10 +291,21 @@ def peers(connections: int, as_json: bool) -> None:
     if as_json:
         print_json(result)
         return
-    click.secho(f"{'connections':>12}{'start':>10}{'one more':>12}{'its CPU':>12}{'memory':>10}", bold=True)
+    heads = {
+        "connections": 12,
+        "added": 10,
+        "each": 12,
+        "start": 10,
+        "one more": 12,
+        "its CPU": 12,
+        "memory": 10,
+    }
+    click.secho("".join(head.rjust(width) for head, width in heads.items()), bold=True)
     for row in result["rows"]:
         click.echo(
-            f"{row['connections']:>12,}{row['start']:>8.2f} s{milliseconds(row['add']):>12}"
+            f"{row['connections']:>12,}{row['all_at_once']:>8.2f} s"
+            f"{milliseconds(row['milliseconds_each'] / 1000):>12}"
+            f"{row['start']:>8.2f} s{milliseconds(row['add']):>12}"
             f"{milliseconds(row['add_cpu']):>12}"
             f"{row['memory'] / 1e6:>7.0f} MB"
         )

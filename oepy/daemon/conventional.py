@@ -107,6 +107,7 @@ class Conventional:
         certificate that was renewed disturbs nobody: it is shown from the next IKE SA on."""
         found = set()
         other_pools = self.pools.changed(configured.pools)
+        other_secrets = configured.secrets != self.book.configured.secrets
         for connection in configured.connections:
             if other_pools & set(connection.pools):
                 found.add(connection.name)
@@ -117,9 +118,10 @@ class Conventional:
             name = connection.local.key
             if name and name in self.book.keys and self.book.keys[name].public != keys[name].public:
                 found.add(connection.name)
-            if connection.local.auth == "psk" and self.secret_of(
-                connection, self.book.matcher
-            ) != self.secret_of(connection, matcher):
+            by_secret = other_secrets and connection.local.auth == "psk"
+            if by_secret and self.secret_of(connection, self.book.matcher) != self.secret_of(
+                connection, matcher
+            ):
                 found.add(connection.name)
             same = self.book.by_name.get(connection.name) == connection and connection.remote.auth == "x509"
             if same and self.book.trusts.of(connection) != trusts.of(connection):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from oepy.errors import OepyError
 from oepy.interfaces import ConfiguredRule
 from oepy.trap import islands, kernel, programs
-from oepy.trap.islands import Line, Place, Rules, joined_set, map_name
+from oepy.trap.islands import Difference, Line, Place, Rules, joined_set, map_name
 
 MAX_AT_ONCE = (
     2000  # islands of one transaction: a netlink message has a limit. More only while a bracket stands
@@ -30,7 +30,10 @@ class Configured:
 
     def change(self, changer: kernel.Tables, wanted: dict[Place, Rules]) -> None:
         """Raises OepyError: then nothing has changed, or (with more than MAX_AT_ONCE) a part."""
-        found = islands.difference(self.there, wanted)
+        self.apply(changer, islands.difference(self.there, wanted))
+
+    def apply(self, changer: kernel.Tables, found: Difference) -> None:
+        """The same, by the difference from what is there."""
         gone, fresh = list(found.gone), list(found.fresh.items())
         while gone or fresh:
             some, gone = gone[:MAX_AT_ONCE], gone[MAX_AT_ONCE:]

@@ -8,6 +8,7 @@ and split. Pure: no IO.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -24,31 +25,30 @@ def remote_of(rule: ConfiguredRule) -> IpNetwork:
 
 def islands(configured: Iterable[ConfiguredRule]) -> dict[Place, Rules]:
     """The rules of each, in the order in which they came."""
-    by_way: dict[tuple[Way, int], dict[IpNetwork, list[tuple[int, ConfiguredRule]]]] = {}
+    by_way: dict[tuple[Way, int], list[tuple[int, int, int, ConfiguredRule]]] = {}
     for order, rule in enumerate(configured):
         remote = remote_of(rule)
-        by_way.setdefault((rule.way, remote.version), {}).setdefault(remote, []).append((order, rule))
+        placed = int(remote.network_address), remote.prefixlen, order, rule  # the order is of one rule alone
+        by_way.setdefault((rule.way, remote.version), []).append(placed)
     found: dict[Place, Rules] = {}
-    for (way, _), networks in by_way.items():
+    for (way, _), rules in by_way.items():
         together: list[tuple[int, ConfiguredRule]] = []
-        top: IpNetwork | None = None
-        for network in sorted(networks, key=_from_wide):
-            if top is None or int(network.network_address) > int(top.broadcast_address):
-                if top is not None:
-                    found[way, top] = _ordered(together)
-                top, together = network, []
-            together += networks[network]
-        if top is not None:
-            found[way, top] = _ordered(together)
+        last = -1
+        for start, _, order, rule in sorted(rules):
+            if start > last:
+                if together:
+                    found[way, remote_of(together[0][1])] = _ordered(together)
+                last, together = int(remote_of(rule).broadcast_address), []
+            together.append((order, rule))
+        found[way, remote_of(together[0][1])] = _ordered(together)
     return found
 
 
-def _from_wide(network: IpNetwork) -> tuple[int, int]:
-    return int(network.network_address), network.prefixlen
+_order = operator.itemgetter(0)
 
 
 def _ordered(rules: list[tuple[int, ConfiguredRule]]) -> Rules:
-    return tuple(rule for _, rule in sorted(rules, key=lambda item: item[0]))
+    return tuple(rule for _, rule in sorted(rules, key=_order)) if len(rules) > 1 else (rules[0][1],)
 
 
 @dataclass(frozen=True, slots=True)

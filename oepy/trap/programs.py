@@ -6,6 +6,7 @@ A rule is a list of expressions over registers: load a field, mask it, compare; 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 
 from oepy.interfaces import ConfiguredRule
@@ -67,6 +68,10 @@ def delete_set(table: str, name: str) -> bytes:
     return nl.message(_DELSET, 0, body, family=NFPROTO_INET)
 
 
+# Thousands of rules are made of the same few pieces
+_remembered = functools.lru_cache(maxsize=1024)
+
+
 def add_jumps(table: str, name: str, jumps: Iterable[tuple[bytes, str]]) -> bytes:
     """Elements of a verdict map: keys, and the chains that they lead to."""
     elements = [_key(key) + nl.nested(_ELEM_DATA, _verdict(_JUMP, chain)) for key, chain in jumps]
@@ -92,8 +97,7 @@ def new_rule(table: str, chain: str, line: Line, joined: str) -> bytes:
             _expression("lookup", nl.text(1, joined) + nl.u32(2, _REGISTER)),
         ]
     if line.decrypted:
-        found = _expression("meta", nl.u32(1, _REGISTER) + nl.u32(2, _META_SECPATH))
-        expressions += [found, _equals(b"\1")]
+        expressions += [_meta(_META_SECPATH), _equals(b"\1")]
     code = _CODES.get(line.verdict)
     verdict = _verdict(_GOTO, line.verdict) if code is None else _verdict(code, "")
     expressions.append(_expression("immediate", nl.u32(1, _VERDICT_REGISTER) + nl.nested(2, verdict)))
@@ -105,6 +109,7 @@ def new_rule(table: str, chain: str, line: Line, joined: str) -> bytes:
     return nl.message(_NEWRULE, nl.NLM_F_CREATE | nl.NLM_F_APPEND, body, family=NFPROTO_INET)
 
 
+@_remembered
 def _verdict(code: int, chain: str) -> bytes:
     target = nl.text(_VERDICT_CHAIN, chain) if chain else b""
     return nl.nested(_DATA_VERDICT, nl.u32(_VERDICT_CODE, code) + target)
@@ -114,15 +119,14 @@ def _matches(rule: ConfiguredRule) -> list[bytes]:
     """The version is certain, as a map of its addresses has led to the chain; but `nft list` reads by it what the
     fields are."""
     found = [
-        _expression("meta", nl.u32(1, _REGISTER) + nl.u32(2, _META_NFPROTO)),
+        _meta(_META_NFPROTO),
         _equals(bytes((2 if rule.source.version == 4 else 10,))),
     ]
     for field, network in (("saddr", rule.source), ("daddr", rule.destination)):
         if network.prefixlen:
             found += [_field(rule, field), *_within(network)]
     if rule.protocol:
-        found.append(_expression("meta", nl.u32(1, _REGISTER) + nl.u32(2, _META_L4PROTO)))
-        found.append(_equals(bytes((rule.protocol,))))
+        found += [_meta(_META_L4PROTO), _equals(bytes((rule.protocol,)))]
     for offset, port in ((0, rule.source_port), (2, rule.destination_port)):
         if port:
             found += [_payload(_TRANSPORT_HEADER, offset, 2), _equals(port.to_bytes(2, "big"))]
@@ -149,12 +153,19 @@ def _field(rule: ConfiguredRule, name: str) -> bytes:
     return _payload(_NETWORK_HEADER, _OFFSETS[version, name], 4 if version == 4 else 16)
 
 
+@_remembered
 def _payload(base: int, offset: int, size: int) -> bytes:
     return _expression(
         "payload", nl.u32(1, _REGISTER) + nl.u32(2, base) + nl.u32(3, offset) + nl.u32(4, size)
     )
 
 
+@_remembered
+def _meta(what: int) -> bytes:
+    return _expression("meta", nl.u32(1, _REGISTER) + nl.u32(2, what))
+
+
+@_remembered
 def _equals(value: bytes) -> bytes:
     return _expression(
         "cmp", nl.u32(1, _REGISTER) + nl.u32(2, 0) + nl.nested(3, nl.attribute(_DATA_VALUE, value))

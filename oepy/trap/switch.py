@@ -108,7 +108,7 @@ def change_configured(
     with bracketed(narrow, changer):
         before = configured.there
         try:
-            configured.change(changer, wanted)
+            configured.apply(changer, found)
         except BaseException:
             configured.change(changer, before)
             raise
