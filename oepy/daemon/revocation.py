@@ -110,10 +110,9 @@ class Revocation:
     async def own_response(self, certificate: Certificate, issuer: Certificate) -> tuple[bytes, float] | None:
         """What a responder says of our own certificate, to send along (RFC 4806), and until when; None where nobody
         says that it is good."""
-        for url in dict.fromkeys((*self._authority_of(issuer).ocsp_uris, *ocsp_urls(certificate))):
+        for url in self._responders(certificate, issuer):
             try:
-                data = await self._get(Fetch(url, ocsp_request(certificate, issuer)))
-                status = read_ocsp(data, certificate, issuer, self._wall_clock())
+                data, status = await self._from_responder(url, certificate, issuer)
             except (FetchFailed, Unusable):
                 continue
             if status.standing is Standing.GOOD and len(data) <= MAX_OWN_RESPONSE:
@@ -125,9 +124,8 @@ class Revocation:
     ) -> tuple[Status, bool]:
         """And whether there is anybody who should know."""
         now = self._wall_clock()
-        configured = self._authority_of(issuer)
-        responders = (*configured.ocsp_uris, *ocsp_urls(certificate))
-        lists = (*configured.crl_uris, *crl_urls(certificate))
+        responders = self._responders(certificate, issuer)
+        lists = list(dict.fromkeys((*self._authority_of(issuer).crl_uris, *crl_urls(certificate))))
         key = hashlib.sha256(to_der(certificate) + to_der(issuer)).digest()
         known = self._statuses.get(key)
         if known is not None and known.until > now:
@@ -151,13 +149,23 @@ class Revocation:
         while len(self._statuses) > MAX_STATUSES:
             self._statuses.popitem(last=False)
 
+    def _responders(self, certificate: Certificate, issuer: Certificate) -> list[str]:
+        return list(dict.fromkeys((*self._authority_of(issuer).ocsp_uris, *ocsp_urls(certificate))))
+
+    async def _from_responder(
+        self, url: str, certificate: Certificate, issuer: Certificate
+    ) -> tuple[bytes, Status]:
+        """Raises FetchFailed or Unusable."""
+        data = await self._get(Fetch(url, ocsp_request(certificate, issuer)))
+        return data, read_ocsp(data, certificate, issuer, self._wall_clock())
+
     async def _ask(
         self, urls: Sequence[str], certificate: Certificate, issuer: Certificate, reasons: list[str]
     ) -> Status | None:
-        for url in dict.fromkeys(urls):
+        for url in urls:
             try:
-                data = await self._get(Fetch(url, ocsp_request(certificate, issuer)))
-                return read_ocsp(data, certificate, issuer, self._wall_clock())
+                _, status = await self._from_responder(url, certificate, issuer)
+                return status
             except (FetchFailed, Unusable) as error:
                 reasons.append(f"{url}: {error}")
         return None
@@ -165,7 +173,7 @@ class Revocation:
     async def _look(
         self, urls: Sequence[str], certificate: Certificate, issuer: Certificate, reasons: list[str]
     ) -> Status | None:
-        for url in dict.fromkeys(urls):
+        for url in urls:
             try:
                 crl = await self._crl(url, issuer)
                 return crl.status(certificate, self._wall_clock())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Iterable
+from typing import TypeVar
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -19,6 +20,7 @@ MAX_FROM_PEER = 8  # certificates of one peer that are looked at
 MAX_BUNDLE = 4 * 1024 * 1024  # bytes of a file of trust anchors; Debian's whole bundle has 220 kB
 
 Certificate = x509.Certificate
+_Kind = TypeVar("_Kind", bound=x509.ExtensionType)
 _UNREADABLE = (ValueError, UnsupportedAlgorithm, x509.InvalidVersion, x509.DuplicateExtension)
 
 
@@ -84,11 +86,22 @@ def subject_of(certificate: Certificate) -> str:
     return next((dn.printable(str(value)) for value in _values(names)), "(no subject)")
 
 
-def alternative_names(certificate: Certificate) -> x509.SubjectAlternativeName | None:
+def find_extension(certificate: Certificate, kind: type[_Kind]) -> _Kind | None:
+    """None where it has none."""
     try:
-        return certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        return certificate.extensions.get_extension_for_class(kind).value
     except x509.ExtensionNotFound:
         return None
+
+
+def alternative_names(certificate: Certificate) -> x509.SubjectAlternativeName | None:
+    return find_extension(certificate, x509.SubjectAlternativeName)
+
+
+def is_ca(certificate: Certificate) -> bool:
+    """By its basic constraints."""
+    constraints = find_extension(certificate, x509.BasicConstraints)
+    return constraints is not None and constraints.ca
 
 
 def _values(names: x509.SubjectAlternativeName | None) -> Iterable[object]:

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from cryptography import x509
 from cryptography.x509.oid import ExtensionOID
 
-from oepy.x509.certificates import Certificate, subject_of
+from oepy.x509.certificates import Certificate, find_extension, is_ca, subject_of
 from oepy.x509.revocation import SKEW, Standing, Status, Unusable, is_signed_by, reading
 
 MAX_CRL = 20 * 1024 * 1024  # bytes; the largest of public CAs have some 10 MB
@@ -39,8 +39,8 @@ class Crl:
             raise Unusable("it is another CA's list")
         if now > self.until:
             raise Unusable("it is out of date")
-        is_ca = _is_ca(certificate)
-        if (self.only_users and is_ca) or (self.only_cas and not is_ca):
+        authority = is_ca(certificate)
+        if (self.only_users and authority) or (self.only_cas and not authority):
             raise Unusable("it is a list of other kinds of certificates")
         if self.points and not _points_of(certificate) & frozenset(self.points):
             raise Unusable("it is the list of another distribution point")
@@ -75,13 +75,6 @@ def _fingerprint(serial: int) -> bytes:
     return hashlib.blake2b(serial.to_bytes(32, "big", signed=True), digest_size=_HASH).digest()
 
 
-def _is_ca(certificate: Certificate) -> bool:
-    try:
-        return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
-    except x509.ExtensionNotFound:
-        return False
-
-
 def read_crl(data: bytes, issuer: Certificate, now: float) -> Crl:
     """DER or PEM. Time grows with the list: 2 µs an entry. Raises Unusable."""
     if len(data) > MAX_CRL:
@@ -111,7 +104,7 @@ def _read(data: bytes, issuer: Certificate, now: float) -> Crl:
         point.indirect_crl or point.only_some_reasons or point.only_contains_attribute_certs
     ):
         raise Unusable("it is a list of some reasons, or of other issuers' certificates")
-    usage = _key_usage(issuer)
+    usage = find_extension(issuer, x509.KeyUsage)
     if usage is not None and not usage.crl_sign:
         raise Unusable(f"{subject_of(issuer)} may not sign lists (key usage)")
     if not is_signed_by(
@@ -150,9 +143,8 @@ def _names(
 
 def _points_of(certificate: Certificate) -> frozenset[str]:
     """RFC 5280 §6.3.3 (b) (2) (i): of one that names none, the issuer's name."""
-    try:
-        points = certificate.extensions.get_extension_for_class(x509.CRLDistributionPoints).value
-    except x509.ExtensionNotFound:
+    points = find_extension(certificate, x509.CRLDistributionPoints)
+    if points is None:
         return frozenset((f"dn:{certificate.issuer.public_bytes().hex()}",))
     return frozenset(
         name
@@ -160,13 +152,6 @@ def _points_of(certificate: Certificate) -> frozenset[str]:
         if not point.crl_issuer and not point.reasons
         for name in _names(point.full_name, point.relative_name, certificate.issuer)
     )
-
-
-def _key_usage(certificate: Certificate) -> x509.KeyUsage | None:
-    try:
-        return certificate.extensions.get_extension_for_class(x509.KeyUsage).value
-    except x509.ExtensionNotFound:
-        return None
 
 
 def _records(crl: x509.CertificateRevocationList) -> bytes:

@@ -18,7 +18,7 @@ from oepy import dn
 from oepy.errors import UsageError
 from oepy.keys import HostKey
 from oepy.model import IdType, PeerIdentity
-from oepy.x509.certificates import Certificate
+from oepy.x509.certificates import Certificate, is_ca
 from oepy.x509.identity import of_general_name
 from oepy.x509.path import IPSEC_IKE
 
@@ -179,12 +179,8 @@ def make_ca(
 
 
 def _must_be_ca(certificate: Certificate) -> None:
-    try:
-        if certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca:
-            return
-    except x509.ExtensionNotFound:
-        pass
-    raise UsageError(f"{dn.to_text(certificate.subject.public_bytes())} is no CA")
+    if not is_ca(certificate):
+        raise UsageError(f"{dn.to_text(certificate.subject.public_bytes())} is no CA")
 
 
 def issue(

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from ipaddress import ip_network
-from typing import TypeVar
 from urllib.parse import urlsplit
 
 from cryptography import x509
@@ -20,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, NameOID
 
 from oepy import dn
-from oepy.x509.certificates import MAX_FROM_PEER, Certificate, alternative_names, subject_of
+from oepy.x509.certificates import MAX_FROM_PEER, Certificate, alternative_names, find_extension, subject_of
 
 MAX_DEPTH = 6  # certificates between the peer's and the anchor's
 MAX_CHECKS = 32  # signatures of one path search
@@ -142,7 +141,7 @@ class _Search:
 
     def _constrained(self, issuer: Certificate, below: Certificate, *, leaf: bool) -> str:
         """Why the issuer may not vouch for the names of a certificate below it. Nothing of either is proven yet."""
-        constraints = _extension(issuer, x509.NameConstraints)
+        constraints = find_extension(issuer, x509.NameConstraints)
         if constraints is None or (_self_issued(below) and not leaf):
             return ""
         names = _names_of(below)
@@ -216,10 +215,10 @@ def _signed_weakly(certificate: Certificate) -> str:
 
 
 def _unfit_leaf(certificate: Certificate) -> str:
-    usage = _extension(certificate, x509.KeyUsage)
+    usage = find_extension(certificate, x509.KeyUsage)
     if usage is not None and not (usage.digital_signature or usage.content_commitment):
         return "its key usage allows no signatures (RFC 4945 §5.1.3.2)"
-    purposes = _extension(certificate, x509.ExtendedKeyUsage)
+    purposes = find_extension(certificate, x509.ExtendedKeyUsage)
     if purposes is not None and not _PURPOSES.intersection(purposes):
         return "its extended key usage does not include IKE (RFC 4945 §5.1.3.12)"
     return _weak(certificate) or _signed_weakly(certificate)
@@ -227,12 +226,12 @@ def _unfit_leaf(certificate: Certificate) -> str:
 
 def _unfit_issuer(certificate: Certificate, below: int) -> str:
     """`below`: CAs between it and the leaf, without those that are self-issued (RFC 5280 §4.2.1.9)."""
-    constraints = _extension(certificate, x509.BasicConstraints)
+    constraints = find_extension(certificate, x509.BasicConstraints)
     if constraints is None or not constraints.ca:
         return "it is no CA"
     if constraints.path_length is not None and below > constraints.path_length:
         return f"its path length is {constraints.path_length}"
-    usage = _extension(certificate, x509.KeyUsage)
+    usage = find_extension(certificate, x509.KeyUsage)
     if usage is not None and not usage.key_cert_sign:
         return "its key usage allows no certificates"
     weak = _weak(certificate)
@@ -241,16 +240,6 @@ def _unfit_issuer(certificate: Certificate, below: int) -> str:
     ):  # what signs an anchor is itself, and proves nothing
         return weak
     return _signed_weakly(certificate)
-
-
-_Kind = TypeVar("_Kind", bound=x509.ExtensionType)
-
-
-def _extension(certificate: Certificate, kind: type[_Kind]) -> _Kind | None:
-    try:
-        return certificate.extensions.get_extension_for_class(kind).value
-    except x509.ExtensionNotFound:
-        return None
 
 
 # ---- name constraints (RFC 5280 §4.2.1.10) ------------------------------------------------------------------

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, paddin
 from cryptography.x509 import ocsp
 from cryptography.x509.oid import AuthorityInformationAccessOID, ExtendedKeyUsageOID
 
-from oepy.x509.certificates import Certificate, subject_of
+from oepy.x509.certificates import Certificate, find_extension, subject_of
 from oepy.x509.path import out_of_time
 
 MAX_OCSP = 64 * 1024
@@ -65,13 +65,9 @@ def reading(what: str) -> Iterator[None]:
 
 def crl_urls(certificate: Certificate) -> tuple[str, ...]:
     """RFC 5280 §4.2.1.13. Only points that are whole: of all reasons and by the issuer itself."""
-    try:
-        points = certificate.extensions.get_extension_for_class(x509.CRLDistributionPoints).value
-    except x509.ExtensionNotFound:
-        return ()
     names = (
         name.value
-        for point in points
+        for point in find_extension(certificate, x509.CRLDistributionPoints) or ()
         if point.full_name and not point.reasons and not point.crl_issuer
         for name in point.full_name
         if isinstance(name, x509.UniformResourceIdentifier)
@@ -81,13 +77,9 @@ def crl_urls(certificate: Certificate) -> tuple[str, ...]:
 
 def ocsp_urls(certificate: Certificate) -> tuple[str, ...]:
     """RFC 5280 §4.2.2.1."""
-    try:
-        access = certificate.extensions.get_extension_for_class(x509.AuthorityInformationAccess).value
-    except x509.ExtensionNotFound:
-        return ()
     names = (
         entry.access_location.value
-        for entry in access
+        for entry in find_extension(certificate, x509.AuthorityInformationAccess) or ()
         if entry.access_method == AuthorityInformationAccessOID.OCSP
         and isinstance(entry.access_location, x509.UniformResourceIdentifier)
     )
@@ -225,11 +217,7 @@ def _responder(
 
 
 def _unfit_responder(candidate: Certificate, issuer: Certificate, moment: datetime) -> str:
-    try:
-        purposes = candidate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
-        if ExtendedKeyUsageOID.OCSP_SIGNING not in purposes:
-            return "its certificate is not for OCSP"
-    except x509.ExtensionNotFound:
+    if ExtendedKeyUsageOID.OCSP_SIGNING not in (find_extension(candidate, x509.ExtendedKeyUsage) or ()):
         return "its certificate is not for OCSP"
     reason = out_of_time(candidate, moment)
     if reason:
