@@ -208,6 +208,7 @@ class Connection:
     send_certreq: bool = True
     reauth_time: float = 0.0  # of IKE SAs that we begin; 0 is never
     mobike: bool = True
+    fragmentation: str = "yes"  # of IKE messages (RFC 7383): yes | accept | no
     childless: str = "allow"
     ppk_id: str = ""
     ppk_required: bool = False

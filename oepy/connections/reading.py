@@ -182,13 +182,13 @@ def _connection(name: str, value: object, path: Path, problems: list[Problem], f
         send_certreq=fields.take("send_certreq", True, flag),
         reauth_time=reauth,
         mobike=fields.take("mobike", True, flag),
+        fragmentation=fields.take("fragmentation", "yes", one_of("yes", "accept", "no")),
         childless=fields.take("childless", "allow", one_of("allow", "prefer", "force", "never")),
         ppk_id=fields.take("ppk_id", "", ppk_name),
         ppk_required=fields.take("ppk_required", False, flag),
         vips=fields.take_list("vips", (), virtual_address),
         pools=fields.take_list("pools", (), text_of),
     )
-    fields.take("fragmentation", "yes", _only("fragmentation", "yes"))
     fields.finish(_NOT_YET_CONNECTION)
     _cross_check(made, fields)
     return made
@@ -204,20 +204,6 @@ def _version(fields: Fields) -> None:
         return 2
 
     fields.take("version", 2, convert)
-
-
-def _only(key: str, only: str) -> Callable[[object], str]:
-    """A key with one value that can be had."""
-
-    def convert(value: object) -> str:
-        text = (
-            {True: "yes", False: "no"}.get(value, "") if isinstance(value, bool) else text_of(value).lower()
-        )
-        if text != only and text not in (f"{only}s", f"{only}m"):
-            raise Refused(f"{text[:40]!r}: this version has {key}: {only} alone")
-        return only
-
-    return convert
 
 
 def _checked(check: Callable[[str], object]) -> Callable[[object], str]:

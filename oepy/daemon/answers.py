@@ -106,6 +106,7 @@ class Answers:
             # What one of them could want is announced; by the peer's identity the rest is decided
             ppk="require" if certain and all(one.ppk == "require" for one in every) else self._ppks(),
             childless="accept" if any(one.childless != "never" for one in every) else "never",
+            fragmentation="no" if certain and all(one.fragmentation == "no" for one in every) else "yes",
         )
 
     def _ppks(self) -> str:
@@ -382,6 +383,7 @@ class Answers:
             force_encap=base.force_encap or connection.encap,
             ppk="require" if connection.ppk_required else self._ppks(),
             mobike=connection.mobike,
+            fragmentation=connection.fragmentation,
             heeds_initial_contact=connection.unique != "never",
             additional_addresses=tuple(place.address for place in connection.local_addrs if place.address),
             childless={"never": "never", "force": "force"}.get(connection.childless, "accept"),

@@ -129,12 +129,16 @@ def nats_found(session: Session, message: Message, spi_r: bytes) -> tuple[bool, 
     )
 
 
+_HASHES_ANNOUNCED = b"".join(number.to_bytes(2, "big") for number in OUR_HASHES)
+
+
 def common_notifies(session: Session, spi_r: bytes) -> list[Payload]:
     """NAT detection, hash algorithms and fragmentation, which both IKE_SA_INIT messages carry."""
+    fragments = session.settings.fragmentation != "no"
     return [
         *nat_detection(session, spi_r),
-        notify(NotifyType.SIGNATURE_HASH_ALGORITHMS, b"".join(h.to_bytes(2, "big") for h in OUR_HASHES)),
-        notify(NotifyType.FRAGMENTATION_SUPPORTED),
+        notify(NotifyType.SIGNATURE_HASH_ALGORITHMS, _HASHES_ANNOUNCED),
+        *([notify(NotifyType.FRAGMENTATION_SUPPORTED)] if fragments else []),
     ]
 
 

@@ -245,7 +245,8 @@ class Session:
 
             note(self, header, *build_chain(payloads))
         assert self.transmit is not None
-        size = self.settings.fragment_size if self.peer_fragments else 0
+        fragments = self.peer_fragments and self.settings.fragmentation == "yes"
+        size = self.settings.fragment_size if fragments else 0
         return build_sealed(header, payloads, self.transmit, size)
 
     def send(

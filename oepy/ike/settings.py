@@ -107,6 +107,7 @@ class IkeSettings:
     nat_t_port: int = 4500
     keepalive_interval: float = 20.0
     fragment_size: int = 1200  # IKE messages longer than this are fragmented (RFC 7383), where the peer can
+    fragmentation: str = "yes"  # accept: ours are not; no: nor is it announced. Fragments are always read
     key_log: bool = False
 
 

@@ -258,6 +258,23 @@ def test_long_chains_arrive_in_fragments_under_loss() -> None:
     assert up(one, other)
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs", "fragments"),
+    [("yes", "yes", True), ("yes", "accept", True), ("accept", "yes", False), ("yes", "no", False)]
+    + [("no", "yes", False)],
+)
+@pytest.mark.parametrize("we_begin", [True, False])
+def test_who_sends_fragments(ours: str, theirs: str, fragments: bool, we_begin: bool) -> None:
+    """Whoever may, to a peer that has announced that it reads them."""
+    chain = [MIDDLE, OTHER_ROOT]
+    one, other = run(
+        configured(A, B, ALPHA, start="start" if we_begin else "none", chain=chain, fragmentation=ours),
+        configured(B, A, BETA, start="none" if we_begin else "start", chain=chain, fragmentation=theirs),
+    )
+    assert up(one, other)
+    assert (one.router.longest[one.address] <= 1200) is fragments
+
+
 def test_an_intermediate_that_does_not_travel_is_missed_by_name() -> None:
     one, _ = run(configured(A, B, ALPHA, start="start"), configured(B, A, BETA))
     assert not one.datapath.pairs

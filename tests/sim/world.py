@@ -43,9 +43,12 @@ class Router:
     delay: float = 0.01
     hosts: dict[IpAddress, Host] = field(default_factory=dict)
     carried: int = 0
+    longest: dict[IpAddress, int] = field(default_factory=dict)  # bytes of a datagram, by its sender
 
     def send(self, datagram: Datagram) -> None:
         self.carried += 1
+        sender = datagram.local.address
+        self.longest[sender] = max(self.longest.get(sender, 0), len(datagram.data))
         copies = 2 if self.dice.random() < self.duplication else 1
         for _ in range(copies):
             if self.dice.random() < self.loss:
