@@ -260,8 +260,13 @@ def test_long_chains_arrive_in_fragments_under_loss() -> None:
 
 @pytest.mark.parametrize(
     ("ours", "theirs", "fragments"),
-    [("yes", "yes", True), ("yes", "accept", True), ("accept", "yes", False), ("yes", "no", False)]
-    + [("no", "yes", False)],
+    [
+        ("yes", "yes", True),
+        ("yes", "accept", True),
+        ("yes", "no", False),
+        ("accept", "yes", False),
+        ("no", "yes", False),
+    ],
 )
 @pytest.mark.parametrize("we_begin", [True, False])
 def test_who_sends_fragments(ours: str, theirs: str, fragments: bool, we_begin: bool) -> None:
