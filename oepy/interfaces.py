@@ -13,6 +13,7 @@ from oepy.model import (
     IpAddress,
     IpNetwork,
     KeyAnswer,
+    Mark,
     PolicyGroup,
     SaCounters,
     SaPair,
@@ -40,7 +41,7 @@ class Way(enum.Enum):
 @dataclass(frozen=True, slots=True)
 class ConfiguredRule:
     """Traffic that the configuration settles before any group is asked: manual policies, connections. Of a list the
-    first rule that matches counts. Protocol and ports 0 mean any.
+    first rule that matches counts. Protocol and ports 0 mean any; with a `mark` it is packets that have it.
 
     A rule with a `number` belongs to a connection's child: outward, what `Trap.join` has put there goes into the
     tunnel; of the rest, `required` is held and asked for, and what isn't is the next rule's. Inward such traffic is
@@ -63,6 +64,7 @@ class ConfiguredRule:
     required: bool = False
     number: int = 0
     transport: bool = False
+    mark: Mark | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ MARK_OWN = 0x20000000  # the daemon's own IKE, ESP and DNS traffic: never trappe
 MARK_KERNEL = (
     0x30000000  # routed as it would be; the kernel's policies protect it on its way, or it is dropped
 )
+FOREIGN_BITS = 0xFFFFFFFF ^ MARK_MASK  # everybody else's
 XFRM_IF_ID = 17733  # ties the kernel's SAs and policies to the tunnel's device
 
 
@@ -422,6 +423,35 @@ class Lifetime:
 
 
 @dataclass(frozen=True, slots=True)
+class Mark:
+    """Bits of a packet's mark. A packet has it where `mark & mask == value`."""
+
+    value: int
+    mask: int = 0xFFFFFFFF
+
+    def matches(self, mark: int) -> bool:
+        return mark & self.mask == self.value
+
+    def __str__(self) -> str:
+        return f"{self.value:#x}/{self.mask:#x}"
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """Of a connection's child; none has bits of MARK_MASK, which are oepy's own. Only packets with `outward` leave
+    by its tunnel, and only those with `inward` are let out of it; `set_inward` is given to what comes out, and
+    `set_outward` to the packets that carry it."""
+
+    inward: Mark | None = None
+    outward: Mark | None = None
+    set_inward: Mark | None = None
+    set_outward: Mark | None = None
+
+
+NO_MARKS = Marks()
+
+
+@dataclass(frozen=True, slots=True)
 class SaPair:
     """What IKE hands to a datapath: one inbound and one outbound SA with their selectors.
 
@@ -454,6 +484,7 @@ class SaPair:
     if_id: int = 0  # of an XFRM interface of the administrator's; 0: the datapath's own way
     takes_tfc: bool = True  # the peer: padding for traffic flow confidentiality (RFC 7296 §1.3.1)
     tfc_padding: int = 0  # bytes that inner packets have at least, up to the MTU (RFC 4303 §2.7); tunnel mode
+    marks: Marks = NO_MARKS
 
 
 @dataclass(frozen=True, slots=True)

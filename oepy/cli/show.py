@@ -145,7 +145,8 @@ def policies(ctx: click.Context, as_json: bool) -> None:
 
 def _group_text(row: dict[str, Any]) -> str:
     if row["group"] == "connection":
-        return f"connection {row['connection']}: {row['action']}, from {row['source']}"
+        mark = f", mark {row['mark']}" if row["mark"] else ""
+        return f"connection {row['connection']}: {row['action']}, from {row['source']}{mark}"
     if row["group"] != "manual":
         return str(row["group"])
     return f"manual: {row['action']} {row['direction']}, from {row['source']}"
@@ -221,6 +222,9 @@ def explain_lines(data: dict[str, Any]) -> list[str]:
     ]
     if data.get("trap"):
         lines.append(f"  trap     {data['trap']}")
+    for row in data.get("marked", ()):
+        what = f"{coloured(row['disposition'])}, connection {row['connection']}"
+        lines.append(f"  mark     packets with {row['mark']}: {what}")
     if data.get("dns"):
         dns = data["dns"]
         reason = f": {dns['reason']}" if dns["reason"] else ""

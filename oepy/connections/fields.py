@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from oepy.connections.model import ANY, Action, IdPattern, Place, Selector
 from oepy.errors import OepyError
-from oepy.model import PeerIdentity
+from oepy.model import FOREIGN_BITS, MARK_MASK, Mark, PeerIdentity
 from oepy.policy import PROTOCOL_NUMBERS, parse_prefix
 
 Path = tuple[str | int, ...]
@@ -21,6 +21,7 @@ MAX_TEXT = 4096
 _DURATION = re.compile(r"(\d{1,9})([smhd]?)\Z")
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 _MAX_SECONDS = 10 * 365 * 86400
+_ALL_BITS = 0xFFFFFFFF
 _PORTED = (6, 17, 33, 132, 136)
 
 
@@ -169,6 +170,32 @@ def protocol_number(name: str) -> int:
     if name.isdigit() and 0 < int(name) < 256:
         return int(name)
     raise Refused(f"{name[:20]!r} is no protocol; known are {', '.join(PROTOCOL_NUMBERS)}, or its number")
+
+
+def mark(value: object, same: Mark | None = None) -> Mark:
+    """`42`, `0x2a/0xff`, as in swanctl.conf; `%same` is the value of `same`. Without oepy's own bits, which packets
+    have beside it."""
+    text = text_of(value)
+    head, slash, rest = text.partition("/")
+    if head in ("%unique", "%unique-dir"):
+        raise Refused(
+            f"{head}: a mark of each SA's own is not in this version; write a number for each child"
+        )
+    if head == "%same" and same is None:
+        raise Refused("%same is the value of mark_in or mark_out, which is not there")
+    try:
+        found = same.value if same is not None and head == "%same" else int(head, 0)
+        mask = int(rest, 0) if slash else _ALL_BITS
+    except ValueError:
+        raise Refused(f"{text[:40]!r}: a mark is a number, or number/mask: 42, 0x2a/0xff") from None
+    if not 0 <= found <= _ALL_BITS or not 0 <= mask <= _ALL_BITS:
+        raise Refused(f"{text[:40]!r}: a mark and its mask have 32 bits")
+    if found & mask & MARK_MASK:
+        raise Refused(f"{text[:40]!r}: the bits {MARK_MASK:#x} of the mark are oepy's own; take others")
+    mask &= FOREIGN_BITS
+    if not mask:
+        raise Refused(f"{text[:40]!r}: no bit is left of the mask; the bits {MARK_MASK:#x} are oepy's own")
+    return Mark(found & mask, mask)
 
 
 def place(value: object) -> Place:

@@ -406,7 +406,7 @@ class Manager:
             return
         if state.child.tfc_padding and pair.takes_tfc and pair.mode == "tunnel":
             pair = replace(pair, tfc_padding=state.child.tfc_padding)
-        pair = replace(pair, if_id=state.child.if_id) if state.child.if_id else pair
+        pair = replace(pair, if_id=state.child.if_id, marks=state.child.marks)
         fresh = not state.tunnels
         before = state.tunnels.get(message.replaces or 0)
         tunnel = Tunnel(pair, now, message.session, before.used if before else now, message.outbound)

@@ -11,7 +11,17 @@ from ipaddress import ip_address, ip_network
 from typing import TYPE_CHECKING
 
 from oepy import dn
-from oepy.model import IdType, IpAddress, IpNetwork, PeerIdentity, PublicKey, Secret, TrafficSelector
+from oepy.model import (
+    NO_MARKS,
+    IdType,
+    IpAddress,
+    IpNetwork,
+    Marks,
+    PeerIdentity,
+    PublicKey,
+    Secret,
+    TrafficSelector,
+)
 
 if TYPE_CHECKING:
     from oepy.x509.certificates import Certificate
@@ -183,6 +193,7 @@ class Child:
         0  # of an XFRM interface of the administrator's, whose routes decide what goes there; 0 is none
     )
     tfc_padding: int = 0  # least bytes of a packet inside; 0 is none
+    marks: Marks = NO_MARKS
     updown: tuple[str, ...] = ()
 
 

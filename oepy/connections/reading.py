@@ -21,6 +21,7 @@ from oepy.connections.fields import (
     duration,
     flag,
     identity,
+    mark,
     number,
     one_of,
     pattern,
@@ -47,7 +48,7 @@ from oepy.connections.model import (
 )
 from oepy.connections.reading_clients import check_vips, missing_pools, ppk_name, read_pools, virtual_address
 from oepy.errors import OepyError
-from oepy.model import XFRM_IF_ID, IdType, PeerIdentity, PublicKey, Secret
+from oepy.model import XFRM_IF_ID, IdType, Marks, PeerIdentity, PublicKey, Secret
 
 SECTIONS = ("connections", "secrets", "pools", "authorities")
 MAX_CONNECTIONS = 20_000
@@ -98,13 +99,9 @@ _NOT_YET_CHILD = {
     "interface": "",
     "ipcomp": "",
     "label": "",
-    "mark_in": "SAs belong to oepy's own device and mark",
-    "mark_out": "SAs belong to oepy's own device and mark",
     "policies": "",
     "priority": "narrower selectors come first, then the order in the file",
     "replay_window": "",
-    "set_mark_in": "",
-    "set_mark_out": "",
     "sha256_96": "",
 }
 _NOT_YET_SIDE = {
@@ -346,6 +343,7 @@ def _child(name: str, value: object, path: Path, problems: list[Problem], files:
         inactivity=fields.take("inactivity", 0.0, duration),
         if_id=_if_id(fields),
         tfc_padding=fields.take("tfc_padding", 0, _tfc_padding),
+        marks=_marks(fields),
         updown=fields.take("updown", (), command),
     )
     fields.finish(_NOT_YET_CHILD)
@@ -379,6 +377,16 @@ def _interface_number(value: object) -> int:
             f"and not {XFRM_IF_ID}, which is oepy's own"
         )
     return found
+
+
+def _marks(fields: Fields) -> Marks:
+    inward, outward = (fields.take(name, None, mark) for name in ("mark_in", "mark_out"))
+    return Marks(
+        inward,
+        outward,
+        fields.take("set_mark_in", None, lambda value: mark(value, inward)),
+        fields.take("set_mark_out", None, lambda value: mark(value, outward)),
+    )
 
 
 def _tfc_padding(value: object) -> int:

@@ -237,7 +237,14 @@ class ControlApi:
             else "own address: never"
         )
         data["trap"] = f"{self._daemon.trap_name}, {where}"
+        data["marked"] = self._marked(destination)
         return data
+
+    def _marked(self, destination: IpAddress) -> list[dict[str, Any]]:
+        """Children that take what goes there with their mark."""
+        children = self._daemon.connections.manager.children
+        labels = self._daemon.connections.traffic.marked(destination)
+        return [views.marked_view(children[label], destination) for label in labels]
 
     async def _explain_manual(self, destination: IpAddress, policy: ManualPolicy) -> dict[str, Any]:
         now = time.monotonic()
@@ -265,6 +272,7 @@ class ControlApi:
         held = daemon.trap.held().get((state.number, destination), 0)
         data = views.connection_explanation(destination, state, sa, ike, held, now)
         data["trap"] = f"{daemon.trap_name}, connections come before the groups"
+        data["marked"] = self._marked(destination)
         return data
 
     async def initiate(self, destination: IpAddress, seconds: float) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from oepy.errors import OepyError
 from oepy.ike.algorithms import DEFAULT_ESP, Offer, parse_ah_proposal, parse_esp_proposal, parse_ike_proposal
 from oepy.ike.settings import Lifetimes
 from oepy.interfaces import ConfiguredRule, Way
-from oepy.model import IpAddress, IpNetwork, PeerIdentity, TrafficSelector, Verdict
+from oepy.model import IpAddress, IpNetwork, Marks, PeerIdentity, TrafficSelector, Verdict
 from oepy.prefixtable import PrefixTable
 
 
@@ -122,6 +122,7 @@ def both_ways(
     number: int,
     required: bool,
     transport: bool,
+    marks: Marks,
 ) -> Iterable[ConfiguredRule]:
     common: dict[str, Any] = {
         "protocol": protocol,
@@ -133,6 +134,7 @@ def both_ways(
         *(Way.OUT, ours, theirs, Verdict.PRIVATE),
         source_port=our_port,
         destination_port=their_port,
+        mark=marks.outward,
         **common,
     )
     for way in (Way.IN, Way.FORWARD):
@@ -140,17 +142,20 @@ def both_ways(
             *(way, theirs, ours, Verdict.BLOCK),
             source_port=their_port,
             destination_port=our_port,
+            mark=marks.inward,
             **common,
         )
 
 
 def past_the_trap(
-    ours: IpNetwork, theirs: IpNetwork, protocol: int, our_port: int, their_port: int
+    ours: IpNetwork, theirs: IpNetwork, protocol: int, our_port: int, their_port: int, *, marks: Marks
 ) -> Iterable[ConfiguredRule]:
     """What goes by an interface of the administrator's: no group asks for it, and no tunnel of ours takes it."""
-    yield ConfiguredRule(Way.OUT, ours, theirs, Verdict.CLEAR, protocol, our_port, their_port)
+    ports = protocol, our_port, their_port
+    yield ConfiguredRule(Way.OUT, ours, theirs, Verdict.CLEAR, *ports, mark=marks.outward)
+    ports = protocol, their_port, our_port
     for way in (Way.IN, Way.FORWARD):
-        yield ConfiguredRule(way, theirs, ours, Verdict.CLEAR, protocol, their_port, our_port)
+        yield ConfiguredRule(way, theirs, ours, Verdict.CLEAR, *ports, mark=marks.inward)
 
 
 def rank_of(rule: ConfiguredRule) -> tuple[int, ...]:
@@ -162,4 +167,5 @@ def rank_of(rule: ConfiguredRule) -> tuple[int, ...]:
         local.max_prefixlen - local.prefixlen,
         not (rule.source_port or rule.destination_port),
         not rule.protocol,
+        rule.mark is None,
     )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from oepy.config import Config
+from oepy.connections.model import Child
 from oepy.errors import OepyError
 from oepy.interfaces import Datapath, DatapathEvent, HostAddresses
 from oepy.model import Endpoint, IpAddress, IpNetwork, SaCounters, SaPair
@@ -45,6 +46,19 @@ class NoDatapath:
 
     async def stop(self) -> None:
         self._spis.clear()
+
+
+def userland_lacks(child: Child) -> Iterator[str]:
+    """What of a connection's child the userland datapath cannot do: each with its mend."""
+    for name, mark in (
+        ("mark_in", child.marks.inward),
+        ("mark_out", child.marks.outward),
+        ("set_mark_in", child.marks.set_inward),
+    ):
+        if mark is not None:
+            yield f"{name} is the kernel's, and this host has the datapath tun: leave it away"
+    if child.ah_proposals:
+        yield "AH is the kernel's, and this host has the datapath tun: take ESP"
 
 
 class NoHostAddresses:

@@ -24,7 +24,7 @@ from oepy.control.server import ControlServer
 from oepy.daemon.addresses import own_addresses
 from oepy.daemon.api import ControlApi
 from oepy.daemon.core import Core, Surroundings, engine_settings
-from oepy.daemon.datapaths import NoHostAddresses, open_datapath
+from oepy.daemon.datapaths import NoHostAddresses, open_datapath, userland_lacks
 from oepy.daemon.fetching import Fetching
 from oepy.daemon.forecast import validator as configured_validator
 from oepy.daemon.journal import Event, Journal
@@ -256,10 +256,8 @@ class Daemon(Core):
                     problems.append(
                         f"{label}: if_id is the kernel's, and this host has the datapath {self.chosen.name}"
                     )
-                if child.ah_proposals and self.chosen.name == "tun":
-                    problems.append(
-                        f"{label}: AH is the kernel's, and this host has the datapath tun: take ESP"
-                    )
+                if self.chosen.name == "tun":
+                    problems += [f"{label}: {text}" for text in userland_lacks(child)]
         if problems:
             raise UsageError("connections: " + "; ".join(problems[:20]))
 

@@ -31,6 +31,8 @@ class Traffic:
         self._core = core
         # All fixed remote selectors: opportunistic peers get none of it
         self._claimed: PrefixTable[str] = PrefixTable()
+        # Remote selectors of children that take packets with a mark alone: without it they are the groups'
+        self._marked: PrefixTable[str] = PrefixTable()
         # What connections carry or hold now: the engine keeps off
         self._settled: PrefixTable[str] = PrefixTable()
         self._rules: dict[int, tuple[tuple[object, ...], _Ranked]] = {}  # by child's number, and of what
@@ -38,11 +40,15 @@ class Traffic:
         self._resettles = False
 
     def load(self, configured: ConnectionSet) -> None:
-        self._claimed = PrefixTable()
+        self._claimed, self._marked = PrefixTable(), PrefixTable()
         for connection in configured.connections:
             for child in connection.children:
                 for selector in child.remote_ts:
-                    if selector.network is not None and not selector.protocol:
+                    if selector.network is None or selector.protocol:
+                        continue
+                    if child.marks.outward is not None:
+                        self._marked.add(selector.network, connection.label(child))
+                    if child.marks.outward is None or child.marks.inward is None:
                         self._claimed.add(selector.network, connection.label(child))
 
     def settles(self, address: IpAddress) -> str | None:
@@ -52,6 +58,10 @@ class Traffic:
     def claims(self, address: IpAddress) -> str | None:
         """Which child names this destination, up or not."""
         return narrowest(self._claimed, address) or narrowest(self._settled, address)
+
+    def marked(self, address: IpAddress) -> list[str]:
+        """The children that may have packets to this destination which carry their marks."""
+        return [label for _, labels in self._marked.matching(address) for label in labels]
 
     def rules(self) -> tuple[ConfiguredRule, ...]:
         """For the trap: narrower destinations first, then in the order of the file."""
@@ -87,13 +97,16 @@ class Traffic:
                         continue
                     if state.child.if_id:
                         protocol = local.protocol or remote.protocol
-                        yield from past_the_trap(ours, theirs, protocol, local.port, remote.port)
+                        yield from past_the_trap(
+                            *(ours, theirs, protocol, local.port, remote.port), marks=state.child.marks
+                        )
                         continue
                     yield from both_ways(
                         *(ours, theirs, local.protocol or remote.protocol, local.port, remote.port),
                         number=state.number,
                         required=state.trapped,
                         transport=state.child.mode == "transport",
+                        marks=state.child.marks,
                     )
 
     def _fixed(self, state: ChildState) -> tuple[IpAddress | None, IpAddress | None]:
@@ -112,6 +125,8 @@ class Traffic:
         return here, there
 
     def carry(self, state: ChildState, action: m.Join) -> None:
+        if state.child.marks.outward is not None:
+            return
         joined = self._joined.setdefault(action.number, set())
         for gone in joined.intersection(action.gone):
             for network in summarize_address_range(*gone):
@@ -137,7 +152,7 @@ class Traffic:
                         self._settled.add(network, joined_by.label)
             for state in self._core.connections.manager.children.values():
                 for _, rule in self._ranked(state) if state.trapped else ():
-                    if rule.way is Way.OUT and not rule.protocol:
+                    if rule.way is Way.OUT and not rule.protocol and rule.mark is None:
                         self._settled.add(rule.destination, state.label)
             self._core.reload_trap()
         self._later()

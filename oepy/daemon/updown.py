@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 
 from oepy.connections.messages import RunUpdown
-from oepy.model import TrafficSelector
+from oepy.model import SaPair, TrafficSelector
 
 SECONDS = 30.0  # for one run
 MAX_WAITING = 1000
@@ -121,9 +121,16 @@ def environments(action: RunUpdown) -> Iterator[dict[str, str]]:
                 "PLUTO_PEER_CLIENT": _network(theirs),
                 "PLUTO_PEER_PORT": str(theirs.start_port if theirs.start_port == theirs.end_port else 0),
                 "PLUTO_PEER_PROTOCOL": str(theirs.protocol),
+                **dict(_marks(pair)),
                 **({"PLUTO_UDP_ENC": str(pair.remote.port)} if pair.encap else {}),
                 **dict(_assigned(action)),
             }
+
+
+def _marks(pair: SaPair) -> Iterator[tuple[str, str]]:
+    for name, mark in (("IN", pair.marks.inward), ("OUT", pair.marks.outward)):
+        if mark is not None:
+            yield f"PLUTO_MARK_{name}", f"{mark.value}/{mark.mask:#010x}"
 
 
 def _assigned(action: RunUpdown) -> Iterator[tuple[str, str]]:

@@ -234,6 +234,15 @@ def child_view(state: ChildState, held: int, now: float) -> dict[str, Any]:
         "local_ts": [str(selector) for selector in child.local_ts],
         "remote_ts": [str(selector) for selector in child.remote_ts],
         "mode": child.mode,
+        "marks": {
+            name: str(mark) if mark else None
+            for name, mark in (
+                ("mark_in", child.marks.inward),
+                ("mark_out", child.marks.outward),
+                ("set_mark_in", child.marks.set_inward),
+                ("set_mark_out", child.marks.set_outward),
+            )
+        },
         "start_action": "|".join(["trap"] * child.trap + ["start"] * child.start) or "none",
         "held_packets": held,
         "retry_in": round(state.retry_at - now, 3) if state.retry_at is not None else None,
@@ -285,6 +294,17 @@ def connection_explanation(
     }
 
 
+def marked_view(state: ChildState, destination: IpAddress) -> dict[str, Any]:
+    """What becomes of packets to a destination that carry a child's mark."""
+    tunnels = state.tunnels.values()
+    up = any(ts.contains_address(destination) for tunnel in tunnels for ts in tunnel.pair.remote_ts)
+    return {
+        "connection": state.label,
+        "mark": str(state.child.marks.outward),
+        "disposition": "private" if up else "held" if state.trapped else "next policy",
+    }
+
+
 def connection_policy_view(state: ChildState, local: Selector, remote: Selector) -> dict[str, Any]:
     """In the form of the groups' rules."""
     number = remote.protocol or local.protocol
@@ -296,5 +316,6 @@ def connection_policy_view(state: ChildState, local: Selector, remote: Selector)
         "connection": state.label,
         "source": str(local.network or "dynamic"),
         "source_port": local.port or None,
+        "mark": str(state.child.marks.outward) if state.child.marks.outward else None,
         "action": "tunnel" if state.tunnels else "hold" if state.trapped else "next policy",
     }

@@ -98,20 +98,21 @@ class Asking:
     def __bool__(self) -> bool:
         return bool(self._rules)
 
-    def number_of(self, flow: Flow) -> int:
-        """0 where no rule with a number asks."""
-        return min(self._matching(flow), default=(0, 0))[1]
+    def number_of(self, flow: Flow, mark: int) -> int:
+        """Of a packet with this mark; 0 where no rule with a number asks."""
+        return min(self._matching(flow, mark), default=(0, 0))[1]
 
-    def _matching(self, flow: Flow) -> Iterator[tuple[int, int]]:
+    def _matching(self, flow: Flow, mark: int) -> Iterator[tuple[int, int]]:
         for _, rules in self._rules.matching(flow.destination):
             for order, rule in rules:
-                if _matches(rule, flow):
+                if _matches(rule, flow, mark):
                     yield order, rule.number
 
 
-def _matches(rule: ConfiguredRule, flow: Flow) -> bool:
+def _matches(rule: ConfiguredRule, flow: Flow, mark: int) -> bool:
     return (
-        flow.source in rule.source
+        (rule.mark is None or rule.mark.matches(mark))
+        and flow.source in rule.source
         and rule.protocol in (0, flow.protocol)
         and rule.source_port in (0, flow.source_port)
         and rule.destination_port in (0, flow.destination_port)

@@ -392,7 +392,7 @@ class NfqueueTrap:
             return
         held = HeldPacket(packet.queue, packet.id, packet.mark, packet.length, flow)
         now = running.loop.time()
-        number = running.asking.number_of(flow) if running.asking else 0
+        number = running.asking.number_of(flow, packet.mark) if running.asking else 0
         if number:
             self._asked(running, number, flow, held, now)
             return

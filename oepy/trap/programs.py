@@ -7,6 +7,7 @@ A rule is a list of expressions over registers: load a field, mask it, compare; 
 from __future__ import annotations
 
 import functools
+import struct
 from collections.abc import Iterable
 
 from oepy.interfaces import ConfiguredRule
@@ -35,7 +36,8 @@ _JUMP, _GOTO = -3 & 0xFFFFFFFF, -4 & 0xFFFFFFFF
 _CODES = {DROP: 0, ACCEPT: 1}
 _REGISTER, _VERDICT_REGISTER = 1, 0
 _NETWORK_HEADER, _TRANSPORT_HEADER = 1, 2
-_META_NFPROTO, _META_L4PROTO, _META_SECPATH = 15, 16, 25
+_META_MARK, _META_NFPROTO, _META_L4PROTO, _META_SECPATH = 3, 15, 16, 25
+_HOST = struct.Struct("=I")  # a mark is in the host's byte order
 _OFFSETS = {(4, "saddr"): 12, (4, "daddr"): 16, (6, "saddr"): 8, (6, "daddr"): 24}
 
 
@@ -122,6 +124,9 @@ def _matches(rule: ConfiguredRule) -> list[bytes]:
         _meta(_META_NFPROTO),
         _equals(bytes((2 if rule.source.version == 4 else 10,))),
     ]
+    if rule.mark is not None:
+        found.append(_meta(_META_MARK))
+        found += [_masked(_HOST.pack(rule.mark.mask)), _equals(_HOST.pack(rule.mark.value))]
     for field, network in (("saddr", rule.source), ("daddr", rule.destination)):
         if network.prefixlen:
             found += [_field(rule, field), *_within(network)]
@@ -137,15 +142,19 @@ def _within(network: IpNetwork) -> list[bytes]:
     compare = _equals(network.network_address.packed)
     if network.prefixlen == network.max_prefixlen:
         return [compare]
-    size = network.max_prefixlen // 8
-    masked = (
+    return [_masked(network.netmask.packed), compare]
+
+
+def _masked(mask: bytes) -> bytes:
+    """What is loaded, and these bits."""
+    data = (
         nl.u32(1, _REGISTER)
         + nl.u32(2, _REGISTER)
-        + nl.u32(3, size)
-        + nl.nested(4, nl.attribute(_DATA_VALUE, network.netmask.packed))
-        + nl.nested(5, nl.attribute(_DATA_VALUE, bytes(size)))
+        + nl.u32(3, len(mask))
+        + nl.nested(4, nl.attribute(_DATA_VALUE, mask))
+        + nl.nested(5, nl.attribute(_DATA_VALUE, bytes(len(mask))))
     )
-    return [_expression("bitwise", masked), compare]
+    return _expression("bitwise", data)
 
 
 def _field(rule: ConfiguredRule, name: str) -> bytes:

@@ -40,7 +40,7 @@ from collections.abc import Iterator, Sequence
 from ipaddress import IPv4Address, IPv6Address
 
 from oepy.interfaces import TrapPolicy, Way
-from oepy.model import MARK_KERNEL, MARK_MASK, MARK_OWN, MARK_PRIVATE, PolicyGroup, Verdict
+from oepy.model import FOREIGN_BITS, MARK_KERNEL, MARK_MASK, MARK_OWN, MARK_PRIVATE, PolicyGroup, Verdict
 from oepy.trap import islands
 from oepy.trap.islands import map_name
 from oepy.trap.prefixes import GroupRange, Lookup, lookups
@@ -67,12 +67,11 @@ _IP = {4: "ip", 6: "ip6"}
 _TCP_UDP = "{ 6, 17 }"
 _WITH_PORTS = "{ 6, 17, 33, 132, 136 }"  # TCP, UDP, DCCP, SCTP, UDP-Lite
 _NEIGHBOUR_DISCOVERY = "icmpv6 type 133-137"
-_FOREIGN_BITS = 0xFFFFFFFF ^ MARK_MASK
-_REMEMBER = f"ct mark set (ct mark & {_FOREIGN_BITS:#x}) | {MARK_PRIVATE:#x}"  # the connection as private
+_REMEMBER = f"ct mark set (ct mark & {FOREIGN_BITS:#x}) | {MARK_PRIVATE:#x}"  # the connection as private
 
 
 def _marked(mark: int) -> str:
-    return f"meta mark set (meta mark & {_FOREIGN_BITS:#x}) | {mark:#x}"
+    return f"meta mark set (meta mark & {FOREIGN_BITS:#x}) | {mark:#x}"
 
 
 def _address(version: int, number: int) -> str:

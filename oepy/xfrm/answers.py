@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from oepy.errors import ParseError
-from oepy.model import IpAddress
+from oepy.model import IpAddress, Mark
 from oepy.netlink import Frame, parse_attributes
 from oepy.xfrm import pieces as p
 from oepy.xfrm import values as v
@@ -334,16 +334,16 @@ def _u32(attributes: dict[int, bytes], kind: int) -> int:
     return number
 
 
-def _mark(attributes: dict[int, bytes]) -> v.Mark | None:
+def _mark(attributes: dict[int, bytes]) -> Mark | None:
     data = attributes.get(p.A_MARK)
-    return None if data is None else v.Mark(*p.unpack(p.MARK, data, "mark"))
+    return None if data is None else Mark(*p.unpack(p.MARK, data, "mark"))
 
 
-def _set_mark(attributes: dict[int, bytes]) -> v.Mark | None:
+def _set_mark(attributes: dict[int, bytes]) -> Mark | None:
     if p.A_SET_MARK not in attributes:
         return None
     mask = _u32(attributes, p.A_SET_MARK_MASK) if p.A_SET_MARK_MASK in attributes else 0xFFFFFFFF
-    return v.Mark(_u32(attributes, p.A_SET_MARK), mask)
+    return Mark(_u32(attributes, p.A_SET_MARK), mask)
 
 
 _PARSERS: dict[int, Callable[[bytes], v.Answer]] = {

@@ -2,7 +2,7 @@
 
 A `reqid` ties a policy to its SAs, and tells ours from everybody else's: nothing outside of our ranges, our
 if_id and our mark is ever changed. Priorities are the kernel's: the lower number comes first. Within one class
-the longer destination prefix does, then the longer source prefix, then a named protocol and ports.
+the longer destination prefix does, then the longer source prefix, then a named protocol and ports, then a mark.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class PolicyClass(enum.IntEnum):
 
 # Behind those of other IPsec programs, as opportunistic policies should be; and ours are known by it
 _BASE = 0x6F00_0000
-_STEP = 100_000  # priorities of a class; all of `_rank` fits in
+_STEP = 100_000  # priorities of a class; all of `_rank` fits in twice
 _WIDTH = {4: 32, 6: 128}
 
 
-def priority(of_class: PolicyClass, selector: Selector) -> int:
+def priority(of_class: PolicyClass, selector: Selector, *, marked: bool = False) -> int:
     """See above. Policies of the two families never compete, so a rank is of its own family."""
-    return class_start(of_class) + _rank(selector)
+    return class_start(of_class) + 2 * _rank(selector) + (not marked)
 
 
 def class_start(of_class: PolicyClass) -> int:

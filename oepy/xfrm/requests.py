@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
-from oepy.model import IpNetwork
+from oepy.model import IpNetwork, Mark
 from oepy.netlink import NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, attribute
 from oepy.xfrm import pieces as p
 from oepy.xfrm import values as v
@@ -279,5 +279,5 @@ def _if_id(if_id: int) -> bytes:
     return _u32(p.A_IF_ID, if_id) if if_id else b""
 
 
-def _mark(mark: v.Mark | None) -> bytes:
+def _mark(mark: Mark | None) -> bytes:
     return b"" if mark is None else attribute(p.A_MARK, p.MARK.pack(mark.value, mark.mask))

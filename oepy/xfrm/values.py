@@ -9,7 +9,7 @@ import enum
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
-from oepy.model import IpAddress, IpNetwork, Secret
+from oepy.model import IpAddress, IpNetwork, Mark, Secret
 
 ESP = 50
 AH = 51
@@ -60,14 +60,6 @@ class PolicyFlag(enum.IntFlag):
     NONE = 0
     LOCAL_OK = 1
     ICMP = 2  # covers ICMP errors about the selector's packets, too
-
-
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """A value under a mask; the kernel compares `mark & mask == value`."""
-
-    value: int
-    mask: int = 0xFFFFFFFF
 
 
 # (value, mask) of a port; (0, 0) is any. Of ICMP the source holds the type and the destination the code.

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from oepy.lab.capture import Capture
 from oepy.lab.charon import charon
 from oepy.lab.namespaces import Lab, Namespace
-from oepy.lab.probe import ping
+from oepy.lab.probe import Pinger, echoes, ping
 from tests.net.daemon_host import Host, kinds
 from tests.net.test_connections_mobike import (
     GATE,
     INSIDE,
+    SECRETS,
     client_section,
     gate_section,
     lay_out,
@@ -194,3 +197,91 @@ def test_ah_with_strongswan(
                 assert None not in ping(inside, "198.18.6.2", count=3, timeout=10), peer.tail()
             capture.flush()
             assert kinds(capture) == {"ike", "ah"}
+
+
+COLOURS = {"red": 0x11, "blue": 0x22}
+
+
+def _coloured(own: str, ours: str, theirs: str, *, reverse: bool) -> dict[str, Any]:
+    """Two connections with the same selectors, of which each has its mark and its address of the gateway's."""
+    connections = {}
+    for number, (name, mark) in enumerate(COLOURS.items(), 1):
+        gate, peer = f"198.18.8.{number}", "gate.example" if own != "gate.example" else "one.road.example"
+        connections[name] = {
+            "local_addrs": [gate] if reverse else ["198.18.6.2"],
+            "remote_addrs": ["198.18.6.2"] if reverse else [gate],
+            "local": {"auth": "psk", "id": own},
+            "remote": {"auth": "psk", "id": peer},
+            "children": {
+                "net": {
+                    "local_ts": [ours],
+                    "remote_ts": [theirs],
+                    "mark_in": mark,
+                    "mark_out": f"{mark:#x}/0xff",
+                    "set_mark_in": "%same",
+                    "start_action": "trap" if name == "red" and not reverse else "none",
+                }
+            },
+        }
+    return {"connections": connections, "secrets": SECRETS}
+
+
+def test_two_connections_side_by_side_by_their_marks(
+    hosts: tuple[tuple[Namespace, Namespace, Namespace], tuple[Host, Host]], tmp_path: Path
+) -> None:
+    """With the same selectors: each packet goes by the tunnel of its mark, and comes back by it. Whichever traps
+    holds its first packet; what has no mark, or one whose tunnel is down, is its group's, which is `private`:
+    nothing leaves in the clear. Another mark reaches the kernel by a reload."""
+    (warrior, gate, _), (client, server) = hosts
+    warrior.address("lo", "10.9.1.1/32")
+    warrior.ip("route", "add", "10.1.0.0/24", "via", "198.18.6.1")
+    for number in (1, 2):
+        warrior.ip("route", "replace", f"198.18.8.{number}/32", "via", "198.18.6.1")
+    gate.address("lo", "198.18.8.2/32")
+    gate.sysctl("net.ipv4.fwmark_reflect", "1")
+    sections = (
+        _coloured("gate.example", "10.1.0.0/24", "10.9.1.1/32", reverse=True),
+        _coloured("one.road.example", "10.9.1.1/32", "10.1.0.0/24", reverse=False),
+    )
+    private = {"policy": {"default": "clear", "groups": {"private": ["10.1.0.0/24"]}}, "datapath": "xfrm"}
+    server.start({}, **sections[0], datapath="xfrm")
+    client.start({}, **sections[1], **private)
+
+    def marked(mark: int, count: int = 3, timeout: float = 15) -> list[float | None]:
+        with warrior.entered(), Pinger("10.1.0.1", source="10.9.1.1") as pinger:
+            pinger.socket.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
+            return echoes(pinger, count, timeout)
+
+    def sent() -> dict[str, int]:
+        return {sa["connection"]: sa["packets_out"] for sa in client.json("sas")}
+
+    with Capture(gate, ["wan0", "wan1"], tmp_path / "wan.pcap") as capture:
+        assert None not in marked(0x11), client.log() + server.log()
+        assert sent() == {"red/net": 3}
+        assert marked(0, 2, 1) == [None, None]
+        assert marked(0x22, 2, 1) == [None, None]
+        up = client.oepy("connection", "up", "blue")
+        assert up.returncode == 0, up.stdout + up.stderr + client.log() + server.log()
+        assert None not in marked(0x22), client.log() + server.log()
+        assert None not in marked(0x4422), client.log()  # the mask leaves the other bits open
+        assert sent() == {"red/net": 3, "blue/net": 6}
+        told = client.json("explain", "10.1.0.1")
+        assert {(row["connection"], row["mark"], row["disposition"]) for row in told["marked"]} == {
+            ("red/net", "0x11/0xff", "private"),
+            ("blue/net", "0x22/0xff", "private"),
+        }
+        for section in sections:
+            child = section["connections"]["blue"]["children"]["net"]
+            child |= {"mark_in": 0x33, "mark_out": "0x33/0xff"}
+        server.reload({}, **sections[0], datapath="xfrm")
+        client.reload({}, **sections[1], **private)
+        assert client.oepy("connection", "up", "blue").returncode == 0, client.log()
+        assert None not in marked(0x33), client.log() + server.log()
+        assert marked(0x22, 2, 1) == [None, None]
+        server.stop()
+        assert client.oepy("connection", "down", "red").returncode in (0, 1)
+        assert marked(0x11, 2, 1) == [None, None]
+        capture.flush()
+        assert kinds(capture) == {"ike", "esp"}
+    client.stop()
+    assert "mark" not in warrior.run("ip", "xfrm", "policy").stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -20,11 +21,23 @@ from oepy.errors import OepyError
 from oepy.interfaces import ConfiguredRule, TrapPolicy, Way
 from oepy.lab.capture import Capture
 from oepy.lab.namespaces import Namespace
-from oepy.model import PolicyGroup, Verdict
+from oepy.model import Mark, PolicyGroup, Verdict
 from oepy.trap import configured as configured_rules
 from oepy.trap import islands, kernel, switch
 from oepy.trap.rules import Ruleset
-from tests.net.harness import A4, B4, Wired, address, trapping, wired
+from tests.net.harness import (
+    A4,
+    B4,
+    TrapIn,
+    Wired,
+    address,
+    listen_udp,
+    received,
+    trapping,
+    udp,
+    until,
+    wired,
+)
 from tests.net.test_trap import _NEVER_STOPS
 
 pytestmark = [pytest.mark.root, pytest.mark.any_kernel]
@@ -92,6 +105,7 @@ async def test_as_nft_reads_them(net: Wired) -> None:
         out("192.0.2.0/24", "10.1.2.3/32", 5, protocol=6, destination_port=443, required=True),
         out("192.0.2.10/32", "10.1.0.0/16", 6),
         out("0.0.0.0/0", "10.1.0.0/16", verdict=Verdict.CLEAR),
+        out("192.0.2.10/32", "10.1.0.0/24", 8, mark=Mark(0x2A, 0xCFFFFFFF), required=True),
         *both_ways("2001:db8::/64", "2001:db8:1::/48", 7, protocol=17, source_port=53, required=True)[:2],
         ConfiguredRule(
             Way.FORWARD, ip_network("0.0.0.0/0"), ip_network("192.0.2.0/24"), Verdict.CLEAR, protocol=1
@@ -104,6 +118,9 @@ async def test_as_nft_reads_them(net: Wired) -> None:
                 "ip saddr 192.0.2.0/24 ip daddr 10.1.2.3 tcp dport 443 goto ask_closed",
                 "ip saddr 192.0.2.10 ip daddr 10.1.0.0/16 ip daddr @joined_6_4 goto tunnel",
                 "ip daddr 10.1.0.0/16 accept",
+                "meta mark & 0xcfffffff == 0x0000002a ip saddr 192.0.2.10 ip daddr 10.1.0.0/24 "
+                "ip daddr @joined_8_4 goto tunnel",
+                "meta mark & 0xcfffffff == 0x0000002a ip saddr 192.0.2.10 ip daddr 10.1.0.0/24 goto ask_closed",
                 "ip6 saddr 2001:db8::/64 ip6 daddr 2001:db8:1::/48 udp sport 53 "
                 "ip6 daddr @joined_7_6 goto tunnel",
                 "ip6 saddr 2001:db8::/64 ip6 daddr 2001:db8:1::/48 udp sport 53 goto ask_closed",
@@ -113,6 +130,47 @@ async def test_as_nft_reads_them(net: Wired) -> None:
         )
         keys = {key for _, key in listed(net.a)["configured"]}
         assert keys == {"10.1.0.0", "2001:db8:1::", "0.0.0.0", "128.0.0.0"}
+
+
+async def test_marked_packets_are_their_childs(net: Wired) -> None:
+    """Of two children with the same selectors the mark decides; what has none is its group's, in the clear or held.
+    Where the child holds its traffic, a stopped trap keeps what is marked shut, and nothing else."""
+
+    def held(trap: TrapIn) -> dict[Any, int]:
+        return dict(trap.trap.held())
+
+    rules = [
+        *both_ways(f"{A4}/32", f"{B4}/32", 5, mark=Mark(0x11, 0xFF), required=True),
+        *both_ways(f"{A4}/32", f"{B4}/32", 6, mark=Mark(0x22, 0xFF)),
+    ]
+    with (
+        listen_udp(net.b, B4, 7100) as listener,
+        udp(net.a, B4, 7100) as plain,
+        udp(net.a, B4, 7100, mark=0x4411) as red,
+        udp(net.a, B4, 7100, mark=0x22) as blue,
+    ):
+        with trapping(net.a, with_rules(*rules)) as trap:
+            for name, sender in ((b"red", red), (b"plain", plain), (b"blue", blue)):
+                sender.send(name)
+            await until(lambda: held(trap) == {(5, address(B4)): 1})
+            await asyncio.sleep(0.1)
+            assert received(listener) == [b"plain", b"blue"]  # blue's child is down and holds nothing
+        with trapping(net.a, TrapPolicy((), PolicyGroup.PRIVATE, (), configured=tuple(rules))) as trap:
+            for sender in (red, plain, blue):
+                sender.send(b"held")
+            await until(lambda: sum(held(trap).values()) == 3)
+            assert held(trap) == {(5, address(B4)): 1, (PolicyGroup.PRIVATE, address(B4)): 2}
+            assert received(listener) == []
+        inside = TrapIn(net.a)
+        inside.start(with_rules(*rules))
+        inside.stop(guard=True)
+        for name, sender in ((b"red", red), (b"plain", plain)):
+            with contextlib.suppress(PermissionError):
+                sender.send(name)
+        await asyncio.sleep(0.1)
+        assert received(listener) == [b"plain"]
+        inside.start(with_rules())
+        inside.stop(guard=False)
 
 
 def test_the_difference_is_what_a_fresh_load_makes(net: Wired) -> None:

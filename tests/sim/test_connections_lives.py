@@ -13,9 +13,9 @@ import yaml
 
 from oepy.connections.manager import State
 from oepy.connections.messages import Asked, Down, Up
-from oepy.interfaces import DatapathEvent
+from oepy.interfaces import DatapathEvent, Way
 from oepy.keys import HostKey
-from oepy.model import Authenticated, Flow, Verdict
+from oepy.model import Authenticated, Flow, Mark, Marks, Verdict
 from tests.fakes.clock import run_virtual
 from tests.fakes.connections import between, good, read
 from tests.sim.test_connections import PSK, A, B, child, pair, quiet, up
@@ -390,13 +390,42 @@ def test_encap(encap: bool) -> None:
         ({"if_id_in": "%unique", "if_id_out": "%unique"}, "of an XFRM interface"),
         ({"if_id_in": 42, "if_id_out": 42, "start_action": "trap"}, "nothing is held"),
         ({"if_id_in": 42, "if_id_out": 42, "mode": "transport"}, "tunnel mode"),
-        ({"mark_in": 1}, "mark"),
     ],
 )
 def test_interfaces_that_cannot_be(child: dict[str, Any], words: str) -> None:
     """Each is named with its mend."""
     _, problems = read(between(A, B, own="a.example", peer="b.example", child=child), PSK)
     assert any(words in problem.text for problem in problems), problems
+
+
+def test_marks_reach_the_datapath_and_leave_the_rest_to_the_groups() -> None:
+    """The pair and the trap's rules have them; the engine is kept off nothing, but no offer is answered while what
+    comes back needs no mark; a reload with another mark makes the tunnel anew."""
+
+    async def main() -> None:
+        one, other = pair(Router(random.Random(12)), "start", child={"mark_out": "0x11/0xff"})
+        await asyncio.sleep(5)
+        assert {p.marks for p in one.datapath.pairs.values()} == {Marks(outward=Mark(0x11, 0xFF))}
+        assert matching_pairs(one, other)
+        traffic = one.core.connections.traffic
+        assert {rule.mark for rule in traffic.rules() if rule.way is Way.OUT} == {Mark(0x11, 0xFF)}
+        assert {rule.mark for rule in traffic.rules() if rule.way is not Way.OUT} == {None}
+        assert traffic.settles(other.address) is None
+        assert traffic.marked(other.address) == ["site/net"]
+        assert traffic.claims(other.address) == "site/net"
+        (before,) = one.datapath.pairs
+        marks = {"mark_out": "0x12/0xff", "mark_in": 5}
+        again = between(A, B, own="a.example", peer="b.example", start="start", child=marks)
+        one.core.connections.load(good(again, PSK), {})
+        await asyncio.sleep(5)
+        (sa,) = one.datapath.pairs.values()
+        assert sa.spi_in != before
+        assert sa.marks == Marks(Mark(5, 0xCFFFFFFF), Mark(0x12, 0xFF))
+        assert {rule.mark for rule in traffic.rules() if rule.way is not Way.OUT} == {sa.marks.inward}
+        assert traffic.claims(other.address) is None
+        assert one.trap.joined[child(one).number]
+
+    run_virtual(main())
 
 
 def test_if_id_goes_past_the_trap() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oepy.errors import ParseError
-from oepy.model import IpAddress, IpNetwork, Secret
+from oepy.model import IpAddress, IpNetwork, Mark, Secret
 from oepy.netlink import Frame, attribute, frame, parse_frames
 from oepy.xfrm import answers, pieces, requests
 from oepy.xfrm import values as v
@@ -41,7 +41,7 @@ SELECTORS = st.sampled_from((4, 6)).flatmap(
 COUNTS = st.integers(0, 2**64 - 2)
 LIMITS = st.builds(v.Limits, COUNTS, COUNTS, COUNTS, COUNTS, U64, U64)
 USAGE = st.builds(v.Usage, U64, U64, U64, U64)
-MARKS = st.none() | st.builds(v.Mark, U32, U32)
+MARKS = st.none() | st.builds(Mark, U32, U32)
 KEYS = st.binary(max_size=80).map(Secret)
 NAMES = st.sampled_from(("rfc4106(gcm(aes))", "hmac(sha256)", "ecb(cipher_null)", "x" * 63))
 ALGORITHMS = st.none() | st.builds(v.Algorithm, NAMES, KEYS)
@@ -165,7 +165,7 @@ def test_a_policy_comes_back(policy: v.Policy) -> None:
 
 
 @given(st.sampled_from((4, 6)).flatmap(pairs_of), U32, MARKS)
-def test_ids_come_back(addresses: tuple[IpAddress, IpAddress], spi: int, mark: v.Mark | None) -> None:
+def test_ids_come_back(addresses: tuple[IpAddress, IpAddress], spi: int, mark: Mark | None) -> None:
     """In what the kernel says of a deleted SA."""
     name = v.SaId(addresses[0], spi, v.AH, mark, addresses[1])
     assert heard(requests.delete_sa(name)) == v.SaDeleted(name)
@@ -173,7 +173,7 @@ def test_ids_come_back(addresses: tuple[IpAddress, IpAddress], spi: int, mark: v
 
 @given(SELECTORS, st.sampled_from(v.PolicyDirection), MARKS, U32, U32)
 def test_policy_ids_come_back(
-    selector: v.Selector, direction: v.PolicyDirection, mark: v.Mark | None, if_id: int, index: int
+    selector: v.Selector, direction: v.PolicyDirection, mark: Mark | None, if_id: int, index: int
 ) -> None:
     """In what the kernel says of a deleted policy."""
     name = v.PolicyId(direction, selector, mark, if_id, index)

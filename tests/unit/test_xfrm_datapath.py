@@ -16,7 +16,7 @@ from oepy.datapath.xfrm.datapath import SEQUENCE_LEAP, XfrmDatapath
 from oepy.datapath.xfrm.plan import BY_DEVICE, BY_MARK
 from oepy.errors import OepyError
 from oepy.interfaces import DatapathEvent
-from oepy.model import XFRM_IF_ID, Endpoint, EspSuite, Lifetime, SaKeys, SaPair, Secret
+from oepy.model import XFRM_IF_ID, Endpoint, EspSuite, Lifetime, Mark, SaKeys, SaPair, Secret
 from oepy.xfrm import pieces as p
 from oepy.xfrm import requests
 from oepy.xfrm import values as v
@@ -100,7 +100,7 @@ async def test_a_pair_is_two_sas_and_its_policies(bed: Bed) -> None:
     assert inbound.reqid == outbound.reqid
     assert inbound.reqid in AUTOMATIC_REQIDS
     assert inbound.set_mark is None
-    assert outbound.set_mark == v.Mark(0x20000000, 0x30000000)
+    assert outbound.set_mark == Mark(0x20000000, 0x30000000)
     assert inbound.aead is not None
     assert outbound.aead is not None
     assert (inbound.aead.key, outbound.aead.key) == (FIRST.keys_in.encryption, FIRST.keys_out.encryption)
@@ -492,7 +492,7 @@ async def test_by_mark_the_outward_policies_have_it(no_device: list[str]) -> Non
     out, inward = bed.kernel.policy(OUT, THERE), bed.kernel.policy(IN, HERE)
     assert out is not None
     assert inward is not None
-    assert (out.mark, out.if_id) == (v.Mark(0x10000000, 0x30000000), 0)
+    assert (out.mark, out.if_id) == (Mark(0x10000000, 0x30000000), 0)
     assert (inward.mark, inward.if_id) == (None, 0)
     await bed.datapath.stop()
     assert no_device == ["tear_down"]  # of an earlier run that had one

@@ -22,6 +22,8 @@ from oepy.model import (
     EspSuite,
     IdType,
     Lifetime,
+    Mark,
+    Marks,
     PeerIdentity,
     SaCounters,
     SaKeys,
@@ -94,6 +96,7 @@ def encode_pair(pair: SaPair) -> Json:
         "connection": pair.connection,
         "aggregation": [pair.aggregation, pair.fragments, pair.super_packets],
         "tfc_padding": pair.tfc_padding,
+        "marks": dataclasses.astuple(pair.marks),
     }
 
 
@@ -134,6 +137,7 @@ def decode_pair(value: Json) -> SaPair:
         fragments=value["aggregation"][1],
         super_packets=value["aggregation"][2],
         tfc_padding=value["tfc_padding"],
+        marks=Marks(*(None if mark is None else Mark(*mark) for mark in value["marks"])),
     )
 
 

@@ -29,7 +29,7 @@ from oepy.datapath.tun.seams import OuterSocket, PacketDevice, Received, Route
 from oepy.datapath.tun.waiting import Waiting
 from oepy.errors import MisuseError, ParseError
 from oepy.interfaces import DatapathEvent
-from oepy.model import Endpoint, IpAddress, SaPair
+from oepy.model import Endpoint, IpAddress, Mark, SaPair
 from oepy.udp import NON_ESP_MARKER, Kind, classify, received_at
 
 EVENT_INTERVAL = 10.0  # seconds between events of one kind about one peer or SA
@@ -84,7 +84,9 @@ class Forwarder:
         self._is_own = is_own
         self._limit = _EventLimit()
         self._routes: dict[EspPair, Route] = {}
-        self._shared: WeakValueDictionary[tuple[Endpoint, Endpoint], Route] = WeakValueDictionary()
+        self._shared: WeakValueDictionary[tuple[Endpoint, Endpoint, Mark | None], Route] = (
+            WeakValueDictionary()
+        )
         self.database = SaDatabase()
         self.counters: Counter[str] = Counter()
         self._outbox = Outbox(outers, self.counters, lambda pair: self._alarms(pair, self._now))
@@ -110,7 +112,7 @@ class Forwarder:
         elif dataclasses.replace(known.pair, local=pair.local, remote=pair.remote) != pair:
             raise ValueError(f"SPI {pair.spi_in:#x} is in use")
         known.pair = pair
-        ends = (pair.local, pair.remote)
+        ends = (pair.local, pair.remote, pair.marks.set_outward)
         route = self._shared.get(ends) or Route.between(*ends)
         self._shared[ends] = self._routes[known] = route
         known.for_this_host = all(ts.start == ts.end and self._is_own(ts.start) for ts in pair.local_ts)

@@ -5,14 +5,18 @@ tests/fakes has an in-memory twin of each.
 
 from __future__ import annotations
 
+import socket
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from oepy.datapath.esp.inner import Bytes
 from oepy.datapath.esp.offload import Offload
-from oepy.model import Endpoint
+from oepy.model import MARK_OWN, Endpoint, Mark
 from oepy.udp import Ancillary, source_ancillary
+
+_MARK = struct.Struct("=I")
 
 
 class PacketDevice(Protocol):
@@ -39,10 +43,13 @@ class Route:
     takes_segments: bool = True  # until the kernel refuses to cut datagrams for it
 
     @classmethod
-    def between(cls, local: Endpoint, remote: Endpoint) -> Route:
-        return cls(
-            remote.address.version, source_ancillary(local.address), (str(remote.address), remote.port)
-        )
+    def between(cls, local: Endpoint, remote: Endpoint, mark: Mark | None = None) -> Route:
+        """`mark` is given to what is sent, beside the socket's own bits."""
+        ancillary = source_ancillary(local.address)
+        if mark is not None:
+            value = _MARK.pack(MARK_OWN | mark.value)
+            ancillary = [*ancillary, (socket.SOL_SOCKET, socket.SO_MARK, value)]
+        return cls(remote.address.version, ancillary, (str(remote.address), remote.port))
 
 
 # Data, ancillary data and socket address, as recvmsg gives them (only IKE needs them decoded), and the length

@@ -512,7 +512,7 @@ def _policies_of(pair: SaPair) -> tuple[object, ...]:
     """Equal for pairs that one peer may use in place of each other."""
     return (
         *(pair.connection, pair.authenticated, pair.peer, pair.remote.address),
-        *(pair.mode, pair.protocol, pair.local_ts, pair.remote_ts, pair.if_id),
+        *(pair.mode, pair.protocol, pair.local_ts, pair.remote_ts, pair.if_id, pair.marks),
     )
 
 

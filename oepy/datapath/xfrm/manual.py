@@ -26,7 +26,7 @@ from oepy.manual.model import (
     Template,
 )
 from oepy.manual.presenting import policy_mapping, sa_view
-from oepy.model import MARK_MASK, MARK_OWN, EspSuite, IpAddress, Lifetime, SaKeys, Secret
+from oepy.model import MARK_MASK, MARK_OWN, EspSuite, IpAddress, Lifetime, Mark, SaKeys, Secret
 from oepy.xfrm import pieces as p
 from oepy.xfrm import values as v
 from oepy.xfrm.algorithms import CIPHERS, MACS, transforms
@@ -251,7 +251,7 @@ def kernel_sa(sa: ManualSa, *, outbound: bool) -> v.Sa:
         replay=v.Replay(sa.replay_window) if wide else None,
         replay_window=0 if wide else sa.replay_window,
         flags=flags,
-        set_mark=v.Mark(MARK_OWN, MARK_MASK) if outbound else None,
+        set_mark=Mark(MARK_OWN, MARK_MASK) if outbound else None,
     )
 
 

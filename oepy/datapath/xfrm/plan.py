@@ -7,7 +7,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from oepy.errors import OepyError
-from oepy.model import MARK_MASK, MARK_OWN, MARK_PRIVATE, XFRM_IF_ID, IpAddress, Lifetime, SaKeys, SaPair
+from oepy.model import (
+    MARK_MASK,
+    MARK_OWN,
+    MARK_PRIVATE,
+    XFRM_IF_ID,
+    IpAddress,
+    Lifetime,
+    Mark,
+    SaKeys,
+    SaPair,
+)
 from oepy.xfrm import values as v
 from oepy.xfrm.algorithms import transforms
 from oepy.xfrm.ids import TRAP_REQID, PolicyClass, priority
@@ -16,7 +26,7 @@ from oepy.xfrm.selectors import reverse, selectors
 OUT, IN, FORWARD = v.PolicyDirection.OUT, v.PolicyDirection.IN, v.PolicyDirection.FORWARD
 MAX_WINDOW = 4096
 _DONT_ENCAP_DSCP = 1  # the inner DSCP is nobody else's business, and the userland datapath does the same
-_OUTBOUND_MARK = v.Mark(MARK_OWN, MARK_MASK)  # what an SA has made is routed as our own, and not trapped
+_OUTBOUND_MARK = Mark(MARK_OWN, MARK_MASK)  # what an SA has made is routed as our own, and not trapped
 _ANYWHERE: dict[int, IpAddress] = {4: v.ANY_ADDRESS, 6: v.ANY_ADDRESS_6}
 # Without ESN, 2^32 packets and no more (RFC 4303 §3.3.3); the rekey begins before
 _LAST_PACKET, _SOFT_PACKET = 2**32 - 1, int(0.875 * 2**32)
@@ -29,11 +39,11 @@ class Scheme:
 
     name: str
     if_id: int = 0
-    mark: v.Mark | None = None
+    mark: Mark | None = None
 
 
 BY_DEVICE = Scheme("interface", if_id=XFRM_IF_ID)
-BY_MARK = Scheme("mark", mark=v.Mark(MARK_PRIVATE, MARK_MASK))
+BY_MARK = Scheme("mark", mark=Mark(MARK_PRIVATE, MARK_MASK))
 BARE = Scheme("bare")
 
 
@@ -63,6 +73,7 @@ def sas(pair: SaPair, reqid: int, scheme: Scheme) -> tuple[v.Sa, v.Sa]:
             encapsulation=v.Encapsulation(pair.remote.port, pair.local.port) if pair.encap else None,
             replay=wide,
             replay_window=0 if wide else window,
+            set_mark=pair.marks.set_inward,
         ),
         replace(
             outbound,
@@ -71,7 +82,7 @@ def sas(pair: SaPair, reqid: int, scheme: Scheme) -> tuple[v.Sa, v.Sa]:
             # No DF outside: where the path is narrower than the tunnel assumes, fragments arrive and no
             # packet falls into a hole
             flags=outbound.flags | v.SaFlag.NO_PMTU_DISCOVERY,
-            set_mark=_OUTBOUND_MARK,
+            set_mark=_joined(_OUTBOUND_MARK, pair.marks.set_outward),
             extra_flags=_DONT_ENCAP_DSCP if tunnel else 0,
             tfc_padding=pair.tfc_padding if tunnel and pair.protocol == "esp" else 0,
         ),
@@ -161,15 +172,23 @@ def outward_policies(pair: SaPair, reqid: int, scheme: Scheme) -> Iterator[v.Pol
 def _policy(
     pair: SaPair, direction: v.PolicyDirection, selector: v.Selector, template: v.Template, scheme: Scheme
 ) -> v.Policy:
+    wanted = pair.marks.outward if direction is OUT else pair.marks.inward
     return v.Policy(
         direction,
         selector,
         (template,),
-        priority=priority(class_of(pair), selector),
-        # Of the mark, only what we send knows
-        mark=scheme.mark if direction is OUT else None,
+        priority=priority(class_of(pair), selector, marked=wanted is not None),
+        # Of the scheme's mark, only what we send knows
+        mark=_joined(scheme.mark, wanted) if direction is OUT else wanted,
         if_id=scheme.if_id,
     )
+
+
+def _joined(own: Mark | None, foreign: Mark | None) -> Mark | None:
+    """Both at once: they have no bit in common."""
+    if own is None or foreign is None:
+        return own or foreign
+    return Mark(own.value | foreign.value, own.mask | foreign.mask)
 
 
 def _only(selector: v.Selector, address: IpAddress) -> bool:

@@ -1,0 +1,142 @@
+"""Keys of a connection's child that reach the trap and the datapath: marks."""
+
+from __future__ import annotations
+
+import dataclasses
+from ipaddress import ip_address, ip_network
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from oepy.connections.model import Child
+from oepy.daemon.connection_values import both_ways, rank_of
+from oepy.daemon.datapaths import userland_lacks
+from oepy.daemon.updown import environments
+from oepy.datapath.tun import control
+from oepy.datapath.xfrm import plan
+from oepy.interfaces import ConfiguredRule, Way
+from oepy.model import MARK_MASK, NO_MARKS, Flow, Mark, Marks
+from oepy.trap.joined import Asking
+from oepy.xfrm import values as v
+from tests.fakes.connections import between, good, read
+from tests.fakes.datapath import pairs
+from tests.unit.test_updown import action
+
+PSK = {"psk": b"correct horse\n"}
+A, B = "192.0.2.1", "192.0.2.2"
+U32 = st.integers(0, 0xFFFFFFFF)
+
+
+def child_of(**child: Any) -> Child:
+    (connection,) = good(between(A, B, own="a.example", peer="b.example", child=child), PSK).connections
+    return connection.children[0]
+
+
+def problems_of(**child: Any) -> list[str]:
+    _, problems = read(between(A, B, own="a.example", peer="b.example", child=child), PSK)
+    return [f"{problem.path[-1]}: {problem.text}" for problem in problems]
+
+
+def test_marks_are_read_as_swanctl_writes_them() -> None:
+    """Numbers, numbers with a mask, %same; none has oepy's own bits, which are left out of the default mask too."""
+    found = child_of(mark_in=42, mark_out="0x12a/0xff", set_mark_in="%same/0x3f", set_mark_out="7").marks
+    assert found == Marks(Mark(42, 0xCFFFFFFF), Mark(0x2A, 0xFF), Mark(42, 0x3F), Mark(7, 0xCFFFFFFF))
+    assert child_of(mark_out=0).marks.outward == Mark(0, 0xCFFFFFFF)
+    assert child_of().marks == NO_MARKS
+
+
+@pytest.mark.parametrize(
+    ("child", "words"),
+    [
+        ({"mark_in": "%unique"}, "mark_in: %unique: a mark of each SA's own"),
+        ({"mark_out": "%unique-dir/0xff"}, "write a number for each child"),
+        ({"set_mark_in": "%same"}, "which is not there"),
+        ({"mark_in": 5, "set_mark_out": "%same"}, "which is not there"),
+        ({"mark_out": "blue"}, "number/mask"),
+        ({"mark_out": "5/"}, "number/mask"),
+        ({"mark_out": 1 << 32}, "32 bits"),
+        ({"mark_out": "-1"}, "32 bits"),
+        ({"mark_out": "0x10000001"}, "oepy's own; take others"),
+        ({"mark_out": "0/0x30000000"}, "no bit is left"),
+    ],
+)
+def test_marks_that_cannot_be(child: dict[str, Any], words: str) -> None:
+    """Each is named with its mend."""
+    assert any(words in text for text in problems_of(**child)), problems_of(**child)
+
+
+@given(U32, U32, U32)
+def test_a_mark_never_looks_at_our_own_bits(value: int, mask: int, packet: int) -> None:
+    """Whatever is configured: what the trap does with its bits changes no match."""
+    try:
+        found = child_of(mark_out=f"{value}/{mask:#x}").marks.outward
+    except AssertionError:
+        assert value & mask & MARK_MASK or not mask & ~MARK_MASK
+        return
+    assert found is not None
+    assert found.matches(packet) is found.matches(packet ^ MARK_MASK)
+    assert found.matches(packet) is ((packet & mask & ~MARK_MASK) == (value & mask))
+
+
+def rules_of(number: int, marks: Marks, *, required: bool = True) -> list[ConfiguredRule]:
+    ours, theirs = ip_network("10.1.0.0/16"), ip_network("10.2.0.0/16")
+    return list(
+        both_ways(*(ours, theirs, 0, 0, 0), number=number, required=required, transport=False, marks=marks)
+    )
+
+
+def test_a_packet_asks_for_the_child_of_its_mark() -> None:
+    """Outward rules have mark_out, inward ones mark_in; of two children with the same selectors the marked one is
+    asked first, and what has no mark, or another one, is not its."""
+    red = rules_of(1, Marks(inward=Mark(9), outward=Mark(0x11, 0xFF)))
+    assert {(rule.way, rule.mark) for rule in red} == {
+        (Way.OUT, Mark(0x11, 0xFF)),
+        (Way.IN, Mark(9)),
+        (Way.FORWARD, Mark(9)),
+    }
+    flow = Flow(ip_address("10.1.0.1"), ip_address("10.2.0.1"), 6, 40000, 80)
+    alone = Asking(red)
+    assert [alone.number_of(flow, mark) for mark in (0x11, 0x211, 0, 0x12)] == [1, 1, 0, 0]
+    both = Asking(sorted([*rules_of(2, NO_MARKS), *red], key=rank_of))
+    assert [both.number_of(flow, mark) for mark in (0x11, 0, 0x12)] == [1, 2, 2]
+
+
+@pytest.mark.parametrize("scheme", [plan.BY_DEVICE, plan.BY_MARK, plan.BARE])
+def test_the_kernels_policies_and_sas_have_the_marks(scheme: plan.Scheme) -> None:
+    """Beside those of the scheme; and a marked policy comes before one of the same selector without a mark."""
+    pair = dataclasses.replace(pairs()[0], connection="office/net")
+    marks = Marks(Mark(1, 0xF), Mark(2, 0xF), Mark(3, 0xF), Mark(4, 0xF))
+    marked = dataclasses.replace(pair, marks=marks)
+    inbound, outbound = plan.sas(marked, 7, scheme)
+    assert inbound.set_mark == Mark(3, 0xF)
+    assert outbound.set_mark == Mark(0x20000004, 0x3000000F)
+    assert inbound.mark is outbound.mark is None
+    (inward,) = [p for p in plan.inward_policies(marked, 7, scheme) if p.direction is v.PolicyDirection.IN]
+    (outward,) = plan.outward_policies(marked, 7, scheme)
+    own = scheme.mark or Mark(0, 0)
+    assert inward.mark == Mark(1, 0xF)
+    assert outward.mark == Mark(own.value | 2, own.mask | 0xF)
+    (plain,) = plan.outward_policies(pair, 7, scheme)
+    assert plain.mark == scheme.mark
+    assert outward.priority < plain.priority
+
+
+def test_what_userland_lacks() -> None:
+    """By its name, with the mend; set_mark_out it has."""
+    lacks = list(userland_lacks(child_of(mark_in=1, mark_out=2, set_mark_in=3, set_mark_out=4)))
+    assert [text.split()[0] for text in lacks] == ["mark_in", "mark_out", "set_mark_in"]
+    assert list(userland_lacks(child_of(set_mark_out=4))) == []
+
+
+def test_marks_reach_the_datapath_process_and_updown() -> None:
+    """As they are."""
+    marks = Marks(Mark(1), None, Mark(3, 0xFF), None)
+    pair, _ = pairs()
+    pair = dataclasses.replace(pair, marks=marks)
+    assert control.decode_pair(control.encode_pair(pair)).marks == marks
+    told = dataclasses.replace(action("/bin/true"), pair=pair)
+    environment = next(iter(environments(told)))
+    assert environment["PLUTO_MARK_IN"] == "1/0xffffffff"
+    assert "PLUTO_MARK_OUT" not in environment
