@@ -481,7 +481,10 @@ class SaPair:
     aggregation: bool = False  # AGGFRAG payloads (RFC 9347) in both directions
     fragments: bool = True  # with aggregation: whether the peer takes packets in several payloads
     super_packets: bool = False  # with aggregation: whether both sides know oepy's offload blocks
-    if_id: int = 0  # of an XFRM interface of the administrator's; 0: the datapath's own way
+    if_id_in: int = (
+        0  # of the administrator's XFRM interface that packets come out of; 0: the datapath's own way
+    )
+    if_id_out: int = 0  # of the one that they go into
     takes_tfc: bool = True  # the peer: padding for traffic flow confidentiality (RFC 7296 §1.3.1)
     tfc_padding: int = 0  # bytes that inner packets have at least, up to the MTU (RFC 4303 §2.7); tunnel mode
     marks: Marks = NO_MARKS

@@ -189,12 +189,16 @@ class Child:
     dpd_action: Action = Action.NONE
     life: Life = Life()
     inactivity: float = 0.0
-    if_id: int = (
-        0  # of an XFRM interface of the administrator's, whose routes decide what goes there; 0 is none
-    )
+    # Of XFRM interfaces of the administrator's, whose routes decide what goes there; 0 is none
+    if_id_in: int = 0
+    if_id_out: int = 0
     tfc_padding: int = 0  # least bytes of a packet inside; 0 is none
     marks: Marks = NO_MARKS
     updown: tuple[str, ...] = ()
+
+    @property
+    def by_interface(self) -> bool:
+        return bool(self.if_id_in or self.if_id_out)
 
 
 @dataclass(frozen=True, slots=True)

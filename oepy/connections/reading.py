@@ -341,28 +341,21 @@ def _child(name: str, value: object, path: Path, problems: list[Problem], files:
         dpd_action=fields.take("dpd_action", Action.NONE, action(clear="none", restart="start")),
         life=_life(fields),
         inactivity=fields.take("inactivity", 0.0, duration),
-        if_id=_if_id(fields),
+        if_id_in=fields.take("if_id_in", 0, _interface_number),
+        if_id_out=fields.take("if_id_out", 0, _interface_number),
         tfc_padding=fields.take("tfc_padding", 0, _tfc_padding),
         marks=_marks(fields),
         updown=fields.take("updown", (), command),
     )
     fields.finish(_NOT_YET_CHILD)
-    if made.if_id and (made.trap or made.mode == "transport"):
+    if made.by_interface and (made.trap or made.mode == "transport"):
         text = "with if_id routes lead to the interface, and nothing is held: start, and tunnel mode"
-        fields.wrong(text, "if_id_in")
+        fields.wrong(text, "if_id_out" if made.if_id_out else "if_id_in")
     if "" in made.ah_proposals:
         fields.wrong("name the algorithms of AH, such as sha256-x25519", "ah_proposals")
     if not made.local_ts or not made.remote_ts:
         fields.wrong("local_ts and remote_ts need an entry each")
     return made
-
-
-def _if_id(fields: Fields) -> int:
-    """Both directions belong to one interface: two numbers would need two."""
-    inward, outward = (fields.take(name, 0, _interface_number) for name in ("if_id_in", "if_id_out"))
-    if inward != outward:
-        fields.wrong("if_id_in and if_id_out are one number, that of the XFRM interface", "if_id_out")
-    return inward
 
 
 def _interface_number(value: object) -> int:

@@ -104,8 +104,10 @@ def check_vips(connection: Connection, fields: Fields) -> None:
         if child.trap and not child.start:
             text = "with vips, the address has to be there before the first packet: start, or trap|start"
             fields.wrong(text, *path, "start_action")
-        if child.if_id:
-            text = "with vips, what is assigned is on the tunnel's own device; leave if_id away"
-            fields.wrong(text, *path, "if_id_in")
+        if child.by_interface:
+            text = (
+                "with vips, what is assigned is on the tunnel's own device; leave if_id_in and if_id_out away"
+            )
+            fields.wrong(text, *path, "if_id_out" if child.if_id_out else "if_id_in")
         if child.mode == "transport":
             fields.wrong("transport mode is between outer addresses, and has no vips", *path, "mode")

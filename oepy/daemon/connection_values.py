@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from oepy.connections.model import Child, Connection, Life, Place, Selector
@@ -147,15 +148,9 @@ def both_ways(
         )
 
 
-def past_the_trap(
-    ours: IpNetwork, theirs: IpNetwork, protocol: int, our_port: int, their_port: int, *, marks: Marks
-) -> Iterable[ConfiguredRule]:
-    """What goes by an interface of the administrator's: no group asks for it, and no tunnel of ours takes it."""
-    ports = protocol, our_port, their_port
-    yield ConfiguredRule(Way.OUT, ours, theirs, Verdict.CLEAR, *ports, mark=marks.outward)
-    ports = protocol, their_port, our_port
-    for way in (Way.IN, Way.FORWARD):
-        yield ConfiguredRule(way, theirs, ours, Verdict.CLEAR, *ports, mark=marks.inward)
+def past_the_trap(rule: ConfiguredRule) -> ConfiguredRule:
+    """As it goes by an interface of the administrator's: no group asks for it, and no tunnel of ours takes it."""
+    return replace(rule, verdict=Verdict.CLEAR, number=0, required=False)
 
 
 def rank_of(rule: ConfiguredRule) -> tuple[int, ...]:

@@ -212,7 +212,7 @@ class Conventional:
 
     def _join(self, action: m.Join) -> None:
         state = self.manager.by_number(action.number)
-        if state is None or not state.child.if_id:
+        if state is None or not (state.child.if_id_in and state.child.if_id_out):
             self._core.trap.join(action.number, action.gone, action.fresh)
         if state is not None:  # else unloaded meanwhile: `settle` forgets it
             self.traffic.carry(state, action)

@@ -252,7 +252,7 @@ class Daemon(Core):
                     problems.append(
                         f"{label}: start_action trap needs the trap nfqueue, and this host has {self.trap_name}"
                     )
-                if child.if_id and self.chosen.name != "xfrm":
+                if child.by_interface and self.chosen.name != "xfrm":
                     problems.append(
                         f"{label}: if_id is the kernel's, and this host has the datapath {self.chosen.name}"
                     )

@@ -95,19 +95,16 @@ class Traffic:
                     both = local.protocol and remote.protocol and local.protocol != remote.protocol
                     if ours.version != version or theirs.version != version or both:
                         continue
-                    if state.child.if_id:
-                        protocol = local.protocol or remote.protocol
-                        yield from past_the_trap(
-                            *(ours, theirs, protocol, local.port, remote.port), marks=state.child.marks
-                        )
-                        continue
-                    yield from both_ways(
+                    for rule in both_ways(
                         *(ours, theirs, local.protocol or remote.protocol, local.port, remote.port),
                         number=state.number,
                         required=state.trapped,
                         transport=state.child.mode == "transport",
                         marks=state.child.marks,
-                    )
+                    ):
+                        outward = rule.way is Way.OUT
+                        by_interface = state.child.if_id_out if outward else state.child.if_id_in
+                        yield past_the_trap(rule) if by_interface else rule
 
     def _fixed(self, state: ChildState) -> tuple[IpAddress | None, IpAddress | None]:
         """What `dynamic` is on each side, where it can be one address only: the outer one, unless one is assigned.

@@ -122,6 +122,11 @@ def environments(action: RunUpdown) -> Iterator[dict[str, str]]:
                 "PLUTO_PEER_PORT": str(theirs.start_port if theirs.start_port == theirs.end_port else 0),
                 "PLUTO_PEER_PROTOCOL": str(theirs.protocol),
                 **dict(_marks(pair)),
+                **{
+                    f"PLUTO_IF_ID_{way}": str(number)
+                    for way, number in (("IN", pair.if_id_in), ("OUT", pair.if_id_out))
+                    if number
+                },
                 **({"PLUTO_UDP_ENC": str(pair.remote.port)} if pair.encap else {}),
                 **dict(_assigned(action)),
             }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,11 +105,12 @@ def test_ah_in_transport_mode(
         assert kinds(capture) <= {"ike", "ah"}
 
 
-def test_an_interface_of_the_administrators(
-    hosts: tuple[tuple[Namespace, Namespace, Namespace], tuple[Host, Host]], tmp_path: Path
+@pytest.mark.parametrize("inward", [42, 43], ids=["one", "two"])
+def test_interfaces_of_the_administrators(
+    hosts: tuple[tuple[Namespace, Namespace, Namespace], tuple[Host, Host]], tmp_path: Path, inward: int
 ) -> None:
-    """`if_id_in` and `if_id_out`: what is routed to the XFRM interface of that number goes by these SAs,
-    and nowhere without them; oepy's own device has no part in it."""
+    """`if_id_in` and `if_id_out`: what is routed to the XFRM interface of `if_id_out` goes by these SAs, and
+    nowhere without them; what comes back is out of that of `if_id_in`. oepy's own device has no part in it."""
     (warrior, gate, _), (client, server) = hosts
     routes(warrior)
     for namespace, device, ours, theirs in (
@@ -119,6 +121,9 @@ def test_an_interface_of_the_administrators(
         namespace.ip("link", "set", "ipsec0", "up")
         namespace.address("ipsec0", f"{ours}/32")
         namespace.ip("route", "add", theirs, "dev", "ipsec0")
+    if inward != 42:
+        warrior.ip("link", "add", "ipsec1", "type", "xfrm", "dev", "eth0", "if_id", str(inward))
+        warrior.ip("link", "set", "ipsec1", "up")
     sections = gate_section(), client_section()
     for section, name in zip(sections, ("road", "home"), strict=True):
         connection = section["connections"][name]
@@ -128,7 +133,12 @@ def test_an_interface_of_the_administrators(
             (["10.1.0.0/24"], ["10.9.1.1/32"]) if name == "road" else (["10.9.1.1/32"], ["10.1.0.0/24"])
         )
         connection["children"] = {
-            "net": {"local_ts": inside, "remote_ts": outside, "if_id_in": 42, "if_id_out": 42}
+            "net": {
+                "local_ts": inside,
+                "remote_ts": outside,
+                "if_id_out": 42,
+                "if_id_in": inward if name == "home" else 42,
+            }
         }
     server.start({}, **sections[0], datapath="xfrm")
     client.start({}, **sections[1], datapath="xfrm")
@@ -140,6 +150,8 @@ def test_an_interface_of_the_administrators(
         assert None not in answers, client.log() + server.log()
         (sa,) = client.json("sas")
         assert sa["packets_out"] >= 3
+        came = warrior.run("ip", "-s", "-j", "link", "show", "ipsec0" if inward == 42 else "ipsec1").stdout
+        assert json.loads(came)[0]["stats64"]["rx"]["packets"] >= 3
         assert client.oepy("connection", "down", "home").returncode == 0
         assert ping(warrior, "10.1.0.1", count=2, timeout=1, source="10.9.1.1") == [None, None]
         capture.flush()

@@ -384,11 +384,10 @@ def test_encap(encap: bool) -> None:
 @pytest.mark.parametrize(
     ("child", "words"),
     [
-        ({"if_id_in": 42, "if_id_out": 43}, "one number"),
-        ({"if_id_in": 42}, "one number"),
         ({"if_id_in": 17733, "if_id_out": 17733}, "oepy's own"),
         ({"if_id_in": "%unique", "if_id_out": "%unique"}, "of an XFRM interface"),
         ({"if_id_in": 42, "if_id_out": 42, "start_action": "trap"}, "nothing is held"),
+        ({"if_id_in": 42, "start_action": "trap"}, "nothing is held"),
         ({"if_id_in": 42, "if_id_out": 42, "mode": "transport"}, "tunnel mode"),
     ],
 )
@@ -428,6 +427,24 @@ def test_marks_reach_the_datapath_and_leave_the_rest_to_the_groups() -> None:
     run_virtual(main())
 
 
+@pytest.mark.parametrize("key", ["if_id_in", "if_id_out"])
+def test_one_direction_by_an_interface(key: str) -> None:
+    """The trap lets that one pass as it is; the other is the tunnel's, and the trap is told of its addresses."""
+
+    async def main() -> None:
+        one, other = pair(Router(random.Random(12)), "start", child={key: 42})
+        await asyncio.sleep(5)
+        (sa,) = one.datapath.pairs.values()
+        assert (sa.if_id_in, sa.if_id_out) == ((42, 0) if key == "if_id_in" else (0, 42))
+        assert matching_pairs(one, other)
+        assert one.trap.joined[child(one).number]
+        for rule in one.core.connections.traffic.rules():
+            passes = (rule.way is Way.OUT) is (key == "if_id_out")
+            assert (rule.verdict is Verdict.CLEAR and not rule.number) is passes
+
+    run_virtual(main())
+
+
 def test_if_id_goes_past_the_trap() -> None:
     """The pair carries the number; the trap lets its traffic pass as it is, holds none of it, and is told of no
     addresses; the engine keeps off."""
@@ -436,7 +453,7 @@ def test_if_id_goes_past_the_trap() -> None:
         child_keys = {"if_id_in": "0x2a", "if_id_out": 42}
         one, other = pair(Router(random.Random(12)), "start", child=child_keys)
         await asyncio.sleep(5)
-        assert {p.if_id for p in one.datapath.pairs.values()} == {42}
+        assert {(p.if_id_in, p.if_id_out) for p in one.datapath.pairs.values()} == {(42, 42)}
         assert matching_pairs(one, other)
         assert not one.trap.joined.get(child(one).number)
         rules = one.core.connections.traffic.rules()

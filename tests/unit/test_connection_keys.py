@@ -123,6 +123,22 @@ def test_the_kernels_policies_and_sas_have_the_marks(scheme: plan.Scheme) -> Non
     assert outward.priority < plain.priority
 
 
+@pytest.mark.parametrize("scheme", [plan.BY_DEVICE, plan.BY_MARK])
+def test_each_direction_has_its_interface(scheme: plan.Scheme) -> None:
+    """Where only one has one of the administrator's, the other goes the datapath's own way."""
+    pair, _ = pairs()
+    for ids in ((42, 43), (42, 0), (0, 43)):
+        made = dataclasses.replace(pair, if_id_in=ids[0], if_id_out=ids[1])
+        wanted = tuple(number or scheme.if_id for number in ids)
+        assert tuple(sa.if_id for sa in plan.sas(made, 7, scheme)) == wanted
+        inward, outward = (
+            list(policies(made, 7, scheme)) for policies in (plan.inward_policies, plan.outward_policies)
+        )
+        assert {policy.if_id for policy in inward} == {wanted[0]}
+        assert {policy.if_id for policy in outward} == {wanted[1]}
+        assert {policy.mark for policy in outward} == {None if ids[1] else scheme.mark}
+
+
 def test_what_userland_lacks() -> None:
     """By its name, with the mend; set_mark_out it has."""
     lacks = list(userland_lacks(child_of(mark_in=1, mark_out=2, set_mark_in=3, set_mark_out=4)))

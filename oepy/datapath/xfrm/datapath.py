@@ -255,8 +255,6 @@ class XfrmDatapath:
     def _add(self, pair: SaPair, outbound: bool) -> None:
         # Over an XFRM interface transport mode would send the packet to the interface again
         scheme = self.scheme if pair.mode == "tunnel" else BARE
-        if pair.if_id:
-            scheme = Scheme("interface of the administrator's", if_id=pair.if_id)
         reqid = self._reqids.take(_policies_of(pair))
         try:
             inbound, outward = plan.sas(pair, reqid, scheme)
@@ -512,7 +510,8 @@ def _policies_of(pair: SaPair) -> tuple[object, ...]:
     """Equal for pairs that one peer may use in place of each other."""
     return (
         *(pair.connection, pair.authenticated, pair.peer, pair.remote.address),
-        *(pair.mode, pair.protocol, pair.local_ts, pair.remote_ts, pair.if_id, pair.marks),
+        *(pair.mode, pair.protocol, pair.local_ts, pair.remote_ts),
+        *(pair.if_id_in, pair.if_id_out, pair.marks),
     )
 
 

@@ -47,6 +47,11 @@ BY_MARK = Scheme("mark", mark=Mark(MARK_PRIVATE, MARK_MASK))
 BARE = Scheme("bare")
 
 
+def _by(if_id: int, scheme: Scheme) -> Scheme:
+    """The administrator's interface, where the pair names one."""
+    return Scheme("interface of the administrator's", if_id=if_id) if if_id else scheme
+
+
 def sas(pair: SaPair, reqid: int, scheme: Scheme) -> tuple[v.Sa, v.Sa]:
     """The inbound and the outbound SA. Raises OepyError for what the kernel has not."""
     if pair.protocol not in v.PROTOCOLS:
@@ -56,8 +61,8 @@ def sas(pair: SaPair, reqid: int, scheme: Scheme) -> tuple[v.Sa, v.Sa]:
     if pair.encap and pair.protocol == "ah":
         raise OepyError("AH does not pass a NAT (RFC 3948 §1)", "use ESP")
     inside = _inside(pair)
-    inbound = _sa(pair, reqid, scheme, reverse(inside), pair.keys_in)
-    outbound = _sa(pair, reqid, scheme, inside, pair.keys_out)
+    inbound = _sa(pair, reqid, _by(pair.if_id_in, scheme), reverse(inside), pair.keys_in)
+    outbound = _sa(pair, reqid, _by(pair.if_id_out, scheme), inside, pair.keys_out)
     window, esn = pair.replay_window, pair.suite.esn
     if window > MAX_WINDOW:
         raise OepyError(f"a replay window of {window} packets", f"at most {MAX_WINDOW}")
@@ -152,7 +157,7 @@ def inward_policies(pair: SaPair, reqid: int, scheme: Scheme) -> Iterator[v.Poli
     for outward in selectors(pair.local_ts, pair.remote_ts):
         selector = reverse(outward)
         for direction in (IN,) if _only(selector, pair.local.address) else (IN, FORWARD):
-            yield _policy(pair, direction, selector, template, scheme)
+            yield _policy(pair, direction, selector, template, _by(pair.if_id_in, scheme))
 
 
 def outward_policies(pair: SaPair, reqid: int, scheme: Scheme) -> Iterator[v.Policy]:
@@ -166,7 +171,7 @@ def outward_policies(pair: SaPair, reqid: int, scheme: Scheme) -> Iterator[v.Pol
         pair.spi_out,
     )
     for selector in selectors(pair.local_ts, pair.remote_ts):
-        yield _policy(pair, OUT, selector, template, scheme)
+        yield _policy(pair, OUT, selector, template, _by(pair.if_id_out, scheme))
 
 
 def _policy(
