@@ -29,6 +29,7 @@ MARK_KERNEL = (
     0x30000000  # routed as it would be; the kernel's policies protect it on its way, or it is dropped
 )
 FOREIGN_BITS = 0xFFFFFFFF ^ MARK_MASK  # everybody else's
+MAX_PRIORITY = 10_000  # of a connection's child; a lower one comes first
 XFRM_IF_ID = 17733  # ties the kernel's SAs and policies to the tunnel's device
 
 
@@ -488,6 +489,12 @@ class SaPair:
     takes_tfc: bool = True  # the peer: padding for traffic flow confidentiality (RFC 7296 §1.3.1)
     tfc_padding: int = 0  # bytes that inner packets have at least, up to the MTU (RFC 4303 §2.7); tunnel mode
     marks: Marks = NO_MARKS
+    priority: int = 0  # up to MAX_PRIORITY, before all without one; 0: the narrower selectors come first
+
+    @property
+    def standing(self) -> tuple[bool, int]:
+        """The lower comes first, before any selectors are compared: connections, and among them by priority."""
+        return not self.connection, self.priority or MAX_PRIORITY + 1
 
 
 @dataclass(frozen=True, slots=True)

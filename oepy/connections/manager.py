@@ -407,7 +407,13 @@ class Manager:
         if state.child.tfc_padding and pair.takes_tfc and pair.mode == "tunnel":
             pair = replace(pair, tfc_padding=state.child.tfc_padding)
         child = state.child
-        pair = replace(pair, if_id_in=child.if_id_in, if_id_out=child.if_id_out, marks=child.marks)
+        pair = replace(
+            pair,
+            if_id_in=child.if_id_in,
+            if_id_out=child.if_id_out,
+            marks=child.marks,
+            priority=child.priority,
+        )
         fresh = not state.tunnels
         before = state.tunnels.get(message.replaces or 0)
         tunnel = Tunnel(pair, now, message.session, before.used if before else now, message.outbound)

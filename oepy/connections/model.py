@@ -194,6 +194,7 @@ class Child:
     if_id_out: int = 0
     tfc_padding: int = 0  # least bytes of a packet inside; 0 is none
     marks: Marks = NO_MARKS
+    priority: int = 0  # as of SaPair
     updown: tuple[str, ...] = ()
 
     @property

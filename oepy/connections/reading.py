@@ -48,7 +48,7 @@ from oepy.connections.model import (
 )
 from oepy.connections.reading_clients import check_vips, missing_pools, ppk_name, read_pools, virtual_address
 from oepy.errors import OepyError
-from oepy.model import XFRM_IF_ID, IdType, Marks, PeerIdentity, PublicKey, Secret
+from oepy.model import MAX_PRIORITY, XFRM_IF_ID, IdType, Marks, PeerIdentity, PublicKey, Secret
 
 SECTIONS = ("connections", "secrets", "pools", "authorities")
 MAX_CONNECTIONS = 20_000
@@ -100,7 +100,6 @@ _NOT_YET_CHILD = {
     "ipcomp": "",
     "label": "",
     "policies": "",
-    "priority": "narrower selectors come first, then the order in the file",
     "replay_window": "",
     "sha256_96": "",
 }
@@ -345,6 +344,7 @@ def _child(name: str, value: object, path: Path, problems: list[Problem], files:
         if_id_out=fields.take("if_id_out", 0, _interface_number),
         tfc_padding=fields.take("tfc_padding", 0, _tfc_padding),
         marks=_marks(fields),
+        priority=fields.take("priority", 0, _priority),
         updown=fields.take("updown", (), command),
     )
     fields.finish(_NOT_YET_CHILD)
@@ -380,6 +380,13 @@ def _marks(fields: Fields) -> Marks:
         fields.take("set_mark_in", None, lambda value: mark(value, inward)),
         fields.take("set_mark_out", None, lambda value: mark(value, outward)),
     )
+
+
+def _priority(value: object) -> int:
+    wanted = number(value)
+    if wanted > MAX_PRIORITY:
+        raise Refused(f"{wanted}: 1 to {MAX_PRIORITY}, of which the lower comes first; 0 for by selectors")
+    return wanted
 
 
 def _tfc_padding(value: object) -> int:

@@ -7,12 +7,14 @@ import os
 import time
 from collections.abc import AsyncIterator
 from dataclasses import asdict
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from oepy import __version__
 from oepy.connections import messages
 from oepy.connections.manager import State as ChildPhase
 from oepy.daemon import views
+from oepy.daemon.connection_values import order_of
 from oepy.daemon.forecast import foretell
 from oepy.engine import messages as engine_messages
 from oepy.engine.table import State
@@ -197,12 +199,14 @@ class ControlApi:
             for rule in rules
         ]
         manual = [views.manual_policy_view(policy) for policy in self._daemon.manual.in_order()]
-        manual += [
-            views.connection_policy_view(state, local, remote)
-            for state in self._daemon.connections.manager.children.values()
-            for local in state.child.local_ts
-            for remote in state.child.remote_ts
+        children = self._daemon.connections.manager.children.values()
+        selectors = [
+            (state, local, remote)
+            for state in children
+            for local, remote in product(state.child.local_ts, state.child.remote_ts)
         ]
+        selectors.sort(key=lambda item: order_of(item[0].child, *item[1:]))
+        manual += [views.connection_policy_view(*item) for item in selectors]
         return [*manual, *listed, {"prefix": "default", "protocol": None, "port": None, "group": default}]
 
     async def explain(self, destination: IpAddress) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from oepy.errors import OepyError
 from oepy.ike.algorithms import DEFAULT_ESP, Offer, parse_ah_proposal, parse_esp_proposal, parse_ike_proposal
 from oepy.ike.settings import Lifetimes
 from oepy.interfaces import ConfiguredRule, Way
-from oepy.model import IpAddress, IpNetwork, Marks, PeerIdentity, TrafficSelector, Verdict
+from oepy.model import MAX_PRIORITY, IpAddress, IpNetwork, Marks, PeerIdentity, TrafficSelector, Verdict
 from oepy.prefixtable import PrefixTable
 
 
@@ -154,13 +154,36 @@ def past_the_trap(rule: ConfiguredRule) -> ConfiguredRule:
 
 
 def rank_of(rule: ConfiguredRule) -> tuple[int, ...]:
+    """The lower comes first, among the children of one priority."""
     remote, local = (
         (rule.destination, rule.source) if rule.way is Way.OUT else (rule.source, rule.destination)
     )
     return (
-        remote.max_prefixlen - remote.prefixlen,
-        local.max_prefixlen - local.prefixlen,
+        _width(remote),
+        _width(local),
         not (rule.source_port or rule.destination_port),
         not rule.protocol,
         rule.mark is None,
     )
+
+
+def first_of(child: Child) -> int:
+    """Of two children's rules for one packet those of the lower number come first, whatever their selectors."""
+    return child.priority or MAX_PRIORITY + 1
+
+
+def order_of(child: Child, local: Selector, remote: Selector) -> tuple[int, ...]:
+    """As `first_of` and `rank_of` have it, for what is configured: `dynamic` is a host."""
+    return (
+        first_of(child),
+        _width(remote.network),
+        _width(local.network),
+        not (local.port or remote.port),
+        not (local.protocol or remote.protocol),
+        child.marks.outward is None,
+    )
+
+
+def _width(network: IpNetwork | None) -> int:
+    """Bits of addresses."""
+    return 0 if network is None else network.max_prefixlen - network.prefixlen

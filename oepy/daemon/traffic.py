@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from oepy.connections import messages as m
 from oepy.connections.manager import ChildState
 from oepy.connections.model import ConnectionSet
-from oepy.daemon.connection_values import both_ways, narrowest, past_the_trap, rank_of
+from oepy.daemon.connection_values import both_ways, first_of, narrowest, past_the_trap, rank_of
 from oepy.engine import messages as engine_messages
 from oepy.interfaces import ConfiguredRule, Way
-from oepy.model import AddressRange, IpAddress
+from oepy.model import MAX_PRIORITY, AddressRange, IpAddress
 from oepy.prefixtable import PrefixTable
 
 if TYPE_CHECKING:
@@ -35,14 +35,17 @@ class Traffic:
         self._marked: PrefixTable[str] = PrefixTable()
         # What connections carry or hold now: the engine keeps off
         self._settled: PrefixTable[str] = PrefixTable()
+        # Of each child: its priority, and where it is in the file
+        self._places: dict[str, tuple[int, int]] = {}
         self._rules: dict[int, tuple[tuple[object, ...], _Ranked]] = {}  # by child's number, and of what
         self._joined: dict[int, set[AddressRange]] = {}  # by child's number: what its tunnels carry
         self._resettles = False
 
     def load(self, configured: ConnectionSet) -> None:
-        self._claimed, self._marked = PrefixTable(), PrefixTable()
+        self._claimed, self._marked, self._places = PrefixTable(), PrefixTable(), {}
         for connection in configured.connections:
             for child in connection.children:
+                self._places[connection.label(child)] = first_of(child), len(self._places)
                 for selector in child.remote_ts:
                     if selector.network is None or selector.protocol:
                         continue
@@ -52,19 +55,26 @@ class Traffic:
                         self._claimed.add(selector.network, connection.label(child))
 
     def settles(self, address: IpAddress) -> str | None:
-        """Which child has this destination now, so that the engine has nothing to do with it."""
-        return narrowest(self._settled, address)
+        """Which child has this destination now, so that the engine has nothing to do with it: the first in the
+        order of the trap's rules."""
+        found = [
+            (priority, -length, place, label)
+            for length, labels in self._settled.matching(address)
+            for label in labels
+            for priority, place in (self._places.get(label, (MAX_PRIORITY + 1, len(self._places))),)
+        ]
+        return min(found)[-1] if found else None
 
     def claims(self, address: IpAddress) -> str | None:
         """Which child names this destination, up or not."""
-        return narrowest(self._claimed, address) or narrowest(self._settled, address)
+        return narrowest(self._claimed, address) or self.settles(address)
 
     def marked(self, address: IpAddress) -> list[str]:
         """The children that may have packets to this destination which carry their marks."""
         return [label for _, labels in self._marked.matching(address) for label in labels]
 
     def rules(self) -> tuple[ConfiguredRule, ...]:
-        """For the trap: narrower destinations first, then in the order of the file."""
+        """For the trap: by priority, narrower destinations first, then in the order of the file."""
         found: list[tuple[tuple[int, ...], int, ConfiguredRule]] = []
         states = self._core.connections.manager.children.values()
         for order, state in enumerate(states):
@@ -80,7 +90,8 @@ class Traffic:
         of = (state.trapped, *ends)
         known = self._rules.get(state.number)
         if known is None or known[0] != of:
-            known = of, tuple((rank_of(rule), rule) for rule in self._rules_of(state, *ends))
+            first = first_of(state.child)
+            known = of, tuple(((first, *rank_of(rule)), rule) for rule in self._rules_of(state, *ends))
             self._rules[state.number] = known
         return known[1]
 

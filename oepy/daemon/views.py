@@ -234,6 +234,7 @@ def child_view(state: ChildState, held: int, now: float) -> dict[str, Any]:
         "local_ts": [str(selector) for selector in child.local_ts],
         "remote_ts": [str(selector) for selector in child.remote_ts],
         "mode": child.mode,
+        "priority": child.priority or None,
         "marks": {
             name: str(mark) if mark else None
             for name, mark in (

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 
+from oepy.model import MAX_PRIORITY
 from oepy.xfrm.values import ANY_PORT, Selector
 
 # "o" in the top byte, then who made it
@@ -24,11 +25,13 @@ class PolicyClass(enum.IntEnum):
     """In the order in which the kernel looks."""
 
     EXEMPT = 1
-    CONFIGURED = 2
-    OPPORTUNISTIC = 3
-    DECIDED = 4  # single destinations, by the trap
-    TRAP = 5  # asks for an SA
-    CLOSED = 6  # nothing else has matched: drop
+    MANUAL = 2
+    FIXED = 3  # of connections' children with a priority, which is counted on from here, from 1 on
+    CONFIGURED = FIXED + MAX_PRIORITY + 1
+    OPPORTUNISTIC = CONFIGURED + 1
+    DECIDED = CONFIGURED + 2  # single destinations, by the trap
+    TRAP = CONFIGURED + 3  # asks for an SA
+    CLOSED = CONFIGURED + 4  # nothing else has matched: drop
 
 
 # Behind those of other IPsec programs, as opportunistic policies should be; and ours are known by it
@@ -37,12 +40,12 @@ _STEP = 100_000  # priorities of a class; all of `_rank` fits in twice
 _WIDTH = {4: 32, 6: 128}
 
 
-def priority(of_class: PolicyClass, selector: Selector, *, marked: bool = False) -> int:
+def priority(of_class: int, selector: Selector, *, marked: bool = False) -> int:
     """See above. Policies of the two families never compete, so a rank is of its own family."""
     return class_start(of_class) + 2 * _rank(selector) + (not marked)
 
 
-def class_start(of_class: PolicyClass) -> int:
+def class_start(of_class: int) -> int:
     """Below every priority of the class, and 100,000 below the next one's. Manual policies add the user's own
     (1 to 65,535) to it."""
     return _BASE + of_class * _STEP

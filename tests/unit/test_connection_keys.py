@@ -1,4 +1,4 @@
-"""Keys of a connection's child that reach the trap and the datapath: marks."""
+"""Keys of a connection's child that reach the trap and the datapath: marks, interfaces, priority."""
 
 from __future__ import annotations
 
@@ -11,17 +11,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oepy.connections.model import Child
-from oepy.daemon.connection_values import both_ways, rank_of
+from oepy.daemon.connection_values import both_ways, first_of, order_of, rank_of
 from oepy.daemon.datapaths import userland_lacks
 from oepy.daemon.updown import environments
+from oepy.datapath.esp.database import SaDatabase
+from oepy.datapath.esp.sa import EspPair
 from oepy.datapath.tun import control
 from oepy.datapath.xfrm import plan
+from oepy.datapath.xfrm.spd import Claims
 from oepy.interfaces import ConfiguredRule, Way
 from oepy.model import MARK_MASK, NO_MARKS, Flow, Mark, Marks
 from oepy.trap.joined import Asking
+from oepy.xfrm import requests
 from oepy.xfrm import values as v
 from tests.fakes.connections import between, good, read
-from tests.fakes.datapath import pairs
+from tests.fakes.datapath import ipv4_packet, pairs
 from tests.unit.test_updown import action
 
 PSK = {"psk": b"correct horse\n"}
@@ -137,6 +141,95 @@ def test_each_direction_has_its_interface(scheme: plan.Scheme) -> None:
         assert {policy.if_id for policy in inward} == {wanted[0]}
         assert {policy.if_id for policy in outward} == {wanted[1]}
         assert {policy.mark for policy in outward} == {None if ids[1] else scheme.mark}
+
+
+REMOTES = ["10.2.0.0/15", "10.2.0.0/16", "10.2.3.0/24", "10.2.3.4/32"]
+LOCALS = ["10.0.0.0/8", "10.1.0.0/16", "10.1.1.0/24"]
+SETUPS = st.lists(
+    st.tuples(
+        st.sampled_from([0, 0, 1, 7, 10_000]),
+        st.sampled_from(LOCALS),
+        st.sampled_from(REMOTES),
+        st.sampled_from(["", "[tcp]", "[tcp/80]"]),
+        st.booleans(),
+    ),
+    min_size=1,
+    max_size=6,
+    unique_by=lambda item: item[:4],
+)
+
+
+@given(SETUPS, st.booleans())
+def test_which_child_wins_is_the_same_everywhere(
+    setups: list[tuple[int, str, str, str, bool]], other_order: bool
+) -> None:
+    """By priority, then the narrower remote, then local selectors, ports, protocols: in the trap's rules, both
+    datapaths and the list of policies, whatever the order in which the tunnels come up."""
+    children = {
+        f"c{place}": {"local_ts": [here], "remote_ts": [there + suffix], "priority": first}
+        for place, (first, here, there, suffix, _) in enumerate(setups)
+    }
+    (connection,) = good(between(A, B, own="a.example", peer="b.example", children=children), PSK).connections
+    flow = Flow(ip_address("10.1.1.1"), ip_address("10.2.3.4"), 6, 40000, 80)
+    rules: list[tuple[tuple[int, ...], ConfiguredRule]] = []
+    database, policies = SaDatabase(), []
+    made = list(enumerate(connection.children, 1))
+    for number, child in reversed(made) if other_order else made:
+        (local,), (remote,) = child.local_ts, child.remote_ts
+        assert local.network is not None
+        assert remote.network is not None
+        both = both_ways(
+            *(local.network, remote.network, remote.protocol, local.port, remote.port),
+            number=number,
+            required=True,
+            transport=False,
+            marks=NO_MARKS,
+        )
+        rules += [((first_of(child), *rank_of(rule)), rule) for rule in both]
+        ours, theirs = local.at(None), remote.at(None)
+        assert ours is not None
+        assert theirs is not None
+        pair, _ = pairs(selectors=(ours, theirs), spis=(0x1000 + number, 1))
+        pair = dataclasses.replace(pair, connection=connection.label(child), priority=child.priority)
+        database.add(EspPair(pair, 0.0))
+        database.enable_sending(database.by_spi[pair.spi_in.to_bytes(4, "big")])
+        for direction in (plan.outward_policies, plan.inward_policies):
+            policies += [
+                (policy.priority, policy.direction, number) for policy in direction(pair, 1, plan.BARE)
+            ]
+    by_trap = Asking(rule for _, rule in sorted(rules, key=lambda item: item[0])).number_of(flow, 0)
+    for way in v.PolicyDirection:
+        assert min(item for item in policies if item[1] is way)[-1] == by_trap
+    found = database.outbound(ipv4_packet("10.1.1.1", "10.2.3.4", ports=(40000, 80), protocol=6))
+    assert found is not None
+    assert found.pair.spi_in == 0x1000 + by_trap
+    first = min(made, key=lambda item: order_of(item[1], item[1].local_ts[0], item[1].remote_ts[0]))
+    assert first[0] == by_trap
+
+
+def test_of_one_selector_the_lower_priority_has_the_policy() -> None:
+    """However late the other comes, and again when it is alone; of equal ones the newest has it."""
+    pair = dataclasses.replace(pairs()[0], connection="office/net")
+    claims = Claims()
+
+    def policies(spi_out: int, priority: int) -> list[v.Policy]:
+        return list(
+            plan.outward_policies(dataclasses.replace(pair, spi_out=spi_out, priority=priority), 1, plan.BARE)
+        )
+
+    assert claims.claim(1, policies(0x11, 5)) == [requests.new_policy(*policies(0x11, 5))]
+    assert claims.claim(2, policies(0x22, 9)) == []
+    assert claims.claim(3, policies(0x33, 0)) == []
+    assert claims.claim(4, policies(0x44, 5)) == [requests.update_policy(*policies(0x44, 5))]
+    assert claims.release(4) == [requests.update_policy(*policies(0x11, 5))]
+    assert claims.release(1) == [requests.update_policy(*policies(0x22, 9))]
+
+
+@pytest.mark.parametrize("value", [10_001, -1, "first", True])
+def test_priorities_that_cannot_be(value: object) -> None:
+    """Numbers from 1 on; 0 is none."""
+    assert problems_of(priority=value)
+    assert child_of(priority=0).priority == 0
 
 
 def test_what_userland_lacks() -> None:

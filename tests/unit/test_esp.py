@@ -387,8 +387,8 @@ def test_the_narrowest_selector_carries_the_packet() -> None:
 def test_the_right_pair_is_found_among_any(
     ranges: list[tuple[int, int, bool, bool]], removed: set[int], host: int, port: int
 ) -> None:
-    """As a walk through all of them decides: narrowest selector, then with a port, then the newest; and what is
-    removed leaves nothing behind."""
+    """As a walk through all of them decides: narrowest remote, local selector, then with a port, then the newest;
+    and what is removed leaves nothing behind."""
     database, model = SaDatabase(), []
     for index, (one, other, ported, wide) in enumerate(ranges):
         low, high = sorted((one, other))
@@ -404,7 +404,9 @@ def test_the_right_pair_is_found_among_any(
         database.add(pair)
         database.enable_sending(pair)
         direct = not ported and not wide and low == high
-        model.append(((high - low, not ported and not direct, not ported, -index), low, high, ported, pair))
+        width = (1 << 32) - 1 if wide else 0
+        rank = (high - low, width, 0 if ported else 2, not direct, -index)
+        model.append((rank, low, high, ported, pair))
     for index in removed & set(range(len(ranges))):
         database.remove(0x1000 + index)
     packet = ipv4_packet("192.0.2.1", str(ip_address(int(ip_address("10.0.0.0")) + host)), ports=(9, port))
@@ -413,17 +415,12 @@ def test_the_right_pair_is_found_among_any(
         for index, (rank, low, high, ported, pair) in enumerate(model)
         if index not in removed and low <= host <= high and (not ported or port == 53)
     ]
-    expected = min(fitting, key=lambda item: _order(item[0]))[1] if fitting else None
+    expected = min(fitting, key=lambda item: item[0])[1] if fitting else None
     assert database.outbound(packet) is expected
     for index in range(len(ranges)):
         database.remove(0x1000 + index)
     assert not database._prefixes
     assert not database._direct
-
-
-def _order(rank: tuple[int, bool, bool, int]) -> tuple[int, int, int]:
-    size, neither, unported, age = rank
-    return size, 0 if not unported else 2 if neither else 1, age
 
 
 def test_an_spi_is_taken_once() -> None:

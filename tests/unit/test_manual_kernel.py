@@ -81,7 +81,7 @@ def test_what_is_made_is_found_again() -> None:
         for body in memory.policies.values()
         if isinstance(policy := read(Frame(p.MSG_NEWPOLICY, 0, 0, body)), v.Policy)
     ]
-    start, end = class_start(PolicyClass.CONFIGURED), class_start(PolicyClass.OPPORTUNISTIC)
+    start, end = class_start(PolicyClass.MANUAL), class_start(PolicyClass.FIXED)
     assert all(start < priority < end for priority in priorities)
 
 

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 from oepy.datapath.esp.inner import Bytes, addresses
 from oepy.datapath.esp.sa import EspPair
 from oepy.model import TrafficSelector
 
 MAX_PAIRS = 1 << 18
+_PORTS, _PROTOCOL, _ANY = range(3)
 _IPV6 = 0x60  # from here on, a packet's first byte is IPv6's
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """One prefix of a pair's remote selectors. The lowest `rank` carries a packet: connections, the narrowest
-    selector, those with protocols or ports before those without, the newest."""
+    """One prefix of a pair's remote selectors, for sources of one local selector. The lowest `rank` carries a
+    packet: by the pair's standing, the narrowest remote and then local selector, those with ports before those with
+    a protocol alone and those without, the newest."""
 
-    rank: tuple[bool, int, bool, int]
+    rank: tuple[bool, int, int, int, int, int]
     pair: EspPair
+    first: bytes
+    last: bytes
 
 
 _Table = dict[int, list[_Entry]]
@@ -61,14 +66,18 @@ class SaDatabase:
             return
         pair.sending = True
         if pair.selectors.direct:
-            self._direct.setdefault(pair.selectors.direct, []).insert(0, pair)
+            others = self._direct.setdefault(pair.selectors.direct, [])
+            others.insert(0, pair)
+            others.sort(key=lambda other: other.pair.standing)  # stable: then the newest
             return
         self._enabled += 1
-        for selector in pair.pair.remote_ts:
-            size = int(selector.end) - int(selector.start)
-            rank = (not pair.pair.connection, size, pair.selectors.addresses_only, -self._enabled)
-            entry = _Entry(rank, pair)
-            for width, shift, bits in _prefixes_of(selector):
+        for remote, local in product(pair.pair.remote_ts, pair.pair.local_ts):
+            if remote.start.version != local.start.version:
+                continue
+            sizes = _size(remote), _size(local)
+            rank = (*pair.pair.standing, *sizes, _narrowness(remote, local), -self._enabled)
+            entry = _Entry(rank, pair, local.start.packed, local.end.packed)
+            for width, shift, bits in _prefixes_of(remote):
                 self._prefixes.setdefault((width, shift), {}).setdefault(bits, []).append(entry)
 
     def remove(self, spi_in: int) -> EspPair | None:
@@ -103,23 +112,29 @@ class SaDatabase:
         direct = self._direct.get(bytes(packet[12:20] if packet[0] < _IPV6 else packet[8:40]))
         if direct is not None and not self._prefixes:
             return direct[0]
-        destination = addresses(packet)[1]
+        source, destination = addresses(packet)
         number, best = int.from_bytes(destination, "big"), None
         for (width, shift), table in self._prefixes.items():
             if width != len(destination):
                 continue
             for entry in table.get(number >> shift, ()):
-                better = best is None or entry.rank < best.rank
+                better = (best is None or entry.rank < best.rank) and entry.first <= source <= entry.last
                 if better and entry.pair.selectors.allow_outward(packet):
                     best = entry
         # Two addresses are narrower than anything but one address with protocol and ports
-        if direct is not None and (best is None or (*_of_connection(direct[0]), 0, True) <= best.rank[:3]):
+        if direct is not None and (best is None or (*direct[0].pair.standing, 0, 0, _ANY) <= best.rank[:5]):
             return direct[0]
         return None if best is None else best.pair
 
 
-def _of_connection(pair: EspPair) -> tuple[bool]:
-    return (not pair.pair.connection,)
+def _size(selector: TrafficSelector) -> int:
+    return int(selector.end) - int(selector.start)
+
+
+def _narrowness(*selectors: TrafficSelector) -> int:
+    if any((each.start_port, each.end_port) != (0, 65535) for each in selectors):
+        return _PORTS
+    return _PROTOCOL if any(each.protocol for each in selectors) else _ANY
 
 
 def _prefixes_of(selector: TrafficSelector) -> Iterator[tuple[int, int, int]]:

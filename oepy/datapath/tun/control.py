@@ -96,6 +96,7 @@ def encode_pair(pair: SaPair) -> Json:
         "connection": pair.connection,
         "aggregation": [pair.aggregation, pair.fragments, pair.super_packets],
         "tfc_padding": pair.tfc_padding,
+        "priority": pair.priority,
         "marks": dataclasses.astuple(pair.marks),
     }
 
@@ -137,6 +138,7 @@ def decode_pair(value: Json) -> SaPair:
         fragments=value["aggregation"][1],
         super_packets=value["aggregation"][2],
         tfc_padding=value["tfc_padding"],
+        priority=value["priority"],
         marks=Marks(*(None if mark is None else Mark(*mark) for mark in value["marks"])),
     )
 

@@ -54,7 +54,7 @@ _MODES = {"tunnel": v.Mode.TUNNEL, "transport": v.Mode.TRANSPORT}
 _LEGACY_WINDOW = 32  # beyond it, and with ESN, the window is an attribute of its own
 _ANY_PORT_MASK = 0xFFFF
 _INDEX_STEP = 8  # the kernel keeps the direction in the lowest three bits of an index
-_PRIORITIES = class_start(PolicyClass.CONFIGURED)
+_PRIORITIES = class_start(PolicyClass.MANUAL)
 
 PolicyKey = tuple[str, Selector]
 

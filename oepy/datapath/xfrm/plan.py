@@ -142,8 +142,10 @@ def mode_of(pair: SaPair) -> v.Mode:
         raise OepyError(f"mode {pair.mode!r} is not known", "tunnel or transport") from None
 
 
-def class_of(pair: SaPair) -> PolicyClass:
-    return PolicyClass.CONFIGURED if pair.connection else PolicyClass.OPPORTUNISTIC
+def class_of(pair: SaPair) -> int:
+    if not pair.connection:
+        return PolicyClass.OPPORTUNISTIC
+    return PolicyClass.FIXED + pair.priority if pair.priority else PolicyClass.CONFIGURED
 
 
 def inward_policies(pair: SaPair, reqid: int, scheme: Scheme) -> Iterator[v.Policy]:
@@ -178,11 +180,12 @@ def _policy(
     pair: SaPair, direction: v.PolicyDirection, selector: v.Selector, template: v.Template, scheme: Scheme
 ) -> v.Policy:
     wanted = pair.marks.outward if direction is OUT else pair.marks.inward
+    outward = selector if direction is OUT else reverse(selector)  # both ways in one order
     return v.Policy(
         direction,
         selector,
         (template,),
-        priority=priority(class_of(pair), selector, marked=wanted is not None),
+        priority=priority(class_of(pair), outward, marked=wanted is not None),
         # Of the scheme's mark, only what we send knows
         mark=_joined(scheme.mark, wanted) if direction is OUT else wanted,
         if_id=scheme.if_id,

@@ -30,14 +30,15 @@ class Claims:
         changes = []
         for policy in policies:
             claims = self._claims.setdefault(policy.id, {})
-            before = _newest(claims)
+            before = _first(claims)
             claims.pop(owner, None)
             claims[owner] = policy
             self._of_owner.setdefault(owner, {})[policy.id] = None
+            after = _first(claims)
             if before is None:
                 changes.append(requests.new_policy(policy))  # one of somebody else's is not replaced
-            elif before != policy:
-                changes.append(requests.update_policy(policy))
+            elif after is not None and after != before:
+                changes.append(requests.update_policy(after))
         return changes
 
     def release(self, owner: int) -> list[Request]:
@@ -45,9 +46,9 @@ class Claims:
         deletions, changes = [], []
         for name in self._of_owner.pop(owner, {}):
             claims = self._claims[name]
-            before = _newest(claims)
+            before = _first(claims)
             del claims[owner]
-            after = _newest(claims)
+            after = _first(claims)
             if after is None:
                 del self._claims[name]
                 deletions.append(requests.delete_policy(name))
@@ -56,8 +57,9 @@ class Claims:
         return deletions + changes
 
 
-def _newest(claims: dict[int, Policy]) -> Policy | None:
-    return next(reversed(claims.values()), None)
+def _first(claims: dict[int, Policy]) -> Policy | None:
+    """That of the lowest priority, and of these the newest."""
+    return min(reversed(claims.values()), key=lambda policy: policy.priority, default=None)
 
 
 class Reqids:
