@@ -453,6 +453,19 @@ NO_MARKS = Marks()
 
 
 @dataclass(frozen=True, slots=True)
+class Copied:
+    """What of the inner header a tunnel copies to the outer one, or back. `ecn` None is as the datapath does it."""
+
+    df: bool = False
+    ecn: bool | None = None
+    dscp_out: bool = False
+    dscp_in: bool = False
+
+
+NOT_COPIED = Copied()
+
+
+@dataclass(frozen=True, slots=True)
 class SaPair:
     """What IKE hands to a datapath: one inbound and one outbound SA with their selectors.
 
@@ -489,6 +502,7 @@ class SaPair:
     takes_tfc: bool = True  # the peer: padding for traffic flow confidentiality (RFC 7296 §1.3.1)
     tfc_padding: int = 0  # bytes that inner packets have at least, up to the MTU (RFC 4303 §2.7); tunnel mode
     marks: Marks = NO_MARKS
+    copied: Copied = NOT_COPIED
     priority: int = 0  # up to MAX_PRIORITY, before all without one; 0: the narrower selectors come first
 
     @property

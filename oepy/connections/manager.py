@@ -412,6 +412,7 @@ class Manager:
             if_id_in=child.if_id_in,
             if_id_out=child.if_id_out,
             marks=child.marks,
+            copied=child.copied,
             priority=child.priority,
         )
         fresh = not state.tunnels

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 from oepy import dn
 from oepy.model import (
     NO_MARKS,
+    NOT_COPIED,
+    Copied,
     IdType,
     IpAddress,
     IpNetwork,
@@ -194,6 +196,7 @@ class Child:
     if_id_out: int = 0
     tfc_padding: int = 0  # least bytes of a packet inside; 0 is none
     marks: Marks = NO_MARKS
+    copied: Copied = NOT_COPIED
     priority: int = 0  # as of SaPair
     updown: tuple[str, ...] = ()
 

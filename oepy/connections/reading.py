@@ -48,7 +48,17 @@ from oepy.connections.model import (
 )
 from oepy.connections.reading_clients import check_vips, missing_pools, ppk_name, read_pools, virtual_address
 from oepy.errors import OepyError
-from oepy.model import MAX_PRIORITY, XFRM_IF_ID, IdType, Marks, PeerIdentity, PublicKey, Secret
+from oepy.model import (
+    MAX_PRIORITY,
+    NOT_COPIED,
+    XFRM_IF_ID,
+    Copied,
+    IdType,
+    Marks,
+    PeerIdentity,
+    PublicKey,
+    Secret,
+)
 
 SECTIONS = ("connections", "secrets", "pools", "authorities")
 MAX_CONNECTIONS = 20_000
@@ -92,9 +102,6 @@ _NOT_YET_CONNECTION = {
     "remote_port": "IKE speaks to ports 500 and 4500",
 }
 _NOT_YET_CHILD = {
-    "copy_df": "",
-    "copy_dscp": "",
-    "copy_ecn": "",
     "hw_offload": "",
     "interface": "",
     "ipcomp": "",
@@ -344,6 +351,7 @@ def _child(name: str, value: object, path: Path, problems: list[Problem], files:
         if_id_out=fields.take("if_id_out", 0, _interface_number),
         tfc_padding=fields.take("tfc_padding", 0, _tfc_padding),
         marks=_marks(fields),
+        copied=_copied(fields),
         priority=fields.take("priority", 0, _priority),
         updown=fields.take("updown", (), command),
     )
@@ -351,6 +359,8 @@ def _child(name: str, value: object, path: Path, problems: list[Problem], files:
     if made.by_interface and (made.trap or made.mode == "transport"):
         text = "with if_id routes lead to the interface, and nothing is held: start, and tunnel mode"
         fields.wrong(text, "if_id_out" if made.if_id_out else "if_id_in")
+    if made.copied != NOT_COPIED and made.mode == "transport":
+        fields.wrong("copy_df, copy_ecn and copy_dscp are for tunnel mode, which has two headers", "mode")
     if "" in made.ah_proposals:
         fields.wrong("name the algorithms of AH, such as sha256-x25519", "ah_proposals")
     if not made.local_ts or not made.remote_ts:
@@ -380,6 +390,12 @@ def _marks(fields: Fields) -> Marks:
         fields.take("set_mark_in", None, lambda value: mark(value, inward)),
         fields.take("set_mark_out", None, lambda value: mark(value, outward)),
     )
+
+
+def _copied(fields: Fields) -> Copied:
+    df, ecn = (fields.take(name, default, flag) for name, default in (("copy_df", False), ("copy_ecn", None)))
+    dscp = fields.take("copy_dscp", "no", one_of("out", "in", "yes", "no"))
+    return Copied(bool(df), ecn, dscp in ("out", "yes"), dscp in ("in", "yes"))
 
 
 def _priority(value: object) -> int:

@@ -57,6 +57,13 @@ def userland_lacks(child: Child) -> Iterator[str]:
     ):
         if mark is not None:
             yield f"{name} is the kernel's, and this host has the datapath tun: leave it away"
+    for name, wanted in (
+        ("copy_df", child.copied.df),
+        ("copy_ecn", child.copied.ecn),
+        ("copy_dscp", child.copied.dscp_in or child.copied.dscp_out),
+    ):
+        if wanted:
+            yield f"{name} is the kernel's, and this host has the datapath tun, which copies nothing: no"
     if child.ah_proposals:
         yield "AH is the kernel's, and this host has the datapath tun: take ESP"
 

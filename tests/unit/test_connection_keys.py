@@ -232,11 +232,46 @@ def test_priorities_that_cannot_be(value: object) -> None:
     assert child_of(priority=0).priority == 0
 
 
+@pytest.mark.parametrize(
+    ("keys", "inward", "outward", "extra"),
+    [
+        ({}, v.SaFlag.NONE, v.SaFlag.NO_PMTU_DISCOVERY, 1),
+        ({"copy_df": True}, v.SaFlag.NONE, v.SaFlag.NONE, 1),
+        ({"copy_ecn": True}, v.SaFlag.NONE, v.SaFlag.NO_PMTU_DISCOVERY, 1),
+        ({"copy_ecn": False}, v.SaFlag.NO_ECN, v.SaFlag.NO_ECN | v.SaFlag.NO_PMTU_DISCOVERY, 1),
+        ({"copy_dscp": "out"}, v.SaFlag.NONE, v.SaFlag.NO_PMTU_DISCOVERY, 0),
+        ({"copy_dscp": "in"}, v.SaFlag.DECAP_DSCP, v.SaFlag.NO_PMTU_DISCOVERY, 1),
+        ({"copy_dscp": True}, v.SaFlag.DECAP_DSCP, v.SaFlag.NO_PMTU_DISCOVERY, 0),
+        ({"copy_dscp": False}, v.SaFlag.NONE, v.SaFlag.NO_PMTU_DISCOVERY, 1),
+    ],
+)
+def test_what_the_kernel_copies(
+    keys: dict[str, object], inward: v.SaFlag, outward: v.SaFlag, extra: int
+) -> None:
+    """Of tunnels; by default neither DF nor DSCP, and ECN."""
+    both = v.SaFlag.ESN | v.SaFlag.AF_UNSPEC
+    pair = dataclasses.replace(pairs()[0], copied=child_of(**keys).copied)
+    inbound, outbound = plan.sas(pair, 7, plan.BY_DEVICE)
+    assert (inbound.flags, outbound.flags) == (both | inward, both | outward)
+    assert (inbound.extra_flags, outbound.extra_flags) == (0, extra)
+
+
+def test_copies_that_cannot_be() -> None:
+    """Words, and transport mode, which has one header."""
+    assert any("one of out, in, yes, no" in text for text in problems_of(copy_dscp="both"))
+    assert any("tunnel mode" in text for text in problems_of(copy_df=True, mode="transport"))
+    assert problems_of(copy_df="perhaps")
+
+
 def test_what_userland_lacks() -> None:
     """By its name, with the mend; set_mark_out it has."""
     lacks = list(userland_lacks(child_of(mark_in=1, mark_out=2, set_mark_in=3, set_mark_out=4)))
     assert [text.split()[0] for text in lacks] == ["mark_in", "mark_out", "set_mark_in"]
-    assert list(userland_lacks(child_of(set_mark_out=4))) == []
+    lacks = list(userland_lacks(child_of(copy_df=True, copy_ecn=True, copy_dscp="in")))
+    assert [text.split()[0] for text in lacks] == ["copy_df", "copy_ecn", "copy_dscp"]
+    assert (
+        list(userland_lacks(child_of(set_mark_out=4, copy_df=False, copy_ecn=False, copy_dscp=False))) == []
+    )
 
 
 def test_marks_reach_the_datapath_process_and_updown() -> None:

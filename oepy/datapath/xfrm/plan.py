@@ -68,13 +68,15 @@ def sas(pair: SaPair, reqid: int, scheme: Scheme) -> tuple[v.Sa, v.Sa]:
         raise OepyError(f"a replay window of {window} packets", f"at most {MAX_WINDOW}")
     # The old field has room for 32 packets, and none for ESN
     wide = v.Replay(max(window, 1)) if esn or window > 32 else None
-    tunnel = inbound.mode is v.Mode.TUNNEL
+    tunnel, copied = inbound.mode is v.Mode.TUNNEL, pair.copied
+    no_ecn = v.SaFlag.NO_ECN if copied.ecn is False else v.SaFlag.NONE
     return (
         replace(
             inbound,
             source=pair.remote.address,
             destination=pair.local.address,
             spi=pair.spi_in,
+            flags=inbound.flags | no_ecn | (v.SaFlag.DECAP_DSCP if copied.dscp_in else v.SaFlag.NONE),
             encapsulation=v.Encapsulation(pair.remote.port, pair.local.port) if pair.encap else None,
             replay=wide,
             replay_window=0 if wide else window,
@@ -84,11 +86,11 @@ def sas(pair: SaPair, reqid: int, scheme: Scheme) -> tuple[v.Sa, v.Sa]:
             outbound,
             encapsulation=v.Encapsulation(pair.local.port, pair.remote.port) if pair.encap else None,
             replay=v.Replay(1),  # the form in which the kernel shows the sequence number in full
-            # No DF outside: where the path is narrower than the tunnel assumes, fragments arrive and no
-            # packet falls into a hole
-            flags=outbound.flags | v.SaFlag.NO_PMTU_DISCOVERY,
+            # By default no DF outside: where the path is narrower than the tunnel assumes, fragments arrive and
+            # no packet falls into a hole
+            flags=outbound.flags | no_ecn | (v.SaFlag.NONE if copied.df else v.SaFlag.NO_PMTU_DISCOVERY),
             set_mark=_joined(_OUTBOUND_MARK, pair.marks.set_outward),
-            extra_flags=_DONT_ENCAP_DSCP if tunnel else 0,
+            extra_flags=_DONT_ENCAP_DSCP if tunnel and not copied.dscp_out else 0,
             tfc_padding=pair.tfc_padding if tunnel and pair.protocol == "esp" else 0,
         ),
     )
