@@ -225,7 +225,7 @@ class Connection:
     keyingtries: int = 0
     send_cert: str = "ifasked"  # always | ifasked | never
     send_certreq: bool = True
-    reauth_time: float = 0.0  # of IKE SAs that we begin; 0 is never
+    reauth_time: float = 0.0  # of IKE SAs that we begin; others are told to (RFC 4478); 0 is never
     mobike: bool = True
     fragmentation: str = "yes"  # of IKE messages (RFC 7383): yes | accept | no
     childless: str = "allow"

@@ -21,10 +21,11 @@ def half_open_until(session: Session) -> float:
 
 
 def ike_expiry(session: Session) -> float:
-    """When an IKE SA ends that was neither rekeyed nor, where that is ours to do, reauthenticated in time."""
+    """When an IKE SA ends that was neither rekeyed nor reauthenticated in time. Where that is the peer's to do, it
+    has been told (RFC 4478 §2)."""
     lifetimes = session.settings.lifetimes
     until = session.established_at + lifetimes.ike_rekey
-    if lifetimes.ike_reauth and session.request is not None:
+    if lifetimes.ike_reauth:
         until = min(until, session.created + lifetimes.ike_reauth)  # `created` stays, over all rekeys
     return until + lifetimes.ike_grace
 

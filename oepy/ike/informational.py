@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from oepy.ike import mobike
+from oepy.ike import auth_lifetime, mobike
 from oepy.ike.events import ChildUsable, DownReason
 from oepy.ike.flow import OwnSteps, PeerSteps, Send
 from oepy.ike.header import Exchange, PayloadType
@@ -42,6 +42,7 @@ def serve_informational(session: Session, message: Message) -> PeerSteps:
         session.context.counters["peer_rejects_our_proof"] += 1
         _peer_ends(session)
         return []
+    auth_lifetime.heed(session, message)
     return answer + mobike.serve(session, message)
 
 

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from oepy.ike import aggregation, certificates, configuration, mobike, ppk, reauthentication, transport
+from oepy.ike import (
+    aggregation,
+    auth_lifetime,
+    certificates,
+    configuration,
+    mobike,
+    ppk,
+    reauthentication,
+    transport,
+)
 from oepy.ike.algorithms import accepted, esp_suite, to_proposals, without_groups
 from oepy.ike.authentication import AuthMethod, matches, null_auth, psk_auth, verify_auth
 from oepy.ike.child import ChildSa, install, note_tfc, read_selectors, spi_of, within
@@ -84,6 +93,7 @@ def authenticate(session: Session, request: Initiate, handshake: Handshake) -> O
     mobike.agree(session, answer)
     session.connection = request.connection
     _establish_with_child(session, request, handshake, answer, offers, spi_in, childless=childless)
+    auth_lifetime.heed(session, answer)
 
 
 def _identity_and_proof(

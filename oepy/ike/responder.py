@@ -5,7 +5,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from oepy.ike import aggregation, certificates, configuration, mobike, ppk, rules, transport
+from oepy.ike import (
+    aggregation,
+    auth_lifetime,
+    certificates,
+    configuration,
+    mobike,
+    ppk,
+    rules,
+    transport,
+)
 from oepy.ike.algorithms import choose, ike_suite, without_additional, without_groups
 from oepy.ike.authentication import AuthMethod, matches, null_auth, psk_auth, verify_auth
 from oepy.ike.child import ChildSa, install, note_tfc
@@ -176,6 +185,7 @@ def serve_auth(session: Session, message: Message) -> PeerSteps:
         refused = refusal
     payloads = yield from _own_identity_and_proof(session, handshake, message, psk, wanted)
     payloads += [*ppk_answer, *lease_answer, *mobike.accept(session, message)]
+    payloads += auth_lifetime.announce(session)
     nonces = (handshake.nonce_i, handshake.nonce_r)
     establish(session)
     if message.notify(NotifyType.INITIAL_CONTACT) is not None:

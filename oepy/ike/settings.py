@@ -33,7 +33,9 @@ class Lifetimes:
 
     ike_rekey: float = 4 * 3600.0
     ike_grace: float = 600.0  # after ike_rekey; then the IKE SA is ended
-    ike_reauth: float = 0.0  # of IKE SAs that we began: a new one, with new proofs, takes over; 0 = never
+    ike_reauth: float = (
+        0.0  # a new IKE SA, with new proofs, takes over; as responder we ask for it; 0 = never
+    )
     child_rekey: float = 3600.0
     child_hard: float = 3960.0
     child_soft_bytes: int = 0

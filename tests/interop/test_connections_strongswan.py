@@ -173,8 +173,46 @@ def test_both_begin_and_both_rekey(
         assert kinds(capture) == {"ike", "esp"}
 
 
-def wait_for(condition: Any) -> None:
-    deadline = time.monotonic() + 10
+def test_oepy_says_how_long_a_proof_lasts(ends: tuple[Host, Charon, str]) -> None:
+    """AUTH_LIFETIME (RFC 4478): strongSwan has begun, has no rule of its own, and begins anew in time."""
+    host, daemon, auth = ends
+    ours = section(auth, "none")
+    ours["connections"]["site"] |= {"reauth_time": "12s", "over_time": "10s"}
+    daemon.load(swanctl(auth).replace("encap = yes", "encap = yes\n over_time = 2s"))
+    host.start({}, **ours)
+    daemon.swanctl("--initiate", "--child", "first", "--timeout", "20")
+    another_tunnel(host, "10.1.0.1")
+    assert "received AUTH_LIFETIME of 12s" in daemon.tail(400)
+
+
+def test_strongswan_says_how_long_a_proof_lasts(ends: tuple[Host, Charon, str]) -> None:
+    """It does where it cannot begin itself: to whom it gives an address. We begin anew in time, and keep that."""
+    host, daemon, auth = ends
+    ours = section(auth, "none")
+    ours["connections"]["site"]["vips"] = ["0.0.0.0"]
+    ours["connections"]["site"]["children"] = {"first": {"remote_ts": ["10.2.0.0/24"]}}
+    more = "encap = yes\n pools = four\n reauth_time = 12s\n over_time = 2s\n rand_time = 0s"
+    theirs = (
+        swanctl(auth).replace("encap = yes", more).replace("remote_ts = 10.1.0.0/24", "remote_ts = dynamic")
+    )
+    daemon.load(theirs + "pools { four { addrs = 10.9.0.0/24 } }\n")
+    host.start({}, **ours)
+    assert host.oepy("connection", "up", "site/first").returncode == 0, host.log() + daemon.tail()
+    another_tunnel(host, "10.9.0.1")
+    assert host.json("status")["counts"]["ike"]["auth_lifetimes"] >= 1
+    assert "initiator did not reauthenticate" not in daemon.tail(400)
+
+
+def another_tunnel(host: Host, source: str) -> None:
+    """In the place of the one that there is; it carries traffic."""
+    (before,) = host.json("sas")
+    wait_for(lambda: any(sa["spi_in"] != before["spi_in"] for sa in host.json("sas")), 30)
+    wait_for(lambda: [sa["spi_in"] != before["spi_in"] for sa in host.json("sas")] == [True])
+    assert None not in ping(host.namespace, "10.2.0.1", count=3, timeout=5, source=source), host.log()
+
+
+def wait_for(condition: Any, seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)

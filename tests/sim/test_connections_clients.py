@@ -229,6 +229,26 @@ def test_reauthentication_makes_before_it_breaks() -> None:
     run_virtual(main())
 
 
+def test_a_gateway_says_when_its_clients_are_to_prove_themselves_again() -> None:
+    """reauth_time on the gateway alone: clients have new IKE SAs in time, and keep address and tunnel."""
+
+    async def main() -> None:
+        router = Router(random.Random(4))
+        gate = gateway(router, unique="replace", reauth_time="600", rand_time="0", over_time="60")
+        client = warrior(router, 1)
+        await asyncio.sleep(1900)
+        assert gate.core.negotiator.endpoint.counters["established"] in (4, 5)
+        assert len(client.core.negotiator.endpoint.sessions()) == 1
+        assert set(client.host_addresses.history) == {frozenset({ip_address("10.3.0.1")})}
+        assert matching_pairs(client, gate)
+        downs = [event for event in client.events if event["event"] == "connection-down"]
+        ups = [event for event in client.events if event["event"] == "connection-up"]
+        assert len(ups) == len(downs) + 1
+        assert quiet(gate, client)
+
+    run_virtual(main())
+
+
 def test_a_failed_reauthentication_ends_the_ike_sa_in_the_end() -> None:
     """The old SA goes on while the peer refuses the new one, and ends over_time after its time."""
 

@@ -20,10 +20,11 @@ from oepy.ike.events import (
     SessionDown,
     SessionFailed,
 )
-from oepy.ike.header import PayloadType
+from oepy.ike.flow import OwnSteps, Send
+from oepy.ike.header import Exchange, PayloadType
 from oepy.ike.notify import NotifyType
 from oepy.ike.payloads import notify
-from oepy.ike.settings import ChildRequest, IkeSettings, Ppk
+from oepy.ike.settings import ChildRequest, IkeSettings, Lifetimes, Ppk
 from oepy.model import Authenticated, PeerIdentity, Secret
 from tests.sim.ike_net import Host, Net, assert_one_tunnel, request, two_hosts
 
@@ -36,6 +37,90 @@ def pair(ours: str = "never", **settings: object) -> tuple[Host, Host, Net]:
     b.settings = replace(QUIET, ppk=ours, **settings)  # type: ignore[arg-type]
     b.__post_init__()
     return a, b, Net([a, b])
+
+
+def tell(host: Host, net: Net, data: bytes) -> None:
+    """AUTH_LIFETIME in an INFORMATIONAL request of the host's."""
+    [info] = host.ike.sessions()
+    session = host.ike._context.by_number[info.session]
+
+    def steps(_: object) -> OwnSteps:
+        yield Send(Exchange.INFORMATIONAL, [notify(NotifyType.AUTH_LIFETIME, data)])
+
+    session.start("tell", steps)
+    net.flush(host)
+    net.run(1)
+
+
+def renewals(host: Host) -> int:
+    return host.ike.counters["established"] - 1
+
+
+@pytest.mark.parametrize("connection", ["office/net", ""])
+def test_a_responders_auth_lifetime_is_heeded(connection: str) -> None:
+    """RFC 4478: the initiator without a rule of its own begins anew before the time is over, whatever is rekeyed
+    meanwhile, and never without a tunnel; an opportunistic one does not, and is ended by the responder."""
+    a, b = two_hosts(QUIET)
+    b.settings = replace(QUIET, lifetimes=Lifetimes(ike_reauth=100.0, ike_grace=20.0))
+    b.__post_init__()
+    net = Net([a, b])
+    number = a.ike.initiate(request(a, b, connection=connection), net.now)
+    net.run(3)
+    a.ike.rekey_ike(number, net.now)
+    net.run(80)
+    assert renewals(a) == 0
+    net.run(12)
+    assert renewals(a) == (1 if connection else 0)
+    net.run(20 if connection else 30)
+    assert bool(a.pairs) is bool(connection)
+    if connection:
+        assert_one_tunnel(a, b)
+        net.run(300)
+        assert_one_tunnel(a, b)
+        assert 3 <= renewals(a) <= 5
+        assert a.gaps == b.gaps == []
+
+
+@pytest.mark.parametrize(
+    ("teller", "data", "renewed"),
+    [
+        ("responder", (60).to_bytes(4, "big"), 1),
+        ("responder", bytes(4), 1),
+        ("responder", b"", 0),
+        ("responder", bytes(8), 0),
+        ("responder", b"\xff" * 4, 0),
+        ("initiator", (60).to_bytes(4, "big"), 0),
+    ],
+)
+def test_auth_lifetime_at_any_time(teller: str, data: bytes, renewed: int) -> None:
+    """In INFORMATIONAL, from the responder alone; 0 is soon; one of a wrong length says nothing."""
+    a, b = two_hosts(QUIET)
+    net = Net([a, b])
+    a.ike.initiate(request(a, b, connection="office/net"), net.now)
+    net.run(3)
+    tell(b if teller == "responder" else a, net, data)
+    net.run(60)
+    assert renewals(a) == renewed
+    assert renewals(b) == renewed
+    assert_one_tunnel(a, b)
+
+
+def test_auth_lifetime_does_not_lengthen_our_own_time() -> None:
+    """The shorter of both counts, and a peer that gives no time at all does not keep us busy."""
+    a, b = two_hosts(replace(QUIET, lifetimes=Lifetimes(ike_reauth=50.0)))
+    b.settings = replace(QUIET, lifetimes=Lifetimes(ike_reauth=5000.0))
+    b.__post_init__()
+    net = Net([a, b])
+    a.ike.initiate(request(a, b, connection="office/net"), net.now)
+    net.run(60)
+    assert renewals(a) == 1
+    a, b = two_hosts(QUIET)
+    b.settings = replace(QUIET, lifetimes=Lifetimes(ike_reauth=0.1, ike_grace=1000.0))
+    b.__post_init__()
+    net = Net([a, b])
+    a.ike.initiate(request(a, b, connection="office/net"), net.now)
+    net.run(60)
+    assert 4 <= renewals(a) <= 7
 
 
 def knows(host: Host, *names: bytes) -> None:
