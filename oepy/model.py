@@ -30,7 +30,13 @@ MARK_KERNEL = (
 )
 FOREIGN_BITS = 0xFFFFFFFF ^ MARK_MASK  # everybody else's
 MAX_PRIORITY = 10_000  # of a connection's child; a lower one comes first
+MAX_USERLAND_MARKS = 32  # each is a device and a routing table
 XFRM_IF_ID = 17733  # ties the kernel's SAs and policies to the tunnel's device
+
+
+def marked_device(device: str, number: int | str) -> str:
+    """The name of the userland datapath's device for a mark, beside `device`."""
+    return f"{device}.m{number}"
 
 
 class Secret:
@@ -432,6 +438,10 @@ class Mark:
 
     def matches(self, mark: int) -> bool:
         return mark & self.mask == self.value
+
+    def overlaps(self, other: Mark) -> bool:
+        """Whether a packet can have both."""
+        return not (self.value ^ other.value) & self.mask & other.mask
 
     def __str__(self) -> str:
         return f"{self.value:#x}/{self.mask:#x}"

@@ -7,13 +7,23 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from oepy.config import Config
-from oepy.connections.model import Child
+from oepy.connections.model import Child, ConnectionSet
 from oepy.errors import OepyError
 from oepy.interfaces import Datapath, DatapathEvent, HostAddresses
-from oepy.model import Endpoint, IpAddress, IpNetwork, SaCounters, SaPair
+from oepy.model import (
+    MAX_USERLAND_MARKS,
+    Endpoint,
+    IpAddress,
+    IpNetwork,
+    Mark,
+    SaCounters,
+    SaPair,
+    marked_device,
+)
 from oepy.udp import IkeSockets
 
 OnIke = Callable[[bytes, Endpoint, Endpoint], None]
+MAX_DEVICE_NAME = 15
 
 
 class NoDatapath:
@@ -52,7 +62,6 @@ def userland_lacks(child: Child) -> Iterator[str]:
     """What of a connection's child the userland datapath cannot do: each with its mend."""
     for name, mark in (
         ("mark_in", child.marks.inward),
-        ("mark_out", child.marks.outward),
         ("set_mark_in", child.marks.set_inward),
     ):
         if mark is not None:
@@ -66,6 +75,25 @@ def userland_lacks(child: Child) -> Iterator[str]:
             yield f"{name} is the kernel's, and this host has the datapath tun, which copies nothing: no"
     if child.ah_proposals:
         yield "AH is the kernel's, and this host has the datapath tun: take ESP"
+
+
+def userland_confuses(configured: ConnectionSet, device: str) -> Iterator[str]:
+    """The userland datapath has a device for each `mark_out`, so that a packet may have only one of them."""
+    marks: dict[Mark, str] = {}
+    for connection in configured.connections:
+        for child in connection.children:
+            if child.marks.outward is not None:
+                marks.setdefault(child.marks.outward, connection.label(child))
+    for mark, label in marks.items():
+        other = next((each for each in marks if each != mark and each.overlaps(mark)), None)
+        if other is not None:
+            text = f"a packet may have its mark_out {mark} and that of {marks[other]}, {other}"
+            yield f"{label}: {text}: with the datapath tun, take one mask for all"
+    if len(marks) > MAX_USERLAND_MARKS:
+        yield f"{len(marks)} different mark_out: with the datapath tun, {MAX_USERLAND_MARKS} at most"
+    longest = marked_device(device, MAX_USERLAND_MARKS - 1)
+    if marks and len(longest) > MAX_DEVICE_NAME:
+        yield f"device {device}: there is no room for names of devices for mark_out, as {longest}: a shorter one"
 
 
 class NoHostAddresses:

@@ -24,7 +24,7 @@ from oepy.control.server import ControlServer
 from oepy.daemon.addresses import own_addresses
 from oepy.daemon.api import ControlApi
 from oepy.daemon.core import Core, Surroundings, engine_settings
-from oepy.daemon.datapaths import NoHostAddresses, open_datapath, userland_lacks
+from oepy.daemon.datapaths import NoHostAddresses, open_datapath, userland_confuses, userland_lacks
 from oepy.daemon.fetching import Fetching
 from oepy.daemon.forecast import validator as configured_validator
 from oepy.daemon.journal import Event, Journal
@@ -237,6 +237,8 @@ class Daemon(Core):
         problems = []
         if wanted.connections and self.trap_name == "none" and self.chosen.name == "tun":
             problems.append("connections need the trap in userland: remove `trap: none`")
+        if self.chosen.name == "tun":
+            problems += userland_confuses(wanted, self.config.device)
         for connection in wanted.connections:
             if (
                 connection.vips

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from oepy.errors import OepyError
-from oepy.model import MARK_MASK, MARK_PRIVATE
+from oepy.model import MARK_MASK, MARK_PRIVATE, MAX_USERLAND_MARKS, Mark
 
 # 1500 on the wire - 40 outer IPv6 - 8 UDP - 8 ESP header - 16 CBC IV - 32 ICV of HMAC-SHA2-512 = 1396 for
 # payload and trailer; CBC rounds to blocks of 16: 1392; less the trailer's 2. Over IPv4, and with an AEAD,
@@ -26,7 +26,10 @@ from oepy.model import MARK_MASK, MARK_PRIVATE
 TUNNEL_MTU = 1390
 
 TABLE = 17733
+# Of marks of connections, each with a device of its own; their rules come before the one for all
+MARK_TABLES = range(17740, 17740 + MAX_USERLAND_MARKS)
 RULE_PRIORITY = 1773
+_PRIVATE = Mark(MARK_PRIVATE, MARK_MASK)
 # With rp_filter in loose mode the kernel refuses whatever comes in by a device without any IPv4 address
 # (fib_validate_source). So it gets the dummy address of RFC 7600 §4.8, in scope host: never a source.
 DUMMY_ADDRESS = "192.0.0.8"
@@ -76,11 +79,11 @@ def _without_absent(call: Any, *arguments: Any, **named: Any) -> None:
             raise
 
 
-def _our_rules(route: IPRoute, family: int) -> list[Any]:
+def _our_rules(route: IPRoute, family: int, tables: Collection[int]) -> list[Any]:
     return [
         rule
         for rule in route.get_rules(family=family)
-        if rule.get_attr("FRA_PROTOCOL") == PROTOCOL and rule.get_attr("FRA_TABLE") == TABLE
+        if rule.get_attr("FRA_PROTOCOL") == PROTOCOL and rule.get_attr("FRA_TABLE") in tables
     ]
 
 
@@ -104,38 +107,48 @@ def _settle(name: str) -> None:
             file.write_text(value)
 
 
-def set_up(device: str, mtu: int) -> None:
-    """Bring the device up and lead marked packets to it. Idempotent: what is right already stays, so that at
-    no moment a marked packet finds the main table. Raises OepyError."""
+def with_private(mark: Mark | None) -> Mark:
+    """What a packet has that goes through the tunnel of a child with this mark."""
+    if mark is None:
+        return _PRIVATE
+    return Mark(MARK_PRIVATE | mark.value, MARK_MASK | mark.mask)
+
+
+def set_up(device: str, mtu: int, mark: Mark | None = None, table: int = TABLE) -> None:
+    """Bring the device up and lead marked packets to it, or only those with a connection's mark beside. Idempotent:
+    what is right already stays, so that at no moment a marked packet finds the main table. Raises OepyError."""
+    wanted = with_private(mark)
     _settle(device)
     with netlink() as route:
         index = route.link_lookup(ifname=device)[0]
         route.link("set", index=index, mtu=mtu, state="up", txqlen=1000)
         route.addr("replace", index=index, address=DUMMY_ADDRESS, prefixlen=32, scope=_SCOPE_HOST)
         for family in _families(route):
-            common = {"family": family, "table": TABLE, "proto": PROTOCOL}
+            common = {"family": family, "table": table, "proto": PROTOCOL}
             route.route("replace", dst="default", type="unreachable", priority=_METRIC_UNREACHABLE, **common)
             route.route("replace", dst="default", oif=index, priority=_METRIC_DEVICE, **common)
-            if not _our_rules(route, family):
+            if not _our_rules(route, family, (table,)):
                 route.rule(
                     "add",
                     family=family,
-                    priority=RULE_PRIORITY,
-                    table=TABLE,
-                    fwmark=MARK_PRIVATE,
-                    fwmask=MARK_MASK,
+                    priority=RULE_PRIORITY - (mark is not None),
+                    table=table,
+                    fwmark=wanted.value,
+                    fwmask=wanted.mask,
                     protocol=PROTOCOL,
                 )
 
 
-def stand(device: str) -> bool:
+def stand(device: str, mark: Mark | None = None) -> bool:
     """Whether a marked packet would go to the device, in every family: the kernel is asked for one route, as
     the host's whole table may be long. Raises OepyError."""
     with netlink() as route:
         index = next(iter(route.link_lookup(ifname=device)), 0)
         for family in _families(route):
             try:
-                (found,) = route.route("get", family=family, dst=_PROBE[family], mark=MARK_PRIVATE)
+                (found,) = route.route(
+                    "get", family=family, dst=_PROBE[family], mark=with_private(mark).value
+                )
             except NetlinkError as error:
                 if error.code not in _UNREACHABLE:
                     raise
@@ -145,19 +158,28 @@ def stand(device: str) -> bool:
     return True
 
 
-def tear_down() -> None:
-    """Remove all of our rules and routes. Only when nothing is marked any more."""
+def tear_down(tables: Collection[int] = (TABLE, *MARK_TABLES)) -> None:
+    """Remove our rules and routes of these tables. Only when nothing is marked for them any more."""
     with netlink() as route:
         for family in _families(route):
-            for rule in _our_rules(route, family):
+            used = {TABLE} & {*tables}
+            for rule in _our_rules(route, family, tables):
+                used.add(rule.get_attr("FRA_TABLE"))
                 _without_absent(
                     route.rule,
                     "del",
                     family=family,
                     priority=rule.get_attr("FRA_PRIORITY"),
-                    table=TABLE,
-                    fwmark=MARK_PRIVATE,
-                    fwmask=MARK_MASK,
+                    table=rule.get_attr("FRA_TABLE"),
+                    fwmark=rule.get_attr("FRA_FWMARK"),
+                    fwmask=rule.get_attr("FRA_FWMASK"),
                     protocol=PROTOCOL,
                 )
-            _without_absent(route.flush_routes, family=family, table=TABLE, proto=PROTOCOL)
+            for table in used:
+                _without_absent(route.flush_routes, family=family, table=table, proto=PROTOCOL)
+
+
+def forget_marks() -> None:
+    """Rules of connections' marks that an earlier run has left: the devices have gone with it, so that what has the
+    marks would go nowhere."""
+    tear_down(MARK_TABLES)

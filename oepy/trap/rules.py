@@ -40,7 +40,16 @@ from collections.abc import Iterator, Sequence
 from ipaddress import IPv4Address, IPv6Address
 
 from oepy.interfaces import TrapPolicy, Way
-from oepy.model import FOREIGN_BITS, MARK_KERNEL, MARK_MASK, MARK_OWN, MARK_PRIVATE, PolicyGroup, Verdict
+from oepy.model import (
+    FOREIGN_BITS,
+    MARK_KERNEL,
+    MARK_MASK,
+    MARK_OWN,
+    MARK_PRIVATE,
+    PolicyGroup,
+    Verdict,
+    marked_device,
+)
 from oepy.trap import islands
 from oepy.trap.islands import map_name
 from oepy.trap.prefixes import GroupRange, Lookup, lookups
@@ -320,6 +329,8 @@ class Ruleset:
         if device is not None:
             unprotected += f"oifname != {json.dumps(device)} "
         by_kernel = self._policy.kernel_ipsec
+        if device is not None and not by_kernel:  # userland has one more for each mark of connections
+            unprotected += f"oifname != {json.dumps(marked_device(device, '*'))} "
         if by_kernel:
             # Here comes by, too, what has found its SA behind the device and is about to be encrypted
             unprotected += "rt ipsec missing "

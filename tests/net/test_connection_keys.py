@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from oepy.lab.probe import ping
-from tests.net.daemon_host import Host
+from oepy.daemon.datapaths import userland_confuses
+from oepy.lab.capture import Capture
+from oepy.lab.probe import Pinger, echoes, ping
+from oepy.model import MAX_USERLAND_MARKS
+from tests.fakes.connections import between, good
+from tests.net.daemon_host import Host, kinds
 from tests.net.harness import A4, B4, wired
 
 pytestmark = pytest.mark.root
@@ -91,6 +97,99 @@ def test_the_lower_priority_wins(hosts: tuple[Host, Host]) -> None:
     the_lower_priority_wins(hosts, "tun")
 
 
+COLOURS = {"red": 0x11, "blue": 0x22}
+SECOND = "198.18.0.3"  # of the second host, where the connection `blue` ends
+
+
+def coloured(number: int, marks: dict[str, dict[str, Any]], **more: Any) -> dict[str, Any]:
+    """Two connections with the same selectors, to two addresses of the other host."""
+    connections = {}
+    for name, there in (("red", B4), ("blue", SECOND)):
+        child = {"local_ts": [f"{NEAR}/32"], "remote_ts": [f"{FAR}/32"], **marks[name]}
+        made = section(number, {"net": child})["connections"]["pair"]
+        made["local_addrs" if number else "remote_addrs"] = [there]
+        connections[name] = made
+    return {**section(number, {}), "connections": connections, **more}
+
+
+def marked_ping(host: Host, mark: int, count: int = 3, timeout: float = 15) -> list[float | None]:
+    with host.namespace.entered(), Pinger(FAR, source=NEAR) as pinger:
+        pinger.socket.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
+        return echoes(pinger, count, timeout)
+
+
+def test_two_connections_side_by_side_by_their_marks(hosts: tuple[Host, Host], tmp_path: Path) -> None:
+    """With the same selectors: each packet goes by the tunnel of its mark, and whichever traps holds its first.
+    What has no mark, or one whose tunnel is down, is its group's, which is `private`: nothing leaves in the clear.
+    Another mark reaches the datapath by a reload, rules that somebody flushed come back, ESP packets have the mark
+    that they are to have, and nothing is left in the end."""
+    one, other = hosts
+    other.namespace.address("eth0", f"{SECOND}/24")
+    chain = "type filter hook postrouting priority 0; meta mark 0x20000007 counter"
+    one.namespace.run("nft", "-f", "-", input=f"table ip seen {{\nchain post {{\n{chain}\n}}\n}}\n")
+    marks: dict[str, dict[str, Any]] = {
+        name: {"mark_out": f"{mark:#x}/0xff", "start_action": "trap" if name == "red" else "none"}
+        for name, mark in COLOURS.items()
+    }
+    marks["blue"]["set_mark_out"] = 7
+    private = {"policy": {"default": "clear", "groups": {"private": [f"{FAR}/32"]}}}
+    other.start({}, **coloured(1, {"red": {}, "blue": {}}))
+    one.start({}, **coloured(0, marks, **private))
+    with Capture(other.namespace, ["eth0"], tmp_path / "wire.pcap") as capture:
+        assert None not in marked_ping(one, 0x4411), one.log() + other.log()
+        assert sent(one) == {"red/net": 3}
+        assert marked_ping(one, 0, 2, 0.5) == [None, None]
+        assert marked_ping(one, 0x22, 2, 0.5) == [None, None]
+        assert one.oepy("connection", "up", "blue").returncode == 0, one.log() + other.log()
+        assert None not in marked_ping(one, 0x22), one.log() + other.log()
+        assert sent(one) == {"red/net": 3, "blue/net": 3}
+        counted = one.namespace.run("nft", "list", "table", "ip", "seen").stdout
+        assert "counter packets 3 " in counted
+        for rule in one.namespace.run("ip", "-4", "rule", "list").stdout.splitlines():
+            if rule.startswith(("1772:", "1773:")):
+                one.namespace.ip("rule", "del", "priority", rule.partition(":")[0])
+        deadline = time.monotonic() + 30
+        while None in marked_ping(one, 0x11, 1, 0.5):
+            assert time.monotonic() < deadline, one.log()
+        marks["blue"]["mark_out"] = "0x33/0xff"
+        one.reload({}, **coloured(0, marks, **private))
+        assert one.oepy("connection", "up", "blue").returncode == 0, one.log() + other.log()
+        assert None not in marked_ping(one, 0x33), one.log() + other.log()
+        assert None not in marked_ping(one, 0x11), one.log() + other.log()
+        assert marked_ping(one, 0x22, 2, 0.5) == [None, None]
+        other.stop()
+        one.oepy("connection", "down", "red")
+        assert marked_ping(one, 0x11, 2, 0.5) == [None, None]
+        capture.flush()
+        assert kinds(capture) == {"ike", "esp"}
+    one.stop()
+    assert "0x10000011" not in one.namespace.run("ip", "rule", "list").stdout
+    assert "oe0" not in one.namespace.run("ip", "link", "show").stdout
+
+
+def test_marks_that_userland_would_confuse_are_refused() -> None:
+    """Two masks by which a packet has both marks, more marks than there are devices, no room for their names."""
+
+    def problems(device: str, *marks: str) -> list[str]:
+        children = {
+            f"c{number}": {"remote_ts": [f"10.{number}.0.0/16"], "mark_out": mark}
+            for number, mark in enumerate(marks)
+        }
+        text = between(A4, B4, own="a.example", peer="b.example", children=children)
+        many = good(text, {"psk": b"a secret of two hosts"})
+        return list(userland_confuses(many, device))
+
+    assert problems("oe0", "1/0xf", "1/0xf", "2/0xf", "0x11/0xff") == [
+        f"site/c{number}: a packet may have its mark_out {mark} and that of site/c{other}, {others}: "
+        "with the datapath tun, take one mask for all"
+        for number, mark, other, others in ((0, "0x1/0xf", 3, "0x11/0xff"), (3, "0x11/0xff", 0, "0x1/0xf"))
+    ]
+    most = [str(number) for number in range(MAX_USERLAND_MARKS)]
+    assert problems("a2345678901", *most) == []
+    assert "oe0.m31" not in str(problems("oe0", *most))
+    assert "no room" in str(problems("a23456789012", "1"))
+
+
 def test_what_userland_lacks_is_refused_at_load(hosts: tuple[Host, Host]) -> None:
     """By name and child; what was loaded before stays as it is."""
     child = {"local_ts": [f"{NEAR}/32"], "remote_ts": [f"{FAR}/32"]}
@@ -98,8 +197,8 @@ def test_what_userland_lacks_is_refused_at_load(hosts: tuple[Host, Host]) -> Non
         host.start({}, **section(number, {"net": child}))
     bring_up(hosts)
     (before,) = hosts[0].json("sas")
-    hosts[0].write({}, **section(0, {"net": {**child, "mark_out": 7}}))
+    hosts[0].write({}, **section(0, {"net": {**child, "mark_in": 7}}))
     load = hosts[0].oepy("connection", "load")
     assert load.returncode == 2
-    assert "pair/net: mark_out is the kernel's" in load.stderr
+    assert "pair/net: mark_in is the kernel's" in load.stderr
     assert hosts[0].json("sas")[0]["spi_in"] == before["spi_in"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import socket
+import sys
 from ipaddress import ip_address, ip_network
 from typing import Any
 
@@ -17,15 +19,17 @@ from oepy.daemon.updown import environments
 from oepy.datapath.esp.database import SaDatabase
 from oepy.datapath.esp.sa import EspPair
 from oepy.datapath.tun import control
+from oepy.datapath.tun.forwarder import Forwarder
 from oepy.datapath.xfrm import plan
 from oepy.datapath.xfrm.spd import Claims
+from oepy.errors import OepyError
 from oepy.interfaces import ConfiguredRule, Way
 from oepy.model import MARK_MASK, NO_MARKS, Flow, Mark, Marks
 from oepy.trap.joined import Asking
 from oepy.xfrm import requests
 from oepy.xfrm import values as v
 from tests.fakes.connections import between, good, read
-from tests.fakes.datapath import ipv4_packet, pairs
+from tests.fakes.datapath import MemoryDevice, MemorySocket, ipv4_packet, pairs
 from tests.unit.test_updown import action
 
 PSK = {"psk": b"correct horse\n"}
@@ -155,7 +159,7 @@ SETUPS = st.lists(
     ),
     min_size=1,
     max_size=6,
-    unique_by=lambda item: item[:4],
+    unique=True,
 )
 
 
@@ -163,11 +167,12 @@ SETUPS = st.lists(
 def test_which_child_wins_is_the_same_everywhere(
     setups: list[tuple[int, str, str, str, bool]], other_order: bool
 ) -> None:
-    """By priority, then the narrower remote, then local selectors, ports, protocols: in the trap's rules, both
-    datapaths and the list of policies, whatever the order in which the tunnels come up."""
+    """By priority, then the narrower remote, then local selectors, ports, protocols, marks: in the trap's rules,
+    both datapaths and the list of policies, whatever the order in which the tunnels come up."""
     children = {
         f"c{place}": {"local_ts": [here], "remote_ts": [there + suffix], "priority": first}
-        for place, (first, here, there, suffix, _) in enumerate(setups)
+        | ({"mark_out": "0x11/0xff", "mark_in": "0x11/0xff"} if marked else {})
+        for place, (first, here, there, suffix, marked) in enumerate(setups)
     }
     (connection,) = good(between(A, B, own="a.example", peer="b.example", children=children), PSK).connections
     flow = Flow(ip_address("10.1.1.1"), ip_address("10.2.3.4"), 6, 40000, 80)
@@ -183,7 +188,7 @@ def test_which_child_wins_is_the_same_everywhere(
             number=number,
             required=True,
             transport=False,
-            marks=NO_MARKS,
+            marks=child.marks,
         )
         rules += [((first_of(child), *rank_of(rule)), rule) for rule in both]
         ours, theirs = local.at(None), remote.at(None)
@@ -191,16 +196,19 @@ def test_which_child_wins_is_the_same_everywhere(
         assert theirs is not None
         pair, _ = pairs(selectors=(ours, theirs), spis=(0x1000 + number, 1))
         pair = dataclasses.replace(pair, connection=connection.label(child), priority=child.priority)
+        pair = dataclasses.replace(pair, marks=child.marks)
         database.add(EspPair(pair, 0.0))
         database.enable_sending(database.by_spi[pair.spi_in.to_bytes(4, "big")])
         for direction in (plan.outward_policies, plan.inward_policies):
             policies += [
                 (policy.priority, policy.direction, number) for policy in direction(pair, 1, plan.BARE)
             ]
-    by_trap = Asking(rule for _, rule in sorted(rules, key=lambda item: item[0])).number_of(flow, 0)
+    by_trap = Asking(rule for _, rule in sorted(rules, key=lambda item: item[0])).number_of(flow, 0x11)
     for way in v.PolicyDirection:
         assert min(item for item in policies if item[1] is way)[-1] == by_trap
-    found = database.outbound(ipv4_packet("10.1.1.1", "10.2.3.4", ports=(40000, 80), protocol=6))
+    found = database.outbound(
+        ipv4_packet("10.1.1.1", "10.2.3.4", ports=(40000, 80), protocol=6), Mark(0x11, 0xFF)
+    )
     assert found is not None
     assert found.pair.spi_in == 0x1000 + by_trap
     first = min(made, key=lambda item: order_of(item[1], item[1].local_ts[0], item[1].remote_ts[0]))
@@ -263,10 +271,82 @@ def test_copies_that_cannot_be() -> None:
     assert problems_of(copy_df="perhaps")
 
 
+def test_a_pair_with_a_mark_takes_its_packets_alone() -> None:
+    """Before one without, for two hosts as for networks; what has no mark, or another one, is not its."""
+    for inner in (("192.0.2.1", "192.0.2.2"), ("10.1.0.0/16", "10.2.0.0/16")):
+        database = SaDatabase()
+        plain, marked = (
+            EspPair(dataclasses.replace(pairs(inner=inner, spis=(spi, 1))[0], marks=marks), 0.0)
+            for spi, marks in ((0x1001, NO_MARKS), (0x1002, Marks(outward=Mark(0x11, 0xFF))))
+        )
+        packet = ipv4_packet(inner[0].replace("0.0/16", "0.1"), inner[1].replace("0.0/16", "0.1"))
+        for pair in (marked, plain):
+            database.add(pair)
+            database.enable_sending(pair)
+        for mark, wanted in ((Mark(0x11, 0xFF), marked), (Mark(0x12, 0xFF), plain), (None, plain)):
+            assert database.outbound(packet, mark) is wanted
+        database.remove(0x1001)
+        for mark, left in ((Mark(0x11, 0xFF), marked), (Mark(0x12, 0xFF), None), (None, None)):
+            assert database.outbound(packet, mark) is left
+        database.remove(0x1002)
+        assert database.outbound(packet, Mark(0x11, 0xFF)) is None
+
+
+class Devices:
+    """One for each mark."""
+
+    def __init__(self) -> None:
+        self.there: dict[Mark, MemoryDevice] = {}
+        self.refuses = False
+
+    def open(self, mark: Mark) -> MemoryDevice:
+        if self.refuses:
+            raise OepyError("no device")
+        return self.there.setdefault(mark, MemoryDevice())
+
+    def close(self, mark: Mark) -> None:
+        del self.there[mark]
+
+
+def test_the_forwarder_has_a_device_for_each_mark() -> None:
+    """While a pair has it; what is read there goes by that pair, what is read elsewhere does not and waits for
+    nothing; a device that cannot be had is an error, and the pair is not there."""
+    devices, device, sock = Devices(), MemoryDevice(), MemorySocket()
+    forwarder = Forwarder(device, {4: sock}, 1390, lambda _: None, lambda *_: None, marked=devices)
+    mark = Mark(0x11, 0xFF)
+    first, again = (
+        dataclasses.replace(pairs(spis=(spi, 1))[0], marks=Marks(None, mark, None, Mark(7, 0xFF)))
+        for spi in (0x1001, 0x1002)
+    )
+    packet = ipv4_packet("192.0.2.1", "192.0.2.2")
+    devices.refuses = True
+    with pytest.raises(OepyError):
+        forwarder.install(first, True, 0.0)
+    assert not len(forwarder.database)
+    devices.refuses = False
+    forwarder.install(first, True, 0.0)
+    device.incoming.append(packet)
+    assert forwarder.pump_device(10, 0.0) == 1
+    assert not sock.sent
+    assert forwarder.counters["no_sa"] == 1
+    devices.there[mark].incoming.append(packet)
+    assert forwarder.pump_device(10, 0.0, mark) == 1
+    ((_, route),) = sock.sent
+    assert (socket.SOL_SOCKET, socket.SO_MARK, (0x20000007).to_bytes(4, sys.byteorder)) in route.ancillary
+    forwarder.install(again, True, 1.0)
+    forwarder.remove(0x1001)
+    assert devices.there
+    devices.there[mark].incoming.append(ipv4_packet("192.0.2.1", "192.0.2.9"))
+    assert forwarder.pump_device(10, 1.0, mark) == 1
+    assert forwarder.counters["waited"] == 0
+    forwarder.remove(0x1002)
+    assert not devices.there
+
+
 def test_what_userland_lacks() -> None:
     """By its name, with the mend; set_mark_out it has."""
     lacks = list(userland_lacks(child_of(mark_in=1, mark_out=2, set_mark_in=3, set_mark_out=4)))
-    assert [text.split()[0] for text in lacks] == ["mark_in", "mark_out", "set_mark_in"]
+    assert [text.split()[0] for text in lacks] == ["mark_in", "set_mark_in"]
     lacks = list(userland_lacks(child_of(copy_df=True, copy_ecn=True, copy_dscp="in")))
     assert [text.split()[0] for text in lacks] == ["copy_df", "copy_ecn", "copy_dscp"]
     assert (

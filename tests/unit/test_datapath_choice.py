@@ -53,8 +53,9 @@ def test_what_cannot_be_had_is_an_error_with_its_mend(monkeypatch: pytest.Monkey
 
 
 def test_the_trap_knows_what_is_protected() -> None:
-    """A marked packet leaves by the device; with the kernel's IPsec by an SA, too. Without a device the mark of
-    decrypted packets is that IPsec has seen them. Without either nothing marked leaves."""
+    """A marked packet leaves by the device, or by one of userland's for marks of connections; with the kernel's
+    IPsec by an SA, too. Without a device the mark of decrypted packets is that IPsec has seen them. Without either
+    nothing marked leaves."""
     lines = {
         (device, kernel): Ruleset(
             dataclasses.replace(POLICY, tunnel_device=device, kernel_ipsec=kernel)
@@ -63,7 +64,7 @@ def test_the_trap_knows_what_is_protected() -> None:
         for kernel in (False, True)
     }
     marked = "meta mark & 0x30000000 == 0x10000000 "
-    assert f'{marked}oifname != "oe0" drop' in lines["oe0", False]
+    assert f'{marked}oifname != "oe0" oifname != "oe0.m*" drop' in lines["oe0", False]
     assert f'{marked}oifname != "oe0" rt ipsec missing drop' in lines["oe0", True]
     assert f"{marked}rt ipsec missing drop" in lines[None, True]
     assert f"{marked}drop" in lines[None, False]

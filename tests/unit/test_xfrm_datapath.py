@@ -77,6 +77,7 @@ def no_device(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(module.device, "remove", noted("remove"))
     monkeypatch.setattr(module.routes, "set_up", noted("set_up"))
     monkeypatch.setattr(module.routes, "tear_down", noted("tear_down"))
+    monkeypatch.setattr(module.routes, "forget_marks", lambda: None)
     return done
 
 

@@ -8,7 +8,7 @@ from itertools import product
 
 from oepy.datapath.esp.inner import Bytes, addresses
 from oepy.datapath.esp.sa import EspPair
-from oepy.model import TrafficSelector
+from oepy.model import Mark, TrafficSelector
 
 MAX_PAIRS = 1 << 18
 _PORTS, _PROTOCOL, _ANY = range(3)
@@ -19,9 +19,9 @@ _IPV6 = 0x60  # from here on, a packet's first byte is IPv6's
 class _Entry:
     """One prefix of a pair's remote selectors, for sources of one local selector. The lowest `rank` carries a
     packet: by the pair's standing, the narrowest remote and then local selector, those with ports before those with
-    a protocol alone and those without, the newest."""
+    a protocol alone and those without, those with a mark, the newest."""
 
-    rank: tuple[bool, int, int, int, int, int]
+    rank: tuple[bool, int, int, int, int, bool, int]
     pair: EspPair
     first: bytes
     last: bytes
@@ -41,6 +41,7 @@ class SaDatabase:
         # All others: by width of the address and host bits, then by the bits before those
         self._prefixes: dict[tuple[int, int], _Table] = {}
         self._enabled = 0
+        self._marked = 0  # of `_direct`
 
     def __len__(self) -> int:
         return len(self.by_spi)
@@ -68,14 +69,16 @@ class SaDatabase:
         if pair.selectors.direct:
             others = self._direct.setdefault(pair.selectors.direct, [])
             others.insert(0, pair)
-            others.sort(key=lambda other: other.pair.standing)  # stable: then the newest
+            others.sort(key=_direct_rank)  # stable: then the newest
+            self._marked += pair.pair.marks.outward is not None
             return
         self._enabled += 1
         for remote, local in product(pair.pair.remote_ts, pair.pair.local_ts):
             if remote.start.version != local.start.version:
                 continue
             sizes = _size(remote), _size(local)
-            rank = (*pair.pair.standing, *sizes, _narrowness(remote, local), -self._enabled)
+            unmarked = pair.pair.marks.outward is None
+            rank = (*pair.pair.standing, *sizes, _narrowness(remote, local), unmarked, -self._enabled)
             entry = _Entry(rank, pair, local.start.packed, local.end.packed)
             for width, shift, bits in _prefixes_of(remote):
                 self._prefixes.setdefault((width, shift), {}).setdefault(bits, []).append(entry)
@@ -90,6 +93,7 @@ class SaDatabase:
                 self._direct[pair.selectors.direct] = others
             else:
                 del self._direct[pair.selectors.direct]
+            self._marked -= pair.pair.marks.outward is not None
         elif pair.sending:
             for selector in pair.pair.remote_ts:
                 for width, shift, bits in _prefixes_of(selector):
@@ -107,11 +111,14 @@ class SaDatabase:
         if not table:
             self._prefixes.pop(kind, None)
 
-    def outbound(self, packet: Bytes) -> EspPair | None:
-        """The pair that carries this IP packet; None where none may."""
-        direct = self._direct.get(bytes(packet[12:20] if packet[0] < _IPV6 else packet[8:40]))
-        if direct is not None and not self._prefixes:
-            return direct[0]
+    def outbound(self, packet: Bytes, mark: Mark | None = None) -> EspPair | None:
+        """The pair that carries this IP packet; None where none may. `mark`: the one that it is known to have."""
+        found = self._direct.get(bytes(packet[12:20] if packet[0] < _IPV6 else packet[8:40]))
+        direct = None
+        if found is not None:
+            direct = next((pair for pair in found if _takes(pair, mark)), None) if self._marked else found[0]
+            if direct is not None and not self._prefixes:
+                return direct
         source, destination = addresses(packet)
         number, best = int.from_bytes(destination, "big"), None
         for (width, shift), table in self._prefixes.items():
@@ -119,12 +126,21 @@ class SaDatabase:
                 continue
             for entry in table.get(number >> shift, ()):
                 better = (best is None or entry.rank < best.rank) and entry.first <= source <= entry.last
-                if better and entry.pair.selectors.allow_outward(packet):
+                if better and _takes(entry.pair, mark) and entry.pair.selectors.allow_outward(packet):
                     best = entry
         # Two addresses are narrower than anything but one address with protocol and ports
-        if direct is not None and (best is None or (*direct[0].pair.standing, 0, 0, _ANY) <= best.rank[:5]):
-            return direct[0]
+        if direct is not None and (best is None or _direct_rank(direct) <= best.rank[:-1]):
+            return direct
         return None if best is None else best.pair
+
+
+def _direct_rank(pair: EspPair) -> tuple[bool, int, int, int, int, bool]:
+    return (*pair.pair.standing, 0, 0, _ANY, pair.pair.marks.outward is None)
+
+
+def _takes(pair: EspPair, mark: Mark | None) -> bool:
+    wanted = pair.pair.marks.outward
+    return wanted is None or wanted == mark
 
 
 def _size(selector: TrafficSelector) -> int:

@@ -25,9 +25,9 @@ from oepy.datapath.esp.sa import NEXT_HEADER, EspPair, ReplayError, SaEnded, Sel
 from oepy.datapath.esp.segment import segments
 from oepy.datapath.esp.suites import IntegrityError
 from oepy.datapath.tun.outbox import Outbox
-from oepy.datapath.tun.seams import OuterSocket, PacketDevice, Received, Route
+from oepy.datapath.tun.seams import MarkedDevices, OuterSocket, PacketDevice, Received, Route
 from oepy.datapath.tun.waiting import Waiting
-from oepy.errors import MisuseError, ParseError
+from oepy.errors import MisuseError, OepyError, ParseError
 from oepy.interfaces import DatapathEvent
 from oepy.model import Endpoint, IpAddress, Mark, SaPair
 from oepy.udp import NON_ESP_MARKER, Kind, classify, received_at
@@ -65,7 +65,8 @@ class _EventLimit:
 
 class Forwarder:
     """`on_event` and `on_ike` are called from within the pumps; `counters` are the process's own. `is_own` tells
-    this host's addresses from those behind it."""
+    this host's addresses from those behind it. What has a connection's mark comes from a device of `marked`; all
+    that is for the host goes to `device`."""
 
     def __init__(
         self,
@@ -75,8 +76,11 @@ class Forwarder:
         on_event: Callable[[DatapathEvent], None],
         on_ike: OnIke,
         is_own: Callable[[IpAddress], bool] = lambda _: False,
+        marked: MarkedDevices | None = None,
     ) -> None:
         self._device = device
+        self._marked_devices = marked
+        self._marked: dict[Mark, tuple[PacketDevice, set[EspPair]]] = {}
         self._outers = outers
         self._mtu = mtu
         self._on_event = on_event
@@ -109,6 +113,11 @@ class Forwarder:
         if known is None:
             known = EspPair(pair, now)
             self.database.add(known)
+            try:
+                self._take_mark(known)
+            except OepyError:
+                self.database.remove(pair.spi_in)
+                raise
         elif dataclasses.replace(known.pair, local=pair.local, remote=pair.remote) != pair:
             raise ValueError(f"SPI {pair.spi_in:#x} is in use")
         known.pair = pair
@@ -120,8 +129,33 @@ class Forwarder:
             self.database.enable_sending(known)
             if pair.super_packets:
                 self._super.add(known)
-                self._device.offload(True)
+                self._offload()
             self._send_waiting(now)
+
+    def _take_mark(self, pair: EspPair) -> None:
+        mark = pair.pair.marks.outward
+        if mark is None:
+            return
+        if mark not in self._marked:
+            if self._marked_devices is None:
+                raise OepyError(f"there is no device for the mark {mark}")
+            self._marked[mark] = self._marked_devices.open(mark), set()
+            self._offload()
+        self._marked[mark][1].add(pair)
+
+    def _give_mark_back(self, pair: EspPair) -> None:
+        mark = pair.pair.marks.outward
+        if mark is None or self._marked_devices is None:
+            return
+        users = self._marked[mark][1]
+        users.discard(pair)
+        if not users:
+            del self._marked[mark]
+            self._marked_devices.close(mark)
+
+    def _offload(self) -> None:
+        for device in (self._device, *(device for device, _ in self._marked.values())):
+            device.offload(bool(self._super))
 
     def remove(self, spi_in: int) -> None:
         pair = self.database.remove(spi_in)
@@ -129,7 +163,8 @@ class Forwarder:
             del self._routes[pair]
             if pair in self._super:
                 self._super.remove(pair)
-                self._device.offload(bool(self._super))
+                self._offload()
+            self._give_mark_back(pair)
 
     def tick(self, now: float) -> None:
         """Once a second: the lifetimes in time."""
@@ -145,30 +180,31 @@ class Forwarder:
 
     # -- packets -------------------------------------------------------------------------------------
 
-    def pump_device(self, limit: int, now: float) -> int:
-        """Seal and send up to `limit` packets of the host, super-packets of any size among them. Returns how
-        many there were."""
+    def pump_device(self, limit: int, now: float, mark: Mark | None = None) -> int:
+        """Seal and send up to `limit` packets of the host, super-packets of any size among them: those with this
+        mark. Returns how many there were."""
         self._now = now
+        device = self._device if mark is None else self._marked[mark][0]
         count = taken = 0
         while count < limit and taken < MAX_TURN_BYTES:
-            read = self._device.read()
+            read = device.read()
             if read is None:
                 break
             taken += len(read[0])
-            self._outward(*read, now)
+            self._outward(*read, now, mark)
             count += 1
         self._lay_rests()
         self._outbox.flush()
         return count
 
-    def _outward(self, packet: memoryview, offload: Offload, now: float) -> None:
+    def _outward(self, packet: memoryview, offload: Offload, now: float, mark: Mark | None = None) -> None:
         length = len(packet)
         if length < 20 or (packet[0] >> 4 != 4 and (packet[0] >> 4 != 6 or length < 40)):
             self.counters["malformed_out"] += 1
             return
-        pair = self.database.outbound(packet)
+        pair = self.database.outbound(packet, mark)
         if pair is None:
-            self._no_sa(packet, offload, now)
+            self._no_sa(packet, offload, now, mark)
             return
         try:
             if pair.packer is not None:
@@ -319,15 +355,16 @@ class Forwarder:
             self._outbox.laid(batch, fitting * length, fitting)
             count -= fitting
 
-    def _no_sa(self, packet: memoryview, offload: Offload, now: float) -> None:
+    def _no_sa(self, packet: memoryview, offload: Offload, now: float, mark: Mark | None) -> None:
         """The tunnel to this destination was made for another source: of a host with several addresses, or behind a
-        gateway. The packet waits for one of its own."""
+        gateway. The packet waits for one of its own, unless it has a connection's mark."""
         if _is_multicast(packet):  # the kernel's own listener reports (MLD) on the device
             self.counters["multicast"] += 1
             return
         self.counters["no_sa"] += 1
         ends = addresses(packet)
-        self._kept.hold(b"".join(ends), bytes(packet), offload, now)
+        if mark is None:
+            self._kept.hold(b"".join(ends), bytes(packet), offload, now)
         source, destination = (_inner_address(part) for part in ends)
         if self._limit.allows("no-sa", (source, destination), now):
             self._on_event(DatapathEvent("no-sa", 0, destination, source=source))

@@ -21,6 +21,7 @@ from oepy.datapath.routes import TUNNEL_MTU
 from oepy.datapath.tun import control
 from oepy.datapath.tun.device import OuterUdp, TunDevice
 from oepy.datapath.tun.forwarder import Forwarder
+from oepy.datapath.tun.marked import MarkedTuns
 from oepy.errors import OepyError, ParseError
 from oepy.interfaces import DatapathEvent
 from oepy.model import Endpoint, IpAddress
@@ -44,7 +45,9 @@ class _Process:
         self.ended = False
         self._name, self._mtu = arguments.device, arguments.mtu
         self._device = TunDevice(arguments.device)
+        routes.forget_marks()
         routes.set_up(arguments.device, arguments.mtu)
+        self._marked = MarkedTuns(arguments.device, arguments.mtu, self._poll)
         self._forwarder = Forwarder(
             self._device,
             {outer.version: outer for outer in self._outers},
@@ -52,6 +55,7 @@ class _Process:
             self._on_event,
             self._on_ike,
             _is_own,
+            self._marked,
         )
         self._operations: dict[str, Callable[[control.Json], object]] = {
             "install": self._install,
@@ -125,6 +129,9 @@ class _Process:
             if not routes.stand(self._name):
                 self._forwarder.counters["routes_mended"] += 1
                 routes.set_up(self._name, self._mtu)
+            for name, mark, table in self._marked.fallen():
+                self._forwarder.counters["routes_mended"] += 1
+                routes.set_up(name, self._mtu, mark, table)
         except OepyError:
             self._forwarder.counters["routes_failed"] += 1
 
@@ -152,11 +159,14 @@ class _Process:
             for descriptor, _ in ready:
                 if descriptor == device_descriptor:
                     forwarder.pump_device(PACKETS_PER_TURN, now)
+                elif (mark := self._marked.by_descriptor.get(descriptor)) is not None:
+                    forwarder.pump_device(PACKETS_PER_TURN, now, mark)
                 elif descriptor == control_descriptor:
                     self._flush()
                     self._on_control()
-                else:
+                elif descriptor in by_descriptor:
                     forwarder.pump_outer(by_descriptor[descriptor], READS_PER_TURN, now)
+            self._marked.sweep()
             if now >= next_tick:
                 forwarder.tick(now)
                 next_tick = now + _TICK_SECONDS

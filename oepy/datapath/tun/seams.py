@@ -33,6 +33,16 @@ class PacketDevice(Protocol):
         """Hand an IP packet, in pieces, to the host; `header` is a packed Offload. False where it refuses."""
 
 
+class MarkedDevices(Protocol):
+    """A device for each mark of connections: none tells the mark of a packet, but which device it came by does."""
+
+    def open(self, mark: Mark) -> PacketDevice:
+        """From which packets with the mark can be read. Raises OepyError."""
+
+    def close(self, mark: Mark) -> None:
+        """No pair has this mark any more. What is read meanwhile does no harm."""
+
+
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class Route:
     """How to reach a peer's endpoint from ours. Packets with the same Route object go out together."""

@@ -238,6 +238,7 @@ class XfrmDatapath:
     def _make_way(self) -> None:
         device.make(self.device, self.scheme.if_id)
         routes.set_up(self.device, self.mtu)
+        routes.forget_marks()
 
     def _unmake_way(self) -> None:
         device.remove(self.device, self.scheme.if_id)
