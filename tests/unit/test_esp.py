@@ -6,7 +6,7 @@ import dataclasses
 from ipaddress import ip_address
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from oepy.datapath.esp.database import SaDatabase
@@ -198,6 +198,8 @@ def test_truncated_datagrams_end_in_a_remote_error(suite: EspSuite) -> None:
 
 
 @given(st.binary(min_size=1, max_size=80), st.sampled_from([4, 41, 59, 6]))
+@example(b"\x45", 4)
+@example(b"\x45\0\0\x04", 4)
 def test_random_authentic_payloads_end_in_a_remote_error_or_a_permitted_packet(
     data: bytes, number: int
 ) -> None:

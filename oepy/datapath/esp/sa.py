@@ -25,7 +25,7 @@ from oepy.model import Lifetime, SaCounters, SaPair
 _HEADER = struct.Struct("!II")
 NEXT_HEADER = {4: 4, 6: 41}  # IP version → protocol number in the trailer
 _DUMMY = 59  # RFC 4303 §2.6
-_PLAIN = 0x45  # an IPv4 header without options
+_PLAIN, _PLAIN_LENGTH = 0x45, 20  # an IPv4 header without options
 _FULL = bytes((0, aggfrag.NEXT_HEADER))  # the trailer of an AGGFRAG payload that needs no padding
 _MAX_PAD = 255
 _PADDING = bytes(range(1, _MAX_PAD + 1))
@@ -207,7 +207,8 @@ class EspPair:
             if next_header == _DUMMY:
                 return None
             if self.transport is None:
-                if next_header != 4 or plaintext[0] != _PLAIN or plaintext[2] << 8 | plaintext[3] != end:
+                plain = next_header == 4 and end >= _PLAIN_LENGTH and plaintext[0] == _PLAIN
+                if not plain or plaintext[2] << 8 | plaintext[3] != end:
                     end = inner_length(plaintext, next_header, end)
                 packet = plaintext[:end]
             else:
