@@ -106,6 +106,7 @@ _NOT_YET_CHILD = {
     "interface": "",
     "ipcomp": "",
     "label": "",
+    "mark_in_sa": "mark_in is for policies alone",
     "policies": "",
     "replay_window": "",
     "sha256_96": "",

@@ -109,5 +109,8 @@ def check_vips(connection: Connection, fields: Fields) -> None:
                 "with vips, what is assigned is on the tunnel's own device; leave if_id_in and if_id_out away"
             )
             fields.wrong(text, *path, "if_id_out" if child.if_id_out else "if_id_in")
+        if child.marks.outward is not None:
+            text = "with vips, routes choose the source of what goes there, whatever its mark; leave mark_out away"
+            fields.wrong(text, *path, "mark_out")
         if child.mode == "transport":
             fields.wrong("transport mode is between outer addresses, and has no vips", *path, "mode")

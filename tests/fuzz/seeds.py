@@ -282,6 +282,14 @@ def connection_sections() -> list[dict[str, object]]:
         "life_time": 4000,
         "rekey_bytes": 1000,
         "inactivity": "5m",
+        "mark_in": 42,
+        "mark_out": "0x2a/0xff",
+        "set_mark_in": "%same",
+        "set_mark_out": "7/0x0f",
+        "priority": 7,
+        "copy_df": True,
+        "copy_ecn": False,
+        "copy_dscp": "out",
         "updown": ["/bin/true", "x"],
     }
     site = {

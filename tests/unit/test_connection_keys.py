@@ -67,12 +67,21 @@ def test_marks_are_read_as_swanctl_writes_them() -> None:
         ({"mark_out": 1 << 32}, "32 bits"),
         ({"mark_out": "-1"}, "32 bits"),
         ({"mark_out": "0x10000001"}, "oepy's own; take others"),
+        ({"mark_in_sa": True}, "policies alone"),
         ({"mark_out": "0/0x30000000"}, "no bit is left"),
     ],
 )
 def test_marks_that_cannot_be(child: dict[str, Any], words: str) -> None:
     """Each is named with its mend."""
     assert any(words in text for text in problems_of(**child)), problems_of(**child)
+
+
+def test_assigned_addresses_do_not_go_with_mark_out() -> None:
+    """Their routes are for whatever goes there, marked or not."""
+    children = {"net": {"remote_ts": ["10.2.0.0/16"], "mark_out": 1}}
+    text = between(A, B, own="a.example", peer="b.example", vips=["0.0.0.0"], children=children)
+    _, problems = read(text, PSK)
+    assert [problem.path[-1] for problem in problems] == ["mark_out"]
 
 
 @given(U32, U32, U32)

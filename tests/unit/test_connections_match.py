@@ -60,6 +60,11 @@ _keys = [
         "10.0.0.0/8",
         "%any",
         "trap|start",
+        "mark_in",
+        "set_mark_in",
+        "%same/0xff",
+        "priority",
+        "copy_dscp",
     ),
 ]
 _scalars = st.one_of(
