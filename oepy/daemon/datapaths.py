@@ -66,13 +66,13 @@ def userland_lacks(child: Child) -> Iterator[str]:
     ):
         if mark is not None:
             yield f"{name} is the kernel's, and this host has the datapath tun: leave it away"
-    for name, wanted in (
-        ("copy_df", child.copied.df),
-        ("copy_ecn", child.copied.ecn),
-        ("copy_dscp", child.copied.dscp_in or child.copied.dscp_out),
+    for name, wanted, has in (
+        ("copy_df", child.copied.df, "no"),
+        ("copy_ecn", child.copied.ecn, "no"),
+        ("copy_dscp", child.copied.dscp_in, "out or no"),
     ):
         if wanted:
-            yield f"{name} is the kernel's, and this host has the datapath tun, which copies nothing: no"
+            yield f"{name} with this value is the kernel's, and this host has the datapath tun: {has}"
     if child.ah_proposals:
         yield "AH is the kernel's, and this host has the datapath tun: take ESP"
 

@@ -16,7 +16,7 @@ from oepy.lab.probe import Pinger, echoes, ping
 from oepy.model import MAX_USERLAND_MARKS
 from tests.fakes.connections import between, good
 from tests.net.daemon_host import Host, kinds
-from tests.net.harness import A4, B4, wired
+from tests.net.harness import A4, B4, listen_udp, udp, wired
 
 pytestmark = pytest.mark.root
 NEAR, FAR = "10.1.0.1", "10.2.3.4"
@@ -95,6 +95,50 @@ def the_lower_priority_wins(hosts: tuple[Host, Host], datapath: str) -> None:
 def test_the_lower_priority_wins(hosts: tuple[Host, Host]) -> None:
     """With userland ESP."""
     the_lower_priority_wins(hosts, "tun")
+
+
+INSIDE = 0xB9  # DSCP EF and ECT(1), of the packet inside
+Copies = tuple[dict[str, Any], dict[str, Any], int, bool, int]
+
+
+def what_is_copied(hosts: tuple[Host, Host], tmp_path: Path, datapath: str, cases: list[Copies]) -> None:
+    """Of a packet with DSCP, ECN and DF. Each case: the keys of both ends, what is outside (TOS, DF), the TOS that
+    arrives. A load with other keys reaches the SAs."""
+    one, other = hosts
+    child = {"local_ts": [f"{NEAR}/32"], "remote_ts": [f"{FAR}/32"]}
+    for place, (ours, theirs, outside, df, arrives) in enumerate(cases):
+        for number, (host, keys) in enumerate(zip(hosts, (ours, theirs), strict=True)):
+            children: Children = {"net": {**child, **keys}}
+            change = host.reload if place else host.start
+            change({}, **section(number, children), datapath=datapath)
+        bring_up(hosts)
+        listener = listen_udp(other.namespace, FAR, 7200)
+        listener.setsockopt(socket.IPPROTO_IP, socket.IP_RECVTOS, 1)
+        listener.setblocking(True)
+        listener.settimeout(15)
+        sender = udp(one.namespace, FAR, 7200, source=NEAR)
+        sender.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, INSIDE)
+        sender.setsockopt(socket.IPPROTO_IP, 10, 2)  # IP_MTU_DISCOVER, IP_PMTUDISC_DO: with DF
+        with Capture(other.namespace, ["eth0"], tmp_path / f"{place}.pcap") as capture, listener, sender:
+            sender.send(b"marked")
+            _, ancillary, _, _ = listener.recvmsg(100, socket.CMSG_SPACE(1))
+            capture.flush()
+            (frame,) = [
+                frame.data
+                for frame in capture.frames()
+                if (packet := frame.packet()) and packet.kind == "esp" and str(packet.source) == A4
+            ]
+        assert (frame[15], bool(frame[20] & 0x40)) == (outside, df), (ours, one.log())
+        assert [value[0] for _, _, value in ancillary] == [arrives], (theirs, other.log())
+
+
+def test_what_is_copied_between_the_headers(hosts: tuple[Host, Host], tmp_path: Path) -> None:
+    """With userland ESP DSCP, where it is to be."""
+    cases: list[Copies] = [
+        ({}, {}, 0, False, INSIDE),
+        ({"copy_dscp": "out"}, {"copy_dscp": "out"}, 0xB8, False, INSIDE),
+    ]
+    what_is_copied(hosts, tmp_path, "tun", cases)
 
 
 COLOURS = {"red": 0x11, "blue": 0x22}

@@ -24,12 +24,12 @@ from oepy.datapath.xfrm import plan
 from oepy.datapath.xfrm.spd import Claims
 from oepy.errors import OepyError
 from oepy.interfaces import ConfiguredRule, Way
-from oepy.model import MARK_MASK, NO_MARKS, Flow, Mark, Marks
+from oepy.model import MARK_MASK, NO_MARKS, Copied, Endpoint, Flow, Mark, Marks, SaPair
 from oepy.trap.joined import Asking
 from oepy.xfrm import requests
 from oepy.xfrm import values as v
 from tests.fakes.connections import between, good, read
-from tests.fakes.datapath import MemoryDevice, MemorySocket, ipv4_packet, pairs
+from tests.fakes.datapath import MemoryDevice, MemorySocket, ipv4_packet, ipv6_packet, pairs, selector
 from tests.unit.test_updown import action
 
 PSK = {"psk": b"correct horse\n"}
@@ -352,11 +352,58 @@ def test_the_forwarder_has_a_device_for_each_mark() -> None:
     assert not devices.there
 
 
+@pytest.mark.parametrize("aggregation", [False, True])
+def test_userland_copies_dscp_outward(aggregation: bool) -> None:
+    """Each packet's own to its ESP packet, for both families inside; ECN stays inside, 0 is left away, and a pair
+    without the key does none of it."""
+
+    def made(number: int, copied: Copied) -> SaPair:
+        return dataclasses.replace(
+            pairs(spis=(0x1000 + number, 1))[0],
+            aggregation=aggregation,
+            copied=copied,
+            local_ts=(selector("10.1.0.1"), selector("fd00::1")),
+            remote_ts=(selector(f"10.{number}.0.1"), selector(f"fd00::{number}")),
+        )
+
+    copying, quiet = made(2, Copied(dscp_out=True)), made(3, Copied())
+    device, sock = MemoryDevice(), MemorySocket()
+    forwarder = Forwarder(device, {4: sock}, 1390, lambda _: None, lambda *_: None)
+    for pair in (copying, quiet):
+        forwarder.install(pair, True, 0.0)
+
+    def outside(*packets: bytes) -> list[int]:
+        sock.sent.clear()
+        device.incoming.extend(packets)
+        assert forwarder.pump_device(20, 0.0) == len(packets)
+        return [
+            next((int.from_bytes(value, sys.byteorder) for _, kind, value in route.ancillary if kind == 1), 0)
+            for _, route in sock.sent
+        ]
+
+    def four(tos: int, last: int = 2) -> bytes:
+        packet = bytearray(ipv4_packet("10.1.0.1", f"10.{last}.0.1"))
+        packet[1] = tos
+        return bytes(packet)
+
+    six = bytearray(ipv6_packet("fd00::1", "fd00::2"))
+    six[0], six[1] = 0x6B, 0x90
+    assert sorted(outside(four(0xB9), four(0x03), four(0xB8), bytes(six))) == [0, 0xB8, 0xB8, 0xB8]
+    assert set(outside(four(0xB9, 3), four(0xB9, 3))) == {0}
+    forwarder.install(
+        dataclasses.replace(copying, remote=Endpoint(ip_address("192.0.2.77"), 4500)), True, 1.0
+    )
+    outside(four(0x28))
+    ((_, route),) = sock.sent
+    assert route.address[0] == "192.0.2.77"
+
+
 def test_what_userland_lacks() -> None:
     """By its name, with the mend; set_mark_out it has."""
     lacks = list(userland_lacks(child_of(mark_in=1, mark_out=2, set_mark_in=3, set_mark_out=4)))
     assert [text.split()[0] for text in lacks] == ["mark_in", "set_mark_in"]
     lacks = list(userland_lacks(child_of(copy_df=True, copy_ecn=True, copy_dscp="in")))
+    assert list(userland_lacks(child_of(copy_dscp="out"))) == []
     assert [text.split()[0] for text in lacks] == ["copy_df", "copy_ecn", "copy_dscp"]
     assert (
         list(userland_lacks(child_of(set_mark_out=4, copy_df=False, copy_ecn=False, copy_dscp=False))) == []

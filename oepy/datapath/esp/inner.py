@@ -42,6 +42,12 @@ def addresses(packet: Bytes) -> tuple[bytes, bytes]:
     return bytes(packet[8:24]), bytes(packet[24:40])
 
 
+def dscp(packet: Bytes) -> int:
+    """In the upper six bits of eight (RFC 2474), of a packet that has its whole header."""
+    traffic_class = packet[1] if packet[0] >> 4 == 4 else (packet[0] & 15) << 4 | packet[1] >> 4
+    return traffic_class & 0xFC
+
+
 def protocol_and_ports(packet: Bytes) -> tuple[int, int, int]:
     """Protocol, source and destination port. ICMP's type and code stand in both ports, type in the upper
     byte; OPAQUE where they cannot be seen (a later fragment, a cut-off header); 0 for other protocols."""

@@ -18,6 +18,7 @@ from oepy.errors import ParseError
 from oepy.interfaces import DatapathEvent
 from oepy.model import (
     Authenticated,
+    Copied,
     Endpoint,
     EspSuite,
     IdType,
@@ -96,6 +97,7 @@ def encode_pair(pair: SaPair) -> Json:
         "connection": pair.connection,
         "aggregation": [pair.aggregation, pair.fragments, pair.super_packets],
         "tfc_padding": pair.tfc_padding,
+        "copied": dataclasses.astuple(pair.copied),
         "priority": pair.priority,
         "marks": dataclasses.astuple(pair.marks),
     }
@@ -138,6 +140,7 @@ def decode_pair(value: Json) -> SaPair:
         fragments=value["aggregation"][1],
         super_packets=value["aggregation"][2],
         tfc_padding=value["tfc_padding"],
+        copied=Copied(*value["copied"]),
         priority=value["priority"],
         marks=Marks(*(None if mark is None else Mark(*mark) for mark in value["marks"])),
     )

@@ -18,7 +18,7 @@ from oepy.datapath.esp.aggfrag import WHOLE, Packer, Payload, offload_block
 from oepy.datapath.esp.checksum import finish
 from oepy.datapath.esp.coalesce import Coalescer
 from oepy.datapath.esp.database import SaDatabase
-from oepy.datapath.esp.inner import Bytes, addresses
+from oepy.datapath.esp.inner import Bytes, addresses, dscp
 from oepy.datapath.esp.mss import clamp
 from oepy.datapath.esp.offload import NEEDS_CHECKSUM, NONE, NONE_BYTES, UDP4_CHECKSUM, Offload
 from oepy.datapath.esp.sa import NEXT_HEADER, EspPair, ReplayError, SaEnded, SelectorError
@@ -88,6 +88,7 @@ class Forwarder:
         self._is_own = is_own
         self._limit = _EventLimit()
         self._routes: dict[EspPair, Route] = {}
+        self._dscp_routes: dict[EspPair, dict[int, Route]] = {}  # of those that copy it to the outer header
         self._shared: WeakValueDictionary[tuple[Endpoint, Endpoint, Mark | None], Route] = (
             WeakValueDictionary()
         )
@@ -124,6 +125,7 @@ class Forwarder:
         ends = (pair.local, pair.remote, pair.marks.set_outward)
         route = self._shared.get(ends) or Route.between(*ends)
         self._shared[ends] = self._routes[known] = route
+        self._dscp_routes.pop(known, None)
         known.for_this_host = all(ts.start == ts.end and self._is_own(ts.start) for ts in pair.local_ts)
         if sending:
             self.database.enable_sending(known)
@@ -161,10 +163,21 @@ class Forwarder:
         pair = self.database.remove(spi_in)
         if pair is not None:
             del self._routes[pair]
+            self._dscp_routes.pop(pair, None)
             if pair in self._super:
                 self._super.remove(pair)
                 self._offload()
             self._give_mark_back(pair)
+
+    def _route(self, pair: EspPair, packet: Bytes) -> Route | None:
+        """Where this packet inside goes; None where the pair has ended."""
+        route = self._routes.get(pair)
+        if route is None or not pair.pair.copied.dscp_out or not (value := dscp(packet)):
+            return route
+        routes, it = self._dscp_routes.setdefault(pair, {}), pair.pair
+        if value not in routes:
+            routes[value] = Route.between(it.local, it.remote, it.marks.set_outward, value)
+        return routes[value]
 
     def tick(self, now: float) -> None:
         """Once a second: the lifetimes in time."""
@@ -237,7 +250,8 @@ class Forwarder:
         if not packer.fits(len(packet)):
             self.counters["too_big"] += 1
             return
-        if packer.alone(len(packet) + len(block)) or pair.pair.tfc_padding:
+        alone = pair.pair.tfc_padding or pair.pair.copied.dscp_out
+        if alone or packer.alone(len(packet) + len(block)):
             self._lay(pair, clamp(packet, self._mtu), WHOLE + block)
             return
         full = packer.add(clamp(packet, self._mtu), block)
@@ -281,6 +295,7 @@ class Forwarder:
 
     def _lay(self, pair: EspPair, packet: memoryview, head: bytes = b"") -> None:
         """One packet; `head` before it where it is an AGGFRAG payload."""
+        route = self._route(pair, packet)
         next_header = AGGFRAG if head else NEXT_HEADER[packet[0] >> 4]
         if pair.transport is not None:
             split = pair.transport.split(packet)
@@ -292,7 +307,6 @@ class Forwarder:
         if pair.pair.tfc_padding and pair.transport is None:
             # RFC 4303 §2.7; behind a packet alone in an AGGFRAG payload it is a pad block (RFC 9347)
             length = max(size, min(pair.pair.tfc_padding, self._mtu))
-        route = self._routes.get(pair)
         if route is None:  # it has ended amid this turn
             self.counters["sa_ended"] += 1
             return
@@ -320,13 +334,15 @@ class Forwarder:
             skip, next_header = split
         header_length -= skip
         # All but the last one are of one length
-        self._lay_segments(pair, pieces, count - 1, header_length + offload.segment, skip, next_header)
+        route = self._route(pair, packet)
+        self._lay_segments(pair, route, pieces, count - 1, header_length + offload.segment, skip, next_header)
         rest = len(packet) - skip - header_length - (count - 1) * offload.segment
-        self._lay_segments(pair, pieces, 1, header_length + rest, skip, next_header)
+        self._lay_segments(pair, route, pieces, 1, header_length + rest, skip, next_header)
 
     def _lay_segments(
         self,
         pair: EspPair,
+        route: Route | None,
         pieces: Iterator[tuple[bytearray, memoryview]],
         count: int,
         length: int,
@@ -338,7 +354,7 @@ class Forwarder:
             for header, payload in islice(pieces, count):
                 self._lay(pair, memoryview(b"".join((header, payload))))
             return
-        route, prefix = self._routes.get(pair), pair.prefix
+        prefix = pair.prefix
         if route is None:
             self.counters["sa_ended"] += count
             return

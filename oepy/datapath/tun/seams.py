@@ -16,7 +16,7 @@ from oepy.datapath.esp.offload import Offload
 from oepy.model import MARK_OWN, Endpoint, Mark
 from oepy.udp import Ancillary, source_ancillary
 
-_MARK = struct.Struct("=I")
+_INT = struct.Struct("=I")
 
 
 class PacketDevice(Protocol):
@@ -53,12 +53,16 @@ class Route:
     takes_segments: bool = True  # until the kernel refuses to cut datagrams for it
 
     @classmethod
-    def between(cls, local: Endpoint, remote: Endpoint, mark: Mark | None = None) -> Route:
-        """`mark` is given to what is sent, beside the socket's own bits."""
+    def between(cls, local: Endpoint, remote: Endpoint, mark: Mark | None = None, dscp: int = 0) -> Route:
+        """`mark` is given to what is sent, beside the socket's own bits; `dscp` as in the outer header, shifted."""
         ancillary = source_ancillary(local.address)
         if mark is not None:
-            value = _MARK.pack(MARK_OWN | mark.value)
+            value = _INT.pack(MARK_OWN | mark.value)
             ancillary = [*ancillary, (socket.SOL_SOCKET, socket.SO_MARK, value)]
+        if dscp and remote.address.version == 4:
+            ancillary = [*ancillary, (socket.IPPROTO_IP, socket.IP_TOS, _INT.pack(dscp))]
+        elif dscp:
+            ancillary = [*ancillary, (socket.IPPROTO_IPV6, socket.IPV6_TCLASS, _INT.pack(dscp))]
         return cls(remote.address.version, ancillary, (str(remote.address), remote.port))
 
 
