@@ -41,7 +41,7 @@ def begin(context: Context, request: Initiate) -> Session:
 def reauthenticate(old: Session, request: Initiate | None = None) -> Session | None:
     """The new session; None where the old one is on its way out or replaced by another one already, or where nobody
     knows how to begin: a session of the peer's has no request of ours."""
-    request = request or old.request
+    request = request or _from_here(old)
     context = old.context
     known = context.by_number.get(old.reauthenticated_by)
     if request is None or old.state is not State.ESTABLISHED or known is not None:
@@ -52,6 +52,18 @@ def reauthenticate(old: Session, request: Initiate | None = None) -> Session | N
     old.reauthenticated_by = new.number
     context.emit(ReauthenticationBegun(new.number, old.number))
     return new
+
+
+def _from_here(old: Session) -> Initiate | None:
+    """As last time, but between the addresses that both have moved to since (RFC 4555)."""
+    if old.request is None:
+        return None
+    local, remote = old.request.local, old.request.remote
+    return replace(
+        old.request,
+        local=replace(local, address=old.local.address),
+        remote=replace(remote, address=old.remote.address),
+    )
 
 
 def are_successive(one: Session, two: Session) -> bool:

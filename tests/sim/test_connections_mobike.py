@@ -54,6 +54,27 @@ def test_a_warrior_travels(seed: int) -> None:
     run_virtual(main())
 
 
+@pytest.mark.parametrize("asks", ["client", "gateway"])
+def test_a_warrior_that_has_moved_proves_itself_from_where_it_is(asks: str) -> None:
+    """Reauthentication, by its own rule or the gateway's: from the new address, and the tunnel is never down."""
+
+    async def main() -> None:
+        router = Router(random.Random(4))
+        times = {"reauth_time": "600", "rand_time": "0", "over_time": "60"}
+        gate = gateway(router, unique="replace", **(times if asks == "gateway" else {}))
+        client = warrior(router, 1, **(times if asks == "client" else {}))
+        await asyncio.sleep(10)
+        goes_to(client, "198.18.2.1")
+        await asyncio.sleep(1900)
+        assert client.core.negotiator.endpoint.counters["established"] >= 4
+        assert esp_ends(client) == {("198.18.2.1", "198.18.0.1")}
+        assert matching_pairs(client, gate)
+        assert {event["reason"] for event in client.named("connection-down")} == {"superseded"}
+        assert quiet(gate, client)
+
+    run_virtual(main())
+
+
 def test_mobike_no_is_obeyed() -> None:
     """`mobike: no` on either side: the address that is gone is noticed by asking, and the tunnel begins anew."""
 
