@@ -54,7 +54,7 @@ from oepy.connections.messages import (
     Use,
 )
 from oepy.connections.model import EMPTY, Action, Child, Connection, ConnectionSet
-from oepy.model import AddressRange, SaPair
+from oepy.model import NO_MARKS, NOT_COPIED, AddressRange, SaPair
 
 RETRY_FIRST, RETRY_LONGEST = 2.0, 300.0  # seconds; each pause is shortened by up to a half at random
 REPLACE_SECONDS = 10.0  # after which a session that has been replaced is ended, if the peer has not done so
@@ -240,7 +240,7 @@ class Manager:
             sorted(self.children.items(), key=lambda item: order.get(item[1].connection.name, 0))
         )
         if fresh or changed:
-            yield Resettle(rules=True)
+            yield Resettle()
             yield Tell(
                 "connections-loaded", {"reason": f"{len(new)} connections, {len(fresh)} new or changed"}
             )
@@ -404,18 +404,7 @@ class Manager:
         if state is None or message.session not in self._by_session:
             yield CloseChild(pair.spi_in)
             return
-        if state.child.tfc_padding and pair.takes_tfc and pair.mode == "tunnel":
-            pair = replace(pair, tfc_padding=state.child.tfc_padding)
-        child = state.child
-        pair = replace(
-            pair,
-            if_id_in=child.if_id_in,
-            if_id_out=child.if_id_out,
-            marks=child.marks,
-            copied=child.copied,
-            priority=child.priority,
-        )
-        fresh = not state.tunnels
+        pair = _as_configured(pair, state.child)
         before = state.tunnels.get(message.replaces or 0)
         tunnel = Tunnel(pair, now, message.session, before.used if before else now, message.outbound)
         join = state.take(tunnel)
@@ -426,8 +415,6 @@ class Manager:
         if state.state is not State.UP:
             state.state, state.since = State.UP, now
         state.failures, state.retry_at, state.attempt, state.last_error = 0, None, 0, ""
-        if fresh and not state.trapped:
-            yield Resettle()
         if before is not None and state.child.inactivity:
             before.successor = tunnel
             yield ReadUse((before.pair.spi_in,))  # while it is there
@@ -484,15 +471,13 @@ class Manager:
         if action is Action.TRAP and not state.trapped:
             state.trapped = True
             yield from self._rest(state, now, reason)
-            yield Resettle(rules=True)
+            yield Resettle()
             return
         yield from self._rest(state, now, reason)
         if action is Action.START and state.connection.initiates:
             state.wanted = True
             state.state = State.CONNECTING
             self._retry(state, now + self._jitter(RETRY_FIRST / 2))
-        elif not state.trapped:
-            yield Resettle()
 
     def _rest(self, state: ChildState, now: float, reason: str) -> Iterator[ManagerAction]:
         state.state = State.UP if state.tunnels else State.TRAPPED if state.trapped else State.DOWN
@@ -602,6 +587,23 @@ class Manager:
             state = self.children[self._by_spi[spi_in]]
             if now - tunnel.used >= state.child.inactivity > 0:
                 yield CloseChild(spi_in)
+
+
+def _as_configured(pair: SaPair, child: Child) -> SaPair:
+    """With what the child says of its tunnels, which IKE does not negotiate."""
+    said = child.if_id_in, child.if_id_out, child.marks, child.copied, child.priority
+    if said != (0, 0, NO_MARKS, NOT_COPIED, 0):
+        pair = replace(
+            pair,
+            if_id_in=child.if_id_in,
+            if_id_out=child.if_id_out,
+            marks=child.marks,
+            copied=child.copied,
+            priority=child.priority,
+        )
+    if child.tfc_padding and pair.takes_tfc and pair.mode == "tunnel":
+        pair = replace(pair, tfc_padding=child.tfc_padding)
+    return pair
 
 
 def _ranges(pair: SaPair) -> tuple[AddressRange, ...]:

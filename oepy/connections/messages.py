@@ -194,9 +194,7 @@ class RefuseHeld:
 
 @dataclass(frozen=True, slots=True)
 class Resettle:
-    """Other destinations than before are a connection's. `rules`: the trap's rules are others, too."""
-
-    rules: bool = False
+    """The trap's rules are others, and with them whose a destination is."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -183,8 +183,8 @@ class Conventional:
                 self._join(action)
             case m.RefuseHeld(number):
                 core.trap.refuse(number)
-            case m.Resettle(rules):
-                self.traffic.settle(rules=rules)
+            case m.Resettle():
+                self.traffic.settle()
             case m.CloseChild(spi_in):
                 core.negotiator.close(spi_in)
             case m.CloseSession(session):

@@ -39,7 +39,9 @@ class Traffic:
         self._places: dict[str, tuple[int, int]] = {}
         self._rules: dict[int, tuple[tuple[object, ...], _Ranked]] = {}  # by child's number, and of what
         self._joined: dict[int, set[AddressRange]] = {}  # by child's number: what its tunnels carry
-        self._resettles = False
+        self._untold: (
+            list[AddressRange] | None
+        ) = []  # what is others' now, and the engine does not know; None: all
 
     def load(self, configured: ConnectionSet) -> None:
         self._claimed, self._marked, self._places = PrefixTable(), PrefixTable(), {}
@@ -145,33 +147,36 @@ class Traffic:
         joined.difference_update(action.gone)
         joined.update(action.fresh)
         if action.gone or action.fresh:
-            self._later()
+            self._later((*action.gone, *action.fresh))
 
-    def settle(self, *, rules: bool) -> None:
-        if rules:
-            self._settled = PrefixTable()
-            for number in list(self._joined):
-                joined_by = self._core.connections.manager.by_number(number)
-                if joined_by is None:
-                    del self._joined[number]
-                    continue
-                for carried in self._joined[number]:
-                    for network in summarize_address_range(*carried):
-                        self._settled.add(network, joined_by.label)
-            for state in self._core.connections.manager.children.values():
-                for _, rule in self._ranked(state) if state.trapped else ():
-                    if rule.way is Way.OUT and not rule.protocol and rule.mark is None:
-                        self._settled.add(rule.destination, state.label)
-            self._core.reload_trap()
-        self._later()
+    def settle(self) -> None:
+        """The rules of children are others."""
+        self._settled = PrefixTable()
+        for number in list(self._joined):
+            joined_by = self._core.connections.manager.by_number(number)
+            if joined_by is None:
+                del self._joined[number]
+                continue
+            for carried in self._joined[number]:
+                for network in summarize_address_range(*carried):
+                    self._settled.add(network, joined_by.label)
+        for state in self._core.connections.manager.children.values():
+            for _, rule in self._ranked(state) if state.trapped else ():
+                if rule.way is Way.OUT and not rule.protocol and rule.mark is None:
+                    self._settled.add(rule.destination, state.label)
+        self._core.reload_trap()
+        self._later(None)
 
-    def _later(self) -> None:
-        """The engine looks through all its destinations: once for what happens together."""
-        if not self._resettles:
-            asyncio.get_running_loop().call_soon(self._now)
-        self._resettles = True
+    def _later(self, changed: tuple[AddressRange, ...] | None) -> None:
+        """The engine looks at its destinations there (None: at all) once for what happens together."""
+        if self._untold == []:
+            asyncio.get_running_loop().call_soon(self._tell)
+        if changed is None or self._untold is None:
+            self._untold = None
+        else:
+            self._untold += changed
 
-    def _now(self) -> None:
-        self._resettles = False
+    def _tell(self) -> None:
+        untold, self._untold = self._untold, []
         if self._core.engine.entries:
-            self._core.feed(engine_messages.Reloaded())
+            self._core.feed(engine_messages.Reloaded(None if untold is None else tuple(untold)))

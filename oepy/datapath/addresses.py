@@ -19,7 +19,7 @@ from typing import Any
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from oepy.datapath.routes import DUMMY_ADDRESS, PROTOCOL, netlink
+from oepy.datapath.routes import DUMMY_ADDRESS, PROTOCOL, netlink, without_absent
 from oepy.errors import OepyError
 from oepy.model import MARK_MASK, MARK_OWN, IpAddress, IpNetwork
 
@@ -27,7 +27,6 @@ TABLE = 17735
 RULE_PRIORITY = 1774  # after the marks', before the main table's
 _FIB_RULE_INVERT = 0x2
 _IFA_F_NODAD = 0x02
-_ABSENT = frozenset((errno.ENOENT, errno.ESRCH, errno.ENODEV, errno.EADDRNOTAVAIL))
 _FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
 
 
@@ -59,7 +58,7 @@ def _apply(device: str, addresses: set[IpAddress], routes: dict[IpNetwork, IpAdd
             wanted = {net: source for net, source in routes.items() if net.version == version}
             _settle_family(route, family, index, wanted)
         for address in present - addresses:
-            _without_absent(
+            without_absent(
                 route.addr, "del", index=index, address=str(address), prefixlen=address.max_prefixlen
             )
 
@@ -67,7 +66,7 @@ def _apply(device: str, addresses: set[IpAddress], routes: dict[IpNetwork, IpAdd
 def _settle_family(route: IPRoute, family: int, index: int, wanted: dict[IpNetwork, IpAddress]) -> None:
     there = _routes_of(route, family)
     for gone in there.keys() - {str(network) for network in wanted}:
-        _without_absent(route.route, "del", family=family, table=TABLE, proto=PROTOCOL, dst=gone)
+        without_absent(route.route, "del", family=family, table=TABLE, proto=PROTOCOL, dst=gone)
     for network, source in wanted.items():
         if there.get(str(network)) != (str(source), index):
             route.route(
@@ -92,7 +91,7 @@ def _settle_family(route: IPRoute, family: int, index: int, wanted: dict[IpNetwo
     if wanted and not stands:
         route.rule("add", **rule)
     elif stands and not wanted:
-        _without_absent(route.rule, "del", **rule)
+        without_absent(route.rule, "del", **rule)
 
 
 def _has_rule(route: IPRoute, family: int) -> bool:
@@ -125,11 +124,3 @@ def _addresses_of(route: IPRoute, index: int) -> set[IpAddress]:
         if not address.is_link_local and str(address) != DUMMY_ADDRESS:
             found.add(address)
     return found
-
-
-def _without_absent(call: Any, *arguments: Any, **named: Any) -> None:
-    try:
-        call(*arguments, **named)
-    except NetlinkError as error:
-        if error.code not in _ABSENT:
-            raise

@@ -41,7 +41,7 @@ _FAMILIES = (socket.AF_INET, socket.AF_INET6)
 # Documentation's addresses (RFC 5737, RFC 3849): nobody has a route of their own for them
 _PROBE: dict[int, str] = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}
 _UNREACHABLE = frozenset((errno.EHOSTUNREACH, errno.ENETUNREACH))
-_ABSENT = frozenset((errno.ENOENT, errno.ESRCH, errno.ENODEV))
+_ABSENT = frozenset((errno.ENOENT, errno.ESRCH, errno.ENODEV, errno.EADDRNOTAVAIL))
 
 
 @contextlib.contextmanager
@@ -71,7 +71,8 @@ def _families(route: IPRoute) -> list[int]:
     return found
 
 
-def _without_absent(call: Any, *arguments: Any, **named: Any) -> None:
+def without_absent(call: Any, *arguments: Any, **named: Any) -> None:
+    """Take something away that may be gone already: an address, a route, a rule."""
     try:
         call(*arguments, **named)
     except NetlinkError as error:
@@ -165,7 +166,7 @@ def tear_down(tables: Collection[int] = (TABLE, *MARK_TABLES)) -> None:
             used = {TABLE} & {*tables}
             for rule in _our_rules(route, family, tables):
                 used.add(rule.get_attr("FRA_TABLE"))
-                _without_absent(
+                without_absent(
                     route.rule,
                     "del",
                     family=family,
@@ -176,7 +177,7 @@ def tear_down(tables: Collection[int] = (TABLE, *MARK_TABLES)) -> None:
                     protocol=PROTOCOL,
                 )
             for table in used:
-                _without_absent(route.flush_routes, family=family, table=table, proto=PROTOCOL)
+                without_absent(route.flush_routes, family=family, table=table, proto=PROTOCOL)
 
 
 def forget_marks() -> None:

@@ -44,6 +44,7 @@ from oepy.engine.messages import (
 )
 from oepy.engine.table import Cause, State
 from oepy.model import (
+    AddressRange,
     Authenticated,
     Bogus,
     Direction,
@@ -682,9 +683,18 @@ class Engine:
             elif entry.state is State.NEW:
                 del self.entries[entry.key]
 
-    def _reloaded(self, _message: Reloaded, now: float) -> Iterator[Action]:
+    def _within(self, ranges: tuple[AddressRange, ...] | None) -> list[Entry]:
+        if ranges is None:
+            return list(self.entries.values())
+        if all(
+            first == last for first, last in ranges
+        ):  # as with hosts: found without looking at all the others
+            return [entry for first, _ in dict.fromkeys(ranges) for _, entry in self._at(first)]
+        return [entry for entry in self.entries.values() if _is_within(entry.destination, ranges)]
+
+    def _reloaded(self, message: Reloaded, now: float) -> Iterator[Action]:
         """Destinations that a new policy puts into another group start anew; others keep their tunnels."""
-        for entry in list(self.entries.values()):
+        for entry in self._within(message.within):
             group, prefix = self.settings.group_of(entry.destination)
             if group is entry.group:
                 entry.prefix = prefix
@@ -703,6 +713,12 @@ class Engine:
                 yield from self._reset(entry, "another policy group", now)
             for spi in spis:
                 yield CloseTunnel(spi, "another policy group")
+
+
+def _is_within(address: IpAddress, ranges: tuple[AddressRange, ...]) -> bool:
+    return any(
+        first.version == address.version and int(first) <= int(address) <= int(last) for first, last in ranges
+    )
 
 
 def _is_stronger(entry: Entry, pair: SaPair) -> bool:

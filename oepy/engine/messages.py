@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from oepy.model import (
+    AddressRange,
     Endpoint,
     Flow,
     IpAddress,
@@ -141,7 +142,9 @@ class Flush:
 
 @dataclass(frozen=True, slots=True)
 class Reloaded:
-    """The engine has new settings."""
+    """The engine has new settings; those of destinations `within` these ranges, None of all."""
+
+    within: tuple[AddressRange, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from oepy.ike.message import Message
 from oepy.ike.notify import NotifyType
 from oepy.ike.payloads import build_chain, notify, parse_chain
 from oepy.keys import HostKey
-from oepy.model import Authenticated, EspSuite, Flow, KeyAnswer
+from oepy.model import Authenticated, EspSuite, Flow, KeyAnswer, Verdict
 from tests.fakes.clock import run_virtual
 from tests.fakes.connections import between, good
 from tests.sim.world import Host, Router, matching_pairs
@@ -279,6 +279,32 @@ def test_the_engine_keeps_off_and_opportunistic_offers_are_refused() -> None:
         await asyncio.sleep(20)
         assert not one.datapath.pairs
         assert any("belongs to the connection site/net" in str(event) for event in one.named("offer-refused"))
+
+    run_virtual(main())
+
+
+def test_a_decision_goes_when_a_tunnel_takes_its_destination() -> None:
+    """Decided by its group before: forgotten with the connection's tunnel, and nothing else is. And again when the
+    tunnel has gone."""
+
+    async def main() -> None:
+        router = Router(random.Random(5))
+        one, other = pair(router)
+        third = Host(router, "198.18.0.3", {})
+        for there in (other, third):
+            one.send_to(there)
+        await asyncio.sleep(1)
+        assert [one.verdict_for(there) for there in (other, third)] == [Verdict.CLEAR, Verdict.CLEAR]
+        up(one)
+        await asyncio.sleep(1)
+        assert child(one).state is State.UP
+        assert [one.verdict_for(there) for there in (other, third)] == [None, Verdict.CLEAR]
+        assert one.core.engine.find(other.address) is None
+        one.core.connections.feed(Down("site/net"))
+        await asyncio.sleep(1)
+        one.send_to(other)
+        await asyncio.sleep(1)
+        assert one.verdict_for(other) is Verdict.CLEAR
 
     run_virtual(main())
 

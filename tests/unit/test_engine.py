@@ -552,6 +552,25 @@ def test_a_null_peer_never_carries_a_private_port() -> None:
     assert [type(action) for action in actions] == [Forget, CloseTunnel]
 
 
+@pytest.mark.parametrize(
+    ("within", "ends"),
+    [
+        (None, True),
+        (((PEER, PEER),), True),
+        (((PEER - 1, PEER + 1),), True),
+        (((PEER + 1, PEER + 1),), False),
+        (((PEER + 1, PEER + 9), (ip_address("::"), ip_address("::ffff:ffff:ffff"))), False),
+        ((), False),
+    ],
+)
+def test_a_reload_of_some_addresses_leaves_the_others(within, ends) -> None:
+    machine = engine()
+    machine.handle(TunnelUp(pair(0x7000, Authenticated.NULL), False), 1.0)
+    machine.settings = with_a_private_port()
+    actions = without_reports(machine.handle(Reloaded(within), 2.0))
+    assert (CloseTunnel in map(type, actions)) is ends
+
+
 def test_a_reload_keeps_the_tunnels_of_port_rules() -> None:
     """An entry of a group that only one port has is still right after a reload that changes nothing."""
     machine = Engine(with_a_private_port())
