@@ -38,6 +38,7 @@ class Libreswan:
         self._credentials = credentials
         self._process: subprocess.Popen[Any] | None = None
         self._has_keys = ""
+        self._taken = ""  # the address that was assigned to it
         self._nss = f"sql:{directory / 'nss'}"
         for name in ("nss", "run", "ipsec.d"):
             (directory / name).mkdir(parents=True)
@@ -173,6 +174,7 @@ class Libreswan:
 
     def take_address(self, address: str) -> None:
         """It leaves that to a script."""
+        self._taken = address
         self._ground.peer.run("ip", "address", "replace", f"{address}/32", "dev", "lo")
 
     def rekey(self, *, ike: bool) -> None:
@@ -183,6 +185,9 @@ class Libreswan:
 
     def clear(self) -> None:
         self._whack("--delete", "--name", "site", check=False)
+        if self._taken:
+            self._ground.peer.run("ip", "address", "delete", f"{self._taken}/32", "dev", "lo")
+            self._taken = ""
 
     def log(self) -> str:
         file = self._directory / "pluto.log"
