@@ -155,6 +155,8 @@ class Libreswan:
             section |= {f"{client}modecfgclient": "yes", f"{server}modecfgserver": "yes", "narrowing": "yes"}
             if client == "right":
                 section["rightaddresspool"] = f"{POOL_FIRST}-{POOL_LAST}"
+        if setup.moves:
+            section |= {"left": "%defaultroute", "mobike": "yes"}
         if setup.auth == "psk":
             section["authby"] = "secret"
         elif setup.is_raw:

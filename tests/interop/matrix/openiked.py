@@ -24,7 +24,8 @@ REKEY_SECONDS = 8  # where it is to rekey: there is no command for it
 # PF_KEY gives Linux neither AES-GCM nor the right length of HMAC-SHA2-256's value (RFC 4868)
 _CONF = """\
 set fragmentation
-set nomobike
+set {mobike}
+set enforcesingleikesa
 set dpd_check_interval {dpd}
 ikev2 "site" {activity} {mode} esp inet{family} \\
 {selectors}\
@@ -70,6 +71,7 @@ class OpenIked:
     def load(self, setup: Setup) -> None:
         self.stop()
         self._setup = setup
+        self._ground.speak_as(setup, PEER)  # what it begins does not come from its `local`
         self._write_keys(setup)
         conf = self._write(setup, "passive")
         script = (
@@ -127,6 +129,7 @@ class OpenIked:
         conf.touch(mode=0o600)
         conf.write_text(
             _CONF.format(
+                mobike="mobike" if setup.moves else "nomobike",
                 dpd=_LIVENESS_SECONDS if PEER in setup.asking else 0,
                 activity=activity,
                 mode=setup.mode,

@@ -23,6 +23,7 @@ from tests.interop.matrix.cases import (
     WHERE,
     Line,
     loses,
+    notices_late,
     obstacle,
 )
 
@@ -139,6 +140,8 @@ def _row(cells: list[str]) -> str:
 
 def _cell(rows: dict[Key, Row], peer: str, where: str, line: Line, role: str, notes: list[str]) -> str:
     reason = obstacle(peer, where, line.setup, role)
+    if line.key == "dpd-peer-notices":
+        reason = reason or notices_late(peer)
     if reason is not None:
         return f"– ({_number(reason, notes)})"
     row = rows.get((peer, where, line.key, role))
