@@ -7,7 +7,7 @@ not within the addresses that were given is no selector of ours.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from ipaddress import ip_network
 from typing import TYPE_CHECKING
@@ -121,3 +121,13 @@ def serve(session: Session, message: Message) -> Questions[tuple[list[Payload], 
         raise ChildRefused(NotifyType.INTERNAL_ADDRESS_FAILURE, f"there is no address for {session.identity}")
     reply = Configuration(CfgType.REPLY, lease.addresses, lease.dns, lease.subnets, lease.domains)
     return [(PayloadType.CP, build_cp(reply))], lease.addresses
+
+
+def with_addresses(selectors: Selectors, addresses: Iterable[IpAddress]) -> Selectors:
+    """The unspecified address alone (OpenIKED's `dynamic`) is the one of its family that the client was given."""
+    given = {address.version: address for address in addresses}
+    found = []
+    for one in selectors:
+        own = given.get(one.start.version) if one.start == one.end and one.start.is_unspecified else None
+        found.append(one if own is None else replace(one, start=own, end=own))
+    return tuple(found)

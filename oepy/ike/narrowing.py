@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from oepy.ike import transport
 from oepy.ike.algorithms import esp_suite
 from oepy.ike.child import ChildSa, read_selectors, spi_of, within
+from oepy.ike.configuration import with_addresses
 from oepy.ike.events import FailureKind, Narrowed, NeedNarrowing, NeedSpi, Refused
 from oepy.ike.flow import ChildRefused, HandshakeFailed, Questions
 from oepy.ike.header import PayloadType
@@ -31,7 +32,9 @@ def ask_narrowing(
     """The daemon's word on the peer's selectors. Raises ChildRefused or HandshakeFailed as it decides."""
     from oepy.ike.duplicates import forbids
 
-    proposed = read_selectors(message)
+    tsi, tsr = read_selectors(message)
+    given = leased if old is None else tuple(one.start for one in old.remote_ts if one.start == one.end)
+    proposed = with_addresses(tsi, given), tsr
     mode = transport.asked_for(message)
     if old is not None and mode != old.mode:
         raise ChildRefused(NotifyType.NO_PROPOSAL_CHOSEN, "a rekey does not change the mode")

@@ -9,6 +9,7 @@ import pytest
 
 from oepy.ike.events import (
     AddressesAssigned,
+    ChildUp,
     Lease,
     NeedLease,
     NeedNarrowing,
@@ -124,6 +125,38 @@ def test_a_client_may_want_its_old_address_and_a_fixed_side() -> None:
     assert question.wanted == had
     one, _ = assert_one_tunnel(a, b)
     assert one.local_ts == (TrafficSelector.of(had[0]),)
+
+
+UNSPECIFIED = (TrafficSelector.of(ip_address("0.0.0.0")), TrafficSelector.of(ip_address("::")))
+
+
+def test_a_client_may_propose_the_unspecified_address() -> None:
+    """OpenIKED's `dynamic`: it means the address of that family which it is given."""
+    a, b, net = client_and_gateway()
+    a.ike.initiate(request(a, b, want_addresses=(4,), local_ts=UNSPECIFIED), net.now)
+    net.run(3)
+    [asked] = b.of(NeedNarrowing)
+    assert isinstance(asked, NeedNarrowing)
+    leased = TrafficSelector.of(ip_address("10.3.0.1"))
+    assert asked.remote_ts == (leased, UNSPECIFIED[1])
+    [up] = b.of(ChildUp)
+    assert isinstance(up, ChildUp)
+    assert up.pair.remote_ts == (leased,)
+
+
+def test_so_it_may_in_a_rekey() -> None:
+    """There it means what the old child has."""
+    a, b, net = client_and_gateway()
+    a.ike.initiate(request(a, b, local_ts=(), remote_ts=EVERYTHING, want_addresses=(4,)), net.now)
+    net.run(3)
+    one, _ = assert_one_tunnel(a, b)
+    [session] = a.ike._context.by_number.values()
+    session.children[one.spi_in].local_ts = UNSPECIFIED[:1]
+    a.ike.rekey_child(one.spi_in, net.now)
+    net.run(3)
+    [_, asked] = b.of(NeedNarrowing)
+    assert isinstance(asked, NeedNarrowing)
+    assert asked.remote_ts == (TrafficSelector.of(ip_address("10.3.0.1")),)
 
 
 def test_the_codec_both_ways() -> None:
