@@ -203,7 +203,9 @@ def check(session: Session) -> OwnSteps:
     assert mobike is not None
     generation, encap = mobike.generation, session.encap
     cookie = session.context.random(COOKIE_SIZE)
-    answer: Message = yield Send(Exchange.INFORMATIONAL, _cookie(cookie))
+    # libreswan returns the cookie only beside NAT detection
+    payloads = [*nat_detection(session, session.spi_r), *_cookie(cookie)]
+    answer: Message = yield Send(Exchange.INFORMATIONAL, payloads)
     if not _same(answer, cookie):
         _close(session, "another COOKIE2 came back")
         return

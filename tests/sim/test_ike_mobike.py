@@ -222,6 +222,24 @@ def test_another_cookie_ends_the_ike_sa() -> None:
     assert not b.of(PeerMoved)
 
 
+def test_a_peer_that_returns_cookies_beside_nat_detection_only() -> None:
+    """As libreswan 4.10 does: it passes the check, and ESP follows."""
+    a, b, net = joined()
+    served = mobike.serve
+
+    def scanty(session: Session, message):  # type: ignore[no-untyped-def]
+        answer = served(session, message)
+        return answer if message.notify(NotifyType.NAT_DETECTION_SOURCE_IP) is not None else []
+
+    net.also(a, NEW)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mobike, "serve", scanty)
+        move(a, net, NEW)
+        net.run(10)
+    assert ends(b) == (b.address, str(NEW))
+    assert_one_tunnel(a, b)
+
+
 def test_a_second_move_outdates_the_first() -> None:
     """Two changes before the first is answered: one more UPDATE, and both ends settle at the last place."""
     a, b, net = joined()
