@@ -168,8 +168,9 @@ class Ground:
         """Of this side's addresses its kernel takes the right one, where a daemon leaves that to it."""
         if setup.outer == 4:
             number = 1 if side == OEPY else 2
-            route = ("default", "via", f"198.18.{number}.1", "src", self.own(setup, side))
-            (self.oepy if side == OEPY else self.peer).ip("route", "replace", *route)
+            for way in ((f"198.18.{number}.0/24",), ("default", "via", f"198.18.{number}.1")):
+                route = (*way, "dev", "eth0", "src", self.own(setup, side))
+                (self.oepy if side == OEPY else self.peer).ip("route", "replace", *route)
 
     def move(self, side: str, *, back: bool = False) -> str:
         """This side's host goes to its other address. Returns that."""

@@ -156,7 +156,8 @@ class Libreswan:
             if client == "right":
                 section["rightaddresspool"] = f"{POOL_FIRST}-{POOL_LAST}"
         if setup.moves:
-            section |= {"left": "%defaultroute", "mobike": "yes"}
+            section["mobike"] = "yes"
+            section |= {"left": "%defaultroute"} if setup.begins == PEER else {"right": "%any"}
         if setup.auth == "psk":
             section["authby"] = "secret"
         elif setup.is_raw:

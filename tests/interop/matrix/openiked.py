@@ -122,7 +122,8 @@ class OpenIked:
             pairs = list(zip(ours, theirs, strict=True))
         address = ""
         if setup.assigns and setup.begins == PEER:
-            address = " \\\n    request address any \\\n    iface lo"
+            # Its routes lead to that device: from lo nothing comes into a tunnel
+            address = " \\\n    request address any \\\n    iface lan"
         elif setup.assigns:
             address = f" \\\n    config address {POOL}"
         conf = self._directory / f"{activity}.conf"
