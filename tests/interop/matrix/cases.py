@@ -161,7 +161,7 @@ def obstacle(peer: str, where: str, setup: Setup, role: str) -> str | None:
     if peer == LIBRESWAN and setup.moves and not setup.assigns:
         return "4.10 has MOBIKE only where who begins is given an address (ipsec.conf(5))"
     if peer == OPENIKED and setup.moves and role == RESPONDER:
-        return "it moves nowhere: MOBIKE is for whom it answers (iked.conf(5))"
+        return "it has MOBIKE as responder only (iked.conf(5))"
     if peer == STRONGSWAN and where == USERLAND and setup.mode == "transport":
         return "its userland ESP has tunnel mode only"
     if peer == OPENIKED and setup.inner_version != setup.outer:
