@@ -101,7 +101,10 @@ def loses(peer: str, kind: str) -> str | None:
     if peer in (LIBRESWAN, OPENIKED) and kind == "child-oepy":
         return "it sends by the new SA as soon as it has answered: what overtakes its answer is lost"
     if peer == OPENIKED and kind == "child-peer":
-        return "it sends the Delete of the old SA before its kernel has the new one (against RFC 7296 §2.8)"
+        return (
+            "it sends the Delete of the old SA before it installs the new one, and removes the old one without "
+            "waiting for the answer (RFC 7296 §2.8): what arrives meanwhile finds no SA there"
+        )
     return None
 
 
