@@ -56,7 +56,7 @@ test-kernel:
 	@scripts/install-system kernel
 	@scripts/unpack-peers libreswan openiked
 	@$(MAKE) --no-print-directory $(VENV)/.dev
-	@scripts/run-kernel-tests "(kernel or any_kernel) and not long" 3600 $(PYTEST)
+	@scripts/run-kernel-tests "(kernel or any_kernel) and not long" 4800 $(PYTEST)
 
 test-long:
 	@scripts/install-system test
@@ -64,7 +64,7 @@ test-long:
 	@scripts/run-tests -m "not kernel" $(PYTEST)
 	@scripts/install-system kernel
 	@scripts/unpack-peers libreswan openiked
-	@scripts/run-kernel-tests "kernel or any_kernel" 4500 $(PYTEST)
+	@scripts/run-kernel-tests "kernel or any_kernel" 5700 $(PYTEST)
 
 # From what the last `make test` and `make test-kernel` have seen
 interop-table:
