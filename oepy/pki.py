@@ -97,9 +97,9 @@ class Authority:
         )
         if above is not None:
             above.note(made)
-        self._write(self._settings, json.dumps(asdict(places)).encode())
+        write_public_file(self._settings, json.dumps(asdict(places)).encode())
         chain = [made] if above is None else [made, *above.chain()]
-        self._write(self.certificate_file, b"".join(one.public_bytes(PEM) for one in chain))
+        write_public_file(self.certificate_file, b"".join(one.public_bytes(PEM) for one in chain))
         self.sign_list(7)
         return made
 
@@ -215,7 +215,7 @@ class Authority:
                 now=now,
                 days=days,
             )
-            self._write(self.crl_file, crl.public_bytes(PEM))
+            write_public_file(self.crl_file, crl.public_bytes(PEM))
             return crl
 
     def _next_number(self) -> int:
@@ -266,10 +266,6 @@ class Authority:
         tail = stream.read()
         stream.seek(start + tail.rfind(b"\n") + 1)
         stream.truncate()
-
-    def _write(self, path: Path, data: bytes) -> None:
-        """Whole or not at all."""
-        write_public_file(path, data)
 
 
 def write_public_file(path: Path, data: bytes) -> None:

@@ -14,7 +14,7 @@ from oepy.lab.capture import Capture
 from oepy.lab.charon import charon
 from oepy.lab.namespaces import Lab, Namespace
 from oepy.lab.probe import Pinger, echoes, ping
-from tests.net.daemon_host import Host, kinds
+from tests.net.daemon_host import Host, kinds, two_with_a_secret
 from tests.net.test_connections_mobike import (
     GATE,
     INSIDE,
@@ -34,15 +34,8 @@ pytestmark = [pytest.mark.root, pytest.mark.kernel]
 def hosts(tmp_path: Path) -> Iterator[tuple[tuple[Namespace, Namespace, Namespace], tuple[Host, Host]]]:
     with Lab() as lab:
         network = lay_out(lab)
-        made = [Host(namespace, tmp_path / namespace.label) for namespace in network[:2]]
-        for host in made:
-            (host.directory / "psk").touch(mode=0o600)
-            (host.directory / "psk").write_text("wherever we are\n")
-        try:
-            yield network, (made[0], made[1])
-        finally:
-            for host in made:
-                host.stop()
+        with two_with_a_secret(*network[:2], tmp_path) as made:
+            yield network, made
 
 
 def test_traffic_goes_on_over_another_link(

@@ -11,7 +11,7 @@ import pytest
 
 from oepy.lab.capture import Capture
 from oepy.lab.probe import ping
-from tests.net.daemon_host import Host, kinds
+from tests.net.daemon_host import Host, kinds, two_with_a_secret
 from tests.net.harness import A4, A6, B4, B6, wired
 
 pytestmark = [pytest.mark.kernel, pytest.mark.root, pytest.mark.timeout(900)]
@@ -34,16 +34,8 @@ def section(number: int, version: int) -> dict[str, Any]:
 
 @pytest.fixture
 def hosts(tmp_path: Path) -> Iterator[tuple[Host, Host]]:
-    with wired() as net:
-        made = Host(net.a, tmp_path / "a"), Host(net.b, tmp_path / "b")
-        for host in made:
-            (host.directory / "psk").touch(mode=0o600)
-            (host.directory / "psk").write_text("a secret of two hosts\n")
-        try:
-            yield made
-        finally:
-            for host in made:
-                host.stop()
+    with wired() as net, two_with_a_secret(net.a, net.b, tmp_path) as made:
+        yield made
 
 
 @pytest.mark.parametrize("version", [4, 6])

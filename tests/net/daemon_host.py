@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,20 @@ from oepy.lab.capture import Capture
 from oepy.lab.namespaces import Namespace
 
 START_SECONDS = 180.0  # in the second kernel, beside other work
+
+
+@contextlib.contextmanager
+def two_with_a_secret(first: Namespace, second: Namespace, directory: Path) -> Iterator[tuple[Host, Host]]:
+    """A host in each, with one secret in their files `psk`; stopped in the end."""
+    made = Host(first, directory / "one"), Host(second, directory / "other")
+    for host in made:
+        (host.directory / "psk").touch(mode=0o600)
+        (host.directory / "psk").write_text("a secret of two hosts\n")
+    try:
+        yield made
+    finally:
+        for host in made:
+            host.stop()
 
 
 class Host:

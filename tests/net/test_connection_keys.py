@@ -15,7 +15,7 @@ from oepy.lab.capture import Capture
 from oepy.lab.probe import Pinger, echoes, ping
 from oepy.model import MAX_USERLAND_MARKS
 from tests.fakes.connections import between, good
-from tests.net.daemon_host import Host, kinds
+from tests.net.daemon_host import Host, kinds, two_with_a_secret
 from tests.net.harness import A4, B4, listen_udp, udp, wired
 
 pytestmark = pytest.mark.root
@@ -26,18 +26,11 @@ Children = dict[str, dict[str, Any]]
 
 @pytest.fixture
 def hosts(tmp_path: Path) -> Iterator[tuple[Host, Host]]:
-    with wired() as net:
-        made = Host(net.a, tmp_path / "a"), Host(net.b, tmp_path / "b")
+    with wired() as net, two_with_a_secret(net.a, net.b, tmp_path) as made:
         for host, own, other, via in ((made[0], NEAR, FAR, B4), (made[1], FAR, NEAR, A4)):
             host.namespace.address("lo", f"{own}/32")
             host.namespace.ip("route", "add", f"{other}/32", "via", via, "src", own)
-            (host.directory / "psk").touch(mode=0o600)
-            (host.directory / "psk").write_text("a secret of two hosts\n")
-        try:
-            yield made
-        finally:
-            for host in made:
-                host.stop()
+        yield made
 
 
 def section(number: int, children: Children, **connection: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import pytest
 from oepy.lab.capture import Capture
 from oepy.lab.namespaces import Lab, Namespace
 from oepy.lab.probe import Pinger
-from tests.net.daemon_host import Host, kinds
+from tests.net.daemon_host import Host, kinds, two_with_a_secret
 
 pytestmark = pytest.mark.root
 
@@ -51,15 +51,8 @@ def network() -> Iterator[tuple[Namespace, Namespace, Namespace]]:
 
 @pytest.fixture
 def hosts(network: tuple[Namespace, Namespace, Namespace], tmp_path: Path) -> Iterator[tuple[Host, Host]]:
-    made = [Host(namespace, tmp_path / namespace.label) for namespace in network[:2]]
-    for host in made:
-        (host.directory / "psk").touch(mode=0o600)
-        (host.directory / "psk").write_text("wherever we are\n")
-    try:
-        yield made[0], made[1]
-    finally:
-        for host in made:
-            host.stop()
+    with two_with_a_secret(*network[:2], tmp_path) as made:
+        yield made
 
 
 def gate_section() -> dict[str, Any]:
