@@ -17,7 +17,7 @@ from oepy.interfaces import DatapathEvent
 from oepy.model import Endpoint, SaCounters, SaPair
 from oepy.udp import UdpSocket
 
-START_SECONDS = 20.0
+START_SECONDS = 60.0  # a slow machine, or an emulated one, takes some 20 to start a program
 ANSWER_SECONDS = 10.0
 STOP_SECONDS = 5.0
 READS_PER_WAKEUP = 64
