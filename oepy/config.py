@@ -353,8 +353,9 @@ def _read_connections(
             ) from None
 
     def own_key(name: str) -> str:
-        public_halves[str(at(name))] = HostKey.load(at(name)).public
-        return str(at(name))
+        file = at(name)
+        public_halves[str(file)] = HostKey.load(file).public
+        return str(file)
 
     def certificates(name: str) -> str:
         from oepy.x509.certificates import load

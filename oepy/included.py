@@ -3,14 +3,15 @@ that it names, is another: with thousands of them, to read one more costs what o
 
 from __future__ import annotations
 
+import functools
 import glob
 import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from oepy.connections.model import EMPTY, ConnectionSet
+from oepy.connections.model import ConnectionSet
 
 MAX_FILES = 20_000
 YOUNG_SECONDS = 1.0  # a file may change again without another time stamp
@@ -58,15 +59,19 @@ class Memory:
 
     def parts(self, files: Iterable[str], read: Callable[[str], Part]) -> list[Part]:
         """Of all files, in their order. Those with problems are read again each time."""
-        stamps = _Stamps()
+        stamp = functools.cache(_stamp)  # each file is looked at once, however many name it
+
+        def stamps(part: Part) -> tuple[_Stamp | None, ...]:
+            return tuple(stamp(one) for one in (part.file, *part.named))
+
         before, self._kept = self._kept, {}
         found = []
         for file in files:
             known = before.get(file)
-            if known is None or known[1] != stamps.of(known[0]):
+            if known is None or known[1] != stamps(known[0]):
                 began = self._clock()
                 part = read(file)
-                known = part, stamps.of(part)
+                known = part, stamps(part)
                 if part.problems or _are_young(known[1], began):
                     found.append(part)
                     continue
@@ -78,21 +83,6 @@ class Memory:
 def _are_young(stamps: Iterable[_Stamp | None], began: float) -> bool:
     """Whether one of the files may have changed since, or may yet, without another time stamp."""
     return any(stamp is None or stamp[1] / 1e9 > began - YOUNG_SECONDS for stamp in stamps)
-
-
-class _Stamps:
-    """Each file is looked at once, however many name it."""
-
-    def __init__(self) -> None:
-        self._seen: dict[str, _Stamp | None] = {}
-
-    def of(self, part: Part) -> tuple[_Stamp | None, ...]:
-        return tuple(self._one(file) for file in (part.file, *part.named))
-
-    def _one(self, file: str) -> _Stamp | None:
-        if file not in self._seen:
-            self._seen[file] = _stamp(file)
-        return self._seen[file]
 
 
 def _stamp(file: str) -> _Stamp | None:
@@ -107,21 +97,18 @@ def _stamp(file: str) -> _Stamp | None:
 def join(main: ConnectionSet, parts: Iterable[Part]) -> tuple[ConnectionSet, list[str]]:
     """All of them in one, and what stands twice."""
     parts = list(parts)
+    found = [("the main file", main), *((part.file, part.connections) for part in parts)]
     problems = [f"{part.file}: {problem}" for part in parts for problem in part.problems]
-    if not any(part.connections is not EMPTY for part in parts):
-        return main, problems
-    sets = [main, *(part.connections for part in parts)]
-    where = ["the main file", *(part.file for part in parts)]
     for kind in ("connections", "pools"):
         owners: dict[str, str] = {}
-        for place, one in zip(where, sets, strict=True):
+        for place, one in found:
             for item in getattr(one, kind):
                 if owners.setdefault(item.name, place) != place:
                     problems.append(
                         f"{place}: {kind}.{item.name}: stands in {owners[item.name]} too; keep one"
                     )
-    whole = replace(
-        main,
+    sets = [one for _, one in found]
+    whole = ConnectionSet(
         connections=tuple(item for one in sets for item in one.connections),
         secrets=tuple(item for one in sets for item in one.secrets),
         authorities=tuple(item for one in sets for item in one.authorities),

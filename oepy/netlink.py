@@ -73,7 +73,7 @@ def parse_frames(data: bytes) -> Iterator[Frame]:
         body = reader.pull_reader(length - HEADER.size)
         reader.pull_bytes(min(reader.remaining, -length & 3))
         if kind == NLMSG_ERROR:
-            number = _ERROR.unpack(body.pull_bytes(4))[0]
+            number = body.pull(_ERROR)[0]
             yield Frame(kind, flags, sequence, error=-number, reason=_reason(body, flags))
         elif kind == NLMSG_DONE:
             yield Frame(kind, flags, sequence)
@@ -85,7 +85,7 @@ def _reason(body: Reader, flags: int) -> str:
     """The kernel's own words behind the request that it quotes: whole, or (CAPPED) its header alone."""
     if not flags & NLM_F_ACK_TLVS:
         return ""
-    length = HEADER.unpack(body.pull_bytes(HEADER.size))[0]
+    length = body.pull(HEADER)[0]
     if not flags & NLM_F_CAPPED:
         body.pull_bytes(max(length, HEADER.size) - HEADER.size)
         body.pull_bytes(min(body.remaining, -length & 3))

@@ -90,9 +90,6 @@ class Writer:
     def __init__(self) -> None:
         self._buffer = bytearray()
 
-    def __len__(self) -> int:
-        return len(self._buffer)
-
     def push_u8(self, value: int) -> None:
         self._buffer.append(value)
 
@@ -107,13 +104,6 @@ class Writer:
 
     def push_bytes(self, value: bytes | bytearray | memoryview) -> None:
         self._buffer += value
-
-    def patch_u16(self, offset: int, value: int) -> None:
-        """Overwrite a length field written earlier as 0."""
-        _U16.pack_into(self._buffer, offset, value)
-
-    def patch_u32(self, offset: int, value: int) -> None:
-        _U32.pack_into(self._buffer, offset, value)
 
     def finish(self) -> bytes:
         return bytes(self._buffer)

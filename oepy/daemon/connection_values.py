@@ -158,13 +158,8 @@ def rank_of(rule: ConfiguredRule) -> tuple[int, ...]:
     remote, local = (
         (rule.destination, rule.source) if rule.way is Way.OUT else (rule.source, rule.destination)
     )
-    return (
-        _width(remote),
-        _width(local),
-        not (rule.source_port or rule.destination_port),
-        not rule.protocol,
-        rule.mark is None,
-    )
+    ported = bool(rule.source_port or rule.destination_port)
+    return _rank(remote, local, ported, bool(rule.protocol), rule.mark is not None)
 
 
 def first_of(child: Child) -> int:
@@ -174,14 +169,16 @@ def first_of(child: Child) -> int:
 
 def order_of(child: Child, local: Selector, remote: Selector) -> tuple[int, ...]:
     """As `first_of` and `rank_of` have it, for what is configured: `dynamic` is a host."""
-    return (
-        first_of(child),
-        _width(remote.network),
-        _width(local.network),
-        not (local.port or remote.port),
-        not (local.protocol or remote.protocol),
-        child.marks.outward is None,
-    )
+    ported, protocol = bool(local.port or remote.port), bool(local.protocol or remote.protocol)
+    marked = child.marks.outward is not None
+    return (first_of(child), *_rank(remote.network, local.network, ported, protocol, marked))
+
+
+def _rank(
+    remote: IpNetwork | None, local: IpNetwork | None, ported: bool, protocol: bool, marked: bool
+) -> tuple[int, ...]:
+    """The one order: narrower networks first, and what says more before what says less."""
+    return _width(remote), _width(local), not ported, not protocol, not marked
 
 
 def _width(network: IpNetwork | None) -> int:

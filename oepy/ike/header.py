@@ -77,7 +77,7 @@ def parse_header(data: bytes) -> Header:
     """Raises ParseError; `length` must be the datagram's (RFC 7296 §3.1). The version is not judged."""
     if len(data) > MAX_MESSAGE:
         raise ParseError(f"IKE header: {len(data)} bytes are more than a datagram")
-    header = Header(*_HEADER.unpack(Reader(data, what="IKE header").pull_bytes(HEADER_SIZE)))
+    header = Header(*Reader(data, what="IKE header").pull(_HEADER))
     if header.length != len(data):
         raise ParseError(f"IKE header: length {header.length} in a datagram of {len(data)}")
     if header.spi_i == NO_SPI:

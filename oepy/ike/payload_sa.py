@@ -57,9 +57,6 @@ class Proposal:
     spi: bytes
     transforms: tuple[Transform, ...]
 
-    def of_type(self, kind: int) -> list[Transform]:
-        return [transform for transform in self.transforms if transform.type == kind]
-
 
 @dataclass(frozen=True, slots=True)
 class SaPayload:
