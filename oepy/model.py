@@ -439,6 +439,10 @@ class Mark:
     def matches(self, mark: int) -> bool:
         return mark & self.mask == self.value
 
+    def joined(self, other: Mark | None) -> Mark:
+        """Both at once, of marks that have no bit in common."""
+        return self if other is None else Mark(self.value | other.value, self.mask | other.mask)
+
     def overlaps(self, other: Mark) -> bool:
         """Whether a packet can have both."""
         return not (self.value ^ other.value) & self.mask & other.mask

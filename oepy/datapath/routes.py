@@ -110,9 +110,7 @@ def _settle(name: str) -> None:
 
 def with_private(mark: Mark | None) -> Mark:
     """What a packet has that goes through the tunnel of a child with this mark."""
-    if mark is None:
-        return _PRIVATE
-    return Mark(MARK_PRIVATE | mark.value, MARK_MASK | mark.mask)
+    return _PRIVATE.joined(mark)
 
 
 def set_up(device: str, mtu: int, mark: Mark | None = None, table: int = TABLE) -> None:

@@ -89,7 +89,7 @@ def sas(pair: SaPair, reqid: int, scheme: Scheme) -> tuple[v.Sa, v.Sa]:
             # By default no DF outside: where the path is narrower than the tunnel assumes, fragments arrive and
             # no packet falls into a hole
             flags=outbound.flags | no_ecn | (v.SaFlag.NONE if copied.df else v.SaFlag.NO_PMTU_DISCOVERY),
-            set_mark=_joined(_OUTBOUND_MARK, pair.marks.set_outward),
+            set_mark=_OUTBOUND_MARK.joined(pair.marks.set_outward),
             extra_flags=_DONT_ENCAP_DSCP if tunnel and not copied.dscp_out else 0,
             tfc_padding=pair.tfc_padding if tunnel and pair.protocol == "esp" else 0,
         ),
@@ -189,16 +189,9 @@ def _policy(
         (template,),
         priority=priority(class_of(pair), outward, marked=wanted is not None),
         # Of the scheme's mark, only what we send knows
-        mark=_joined(scheme.mark, wanted) if direction is OUT else wanted,
+        mark=scheme.mark.joined(wanted) if direction is OUT and scheme.mark is not None else wanted,
         if_id=scheme.if_id,
     )
-
-
-def _joined(own: Mark | None, foreign: Mark | None) -> Mark | None:
-    """Both at once: they have no bit in common."""
-    if own is None or foreign is None:
-        return own or foreign
-    return Mark(own.value | foreign.value, own.mask | foreign.mask)
 
 
 def _only(selector: v.Selector, address: IpAddress) -> bool:
