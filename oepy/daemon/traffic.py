@@ -39,9 +39,8 @@ class Traffic:
         self._places: dict[str, tuple[int, int]] = {}
         self._rules: dict[int, tuple[tuple[object, ...], _Ranked]] = {}  # by child's number, and of what
         self._joined: dict[int, set[AddressRange]] = {}  # by child's number: what its tunnels carry
-        self._untold: (
-            list[AddressRange] | None
-        ) = []  # what is others' now, and the engine does not know; None: all
+        # What is others' now, and the engine does not know; None: all
+        self._untold: list[AddressRange] | None = []
 
     def load(self, configured: ConnectionSet) -> None:
         self._claimed, self._marked, self._places = PrefixTable(), PrefixTable(), {}
