@@ -20,6 +20,8 @@ from oepy import included
 from oepy.configfile import DEFAULT_PATH, DEFAULT_SOCKET, RESOLV_CONF, system_resolvers
 from oepy.connections.model import EMPTY, ConnectionSet
 from oepy.connections.reading import SECTIONS, Files, bounds_and_pools, read_connections
+from oepy.connections.vouching import MAX_CERTIFIED_PEERS, Wanted, add_vouching
+from oepy.connections.vouching import Files as VouchingFiles
 from oepy.errors import ConfigError, UsageError
 from oepy.included import Memory, Part
 from oepy.interfaces import PolicyRule
@@ -28,13 +30,14 @@ from oepy.manual.model import NOTHING, ManualSet
 from oepy.manual.pairing import userland_problems
 from oepy.manual.reading import KeyFiles, Problem, inline_keys
 from oepy.model import IpAddress, PeerIdentity, PolicyGroup, PublicKey
-from oepy.policy import PROTOCOL_NUMBERS, parse_prefix
+from oepy.policy import NO_PREFIXES, PROTOCOL_NUMBERS, PrefixSet, parse_prefix
 from oepy.privatefile import MAX_KEY_FILE, read_private_file
 from oepy.resolvers import Resolver, check_all, parse_resolver
 
 DEFAULT_KEY = Path("/var/lib/oepy/host.key")
 # libyaml's where PyYAML has it: thousands of connections are read in a tenth of the time
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+PREFIX_EXAMPLE = "203.0.113.0/24 or 2001:db8::/32"
 MAX_CONFIG_BYTES = 16 * 1024 * 1024
 
 
@@ -64,6 +67,7 @@ class Config:
     key_log: Path | None
     manual: ManualSet = NOTHING
     connections: ConnectionSet = EMPTY
+    certified_peers: PrefixSet = NO_PREFIXES  # who may have a certificate instead of a key in the DNS
 
 
 def _rule_network(text: str) -> Iterator[tuple[int, int, str]]:
@@ -95,7 +99,7 @@ def parse_rule(text: object, group: PolicyGroup) -> list[PolicyRule]:
     """The rules of one line of a group. Raises ValueError with the mend."""
     rules = []
     for protocol, port, network in _rule_network(str(text)):
-        net = parse_prefix(network, "203.0.113.0/24 or 2001:db8::/32")
+        net = parse_prefix(network, PREFIX_EXAMPLE)
         rules.append(PolicyRule(group, net, protocol, port))
     return rules
 
@@ -103,6 +107,10 @@ def parse_rule(text: object, group: PolicyGroup) -> list[PolicyRule]:
 def _rule_text(value: object) -> str:
     parse_rule(value, PolicyGroup.CLEAR)
     return str(value)
+
+
+def _prefix_text(value: object) -> str:
+    return str(parse_prefix(str(value), PREFIX_EXAMPLE))
 
 
 def _zone(value: object) -> str:
@@ -131,6 +139,7 @@ _Relay = Annotated[str, BeforeValidator(_relay)]
 _Zone = Annotated[str, BeforeValidator(_zone)]
 _Resolver = Annotated[str, BeforeValidator(lambda value: str(parse_resolver(value)))]
 _Rule = Annotated[str, BeforeValidator(_rule_text)]
+_Prefix = Annotated[str, BeforeValidator(_prefix_text)]
 _GroupName = Literal["clear", "clear-or-private", "private-or-clear", "private", "block"]
 
 
@@ -141,6 +150,7 @@ class _Section(BaseModel):
 class _Identity(_Section):
     id: str | None = None
     key: Path = DEFAULT_KEY
+    certs: list[str] = []
 
 
 class _Dns(_Section):
@@ -155,10 +165,17 @@ class _Dns(_Section):
     trusted_names: list[_Zone] = []
 
 
+class _Certificates(_Section):
+    cacerts: Annotated[list[str], Field(min_length=1)]
+    peers: Annotated[list[_Prefix], Field(min_length=1, max_length=MAX_CERTIFIED_PEERS)]
+    revocation: Literal["strict", "ifuri", "relaxed"] = "ifuri"
+
+
 class _Policy(_Section):
     default: _GroupName = "private-or-clear"
     groups: dict[_GroupName, list[_Rule] | None] = {}
     after_failed_ike: Literal["clear", "block"] = "clear"
+    certificates: _Certificates | None = None
 
 
 class _Control(_Section):
@@ -255,7 +272,42 @@ def parse(text: str, source: str = "oepy.yaml", memory: Memory | None = None) ->
         line = lines.get(("dns", "relay"), 1)
         mend = f"{model.dns.relay} is one of the resolvers; name those to ask in dns.resolvers, else it asks itself"
         raise ConfigError(source, [f"line {line}: dns.relay: {mend}"])
+    if model.identity.certs or model.policy.certificates is not None:
+        connections, missing = _with_vouching(model, source, connections)
+        if missing:
+            placed = [_placed(problem.path, problem.text, lines) for problem in missing]
+            raise ConfigError(source, sorted(placed, key=_line_of))
     return _build(model, source, found, manual, connections)
+
+
+def _with_vouching(
+    model: _File, source: str, connections: ConnectionSet
+) -> tuple[ConnectionSet, list[Problem]]:
+    from oepy.keys import HostKey, to_public_key
+    from oepy.x509.certificates import Certificate
+    from oepy.x509.certificates import load as load_certificates
+    from oepy.x509.identity import identities_of
+
+    def certificates(name: str) -> tuple[str, tuple[Certificate, ...]]:
+        file = str(Path(source).parent / name)
+        return file, load_certificates(file)
+
+    asked = model.policy.certificates
+    return add_vouching(
+        connections,
+        Wanted(
+            PeerIdentity.parse(model.identity.id) if model.identity.id else None,
+            model.identity.certs,
+            asked.cacerts if asked is not None else (),
+            asked.revocation if asked is not None else "relaxed",
+        ),
+        VouchingFiles(
+            certificates,
+            lambda: HostKey.load(model.identity.key).public,
+            lambda certificate: to_public_key(certificate.public_key()),
+            identities_of,
+        ),
+    )
 
 
 def _compose(text: str, source: str) -> tuple[dict[str, Any], dict[tuple[str | int, ...], int], list[str]]:
@@ -557,4 +609,8 @@ def _build(
         key_log=model.debug.key_log,
         manual=manual,
         connections=connections,
+        certified_peers=PrefixSet(
+            parse_prefix(text, PREFIX_EXAMPLE)
+            for text in (model.policy.certificates.peers if model.policy.certificates is not None else ())
+        ),
     )

@@ -115,6 +115,7 @@ def join(main: ConnectionSet, parts: Iterable[Part]) -> tuple[ConnectionSet, lis
         certificates={file: chain for one in sets for file, chain in one.certificates.items()},
         pools=tuple(item for one in sets for item in one.pools),
         ppks=tuple(item for one in sets for item in one.ppks),
+        vouching=main.vouching,
     )
     return whole, problems
 

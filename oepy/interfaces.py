@@ -138,6 +138,10 @@ class KeySource(Protocol):
         """By address (reverse name) or FQDN; `names` are some that may lead to the address, whose keys come back
         as `claims`. Bounded in time; never raises for what DNS does."""
 
+    async def doubts(self, name: str, address: IpAddress) -> str:
+        """Why it is not certain that the name leads to the address; "" where it is, by a secure A or AAAA record.
+        Bounded in time; never raises for what DNS does."""
+
     def forget(self, subject: IpAddress | str | None) -> None:
         """Drop what is cached of this peer's records, or (None) everything, validated zone keys included."""
 

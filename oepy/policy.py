@@ -50,6 +50,39 @@ def parse_prefix(text: str, example: str) -> IpNetwork:
         raise ValueError(f"{text[:80]!r} is no prefix ({str(error)[:80]}); {mend}") from None
 
 
+class PrefixSet:
+    """Whether any of some prefixes holds an address; costs one probe for each prefix length in use."""
+
+    def __init__(self, networks: Iterable[IpNetwork] = ()) -> None:
+        self.networks = tuple(dict.fromkeys(networks))
+        self._known = {
+            (network.version, network.prefixlen, int(network.network_address) >> _rest(network))
+            for network in self.networks
+        }
+        self._lengths = {(version, length) for version, length, _ in self._known}
+
+    def __contains__(self, address: IpAddress) -> bool:
+        number, width = int(address), address.max_prefixlen
+        return any(
+            version == address.version and (version, length, number >> (width - length)) in self._known
+            for version, length in self._lengths
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PrefixSet) and self._known == other._known
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._known))
+
+
+NO_PREFIXES = PrefixSet()
+
+
+def _rest(network: IpNetwork) -> int:
+    """Bits after the prefix."""
+    return network.max_prefixlen - network.prefixlen
+
+
 class PolicyTable:
     """Longest-prefix match over the configured rules."""
 
@@ -60,8 +93,7 @@ class PolicyTable:
         self._by_network: dict[int, dict[_Key, list[PolicyRule]]] = {4: {}, 6: {}}
         for rule in rules:
             network = rule.network
-            shift = network.max_prefixlen - network.prefixlen
-            key = (network.prefixlen, int(network.network_address) >> shift)
+            key = (network.prefixlen, int(network.network_address) >> _rest(network))
             self._by_network[network.version].setdefault(key, []).append(rule)
         for tables in self._by_network.values():
             for entries in tables.values():

@@ -296,6 +296,14 @@ class ConnectionSet:
     """By file. They are no part of the connections: a renewed one is a change of content, and ends nothing."""
     pools: tuple[AddressPool, ...] = ()
     ppks: tuple[NamedPpk, ...] = ()
+    vouching: Connection | None = None
+    """Of opportunistic encryption, as if it were a connection without children: the certificates that we show peers
+    who ask, and the CAs that vouch for peers without a key in the DNS. It is in no list of connections."""
+
+    @property
+    def certified(self) -> tuple[Connection, ...]:
+        """All that may show or take certificates."""
+        return self.connections if self.vouching is None else (*self.connections, self.vouching)
 
     def certificates_of(self, files: Iterable[str]) -> tuple[Certificate, ...]:
         return tuple(one for file in files for one in self.certificates[file])

@@ -46,6 +46,7 @@ class Offer:
     tsr: tuple[TrafficSelector, ...]  # ours
     identity: PeerIdentity | None = None  # whose key that is
     peer_port: int = NAT_T_PORT  # the outer one
+    vouched: IpAddress | None = None  # the address that its certificate speaks for
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +113,8 @@ class Admissions:
             return policy, False
         if offer.authenticated is Authenticated.NULL:
             return await self._refuses_null(offer, address), False
+        if address == offer.vouched:
+            return "", offer.authenticated is Authenticated.NAME
         answer = await self._source.peer_keys(address, _names_of(offer, address))
         for record in usable_keys(answer, self._engine.settings.use_insecure_keys):
             if record.key == offer.key and (offer.peer in record.gateways or _names(record, offer.identity)):

@@ -71,18 +71,20 @@ class Answers:
         self._claims = claims
         self.settings_of = functools.lru_cache(maxsize=4096)(self._make_settings)
         self._settings_of_all = functools.lru_cache(maxsize=4096)(self._make_settings_of_all)
+        self.opportunistic = functools.cache(self._make_opportunistic)
         self.offers_of = functools.lru_cache(maxsize=4096)(child_offers)
 
     def forget_settings(self) -> None:
         """The configuration, or what is shown of it, is another."""
         self.settings_of.cache_clear()
         self._settings_of_all.cache_clear()
+        self.opportunistic.cache_clear()
 
     def settings_for(self, local: Endpoint, remote: Endpoint) -> IkeSettings:
         """Of a peer that begins: by the addresses alone, as its identity is not known yet. Where the peer may
         belong to several connections, or to none, the proposals of all are acceptable; by its identity it is
         checked again."""
-        base = self._core.given.ike_settings
+        base = self.opportunistic(asking=False)
         if not self._book.configured.connections:
             return base
         found = self._book.matcher.by_address(local.address, remote.address, self._book.resolved)
@@ -91,8 +93,17 @@ class Answers:
         certain = all(self._known_address(connection, remote.address) for connection in found)
         return self._settings_of_all(tuple(found), certain)
 
+    def _make_opportunistic(self, asking: bool) -> IkeSettings:
+        """Where no connection decides: with our certificate for those who ask, or `asking` for the peer's."""
+        base, vouching = self._core.given.ike_settings, self._book.configured.vouching
+        if vouching is None:
+            return base
+        both = self._book.trusts.settings(vouching)
+        only_shown = replace(both, ask=False, authorities=(), ask_status=False)
+        return replace(base, certificates=replace(both, chain=()) if asking else only_shown)
+
     def _make_settings_of_all(self, found: tuple[Connection, ...], certain: bool) -> IkeSettings:
-        base = self._core.given.ike_settings
+        base = self.opportunistic(asking=False)
         every = [self.settings_of(connection) for connection in found]
         best = every[0]
         offers = tuple(dict.fromkeys(map(Same, (o for one in every for o in one.ike_offers))))
@@ -185,7 +196,8 @@ class Answers:
         """The keys of the peer's connection; None where its connection knows no keys (so that it cannot come in by
         another door)."""
         if event.initiator:
-            return self._certified(event, [self._book.connection_of[event.session]])
+            connection = self._book.connection_of.get(event.session)
+            return NOT_OURS if connection is None else self._certified(event, [connection])
         if not self._book.configured.connections:
             return NOT_OURS
         local = self._local_of(event)
@@ -215,7 +227,7 @@ class Answers:
                 continue
             self._book.connection_of[event.session] = connection
             self._book.path_of[event.session] = path
-            return ike.Known((key,), None, Authenticated.X509, self.settings_of(connection))
+            return ike.Known((key,), None, Authenticated.X509, self.settings_of(connection), certified=True)
         reason = f"its certificate is not accepted: {'; '.join(reasons[:4])}"
         self._core.journal.add(
             "certificate-refused", peer=str(event.remote.address), id=str(event.identity), reason=reason

@@ -29,6 +29,7 @@ from oepy.daemon.traffic import Traffic
 from oepy.daemon.trust import Trusts, endings
 from oepy.daemon.updown import Updown
 from oepy.daemon.vips import Vips
+from oepy.daemon.vouched import VouchedPeers
 from oepy.daemon.whereabouts import Whereabouts
 from oepy.errors import OepyError
 from oepy.ike import events as ike
@@ -71,6 +72,7 @@ class Conventional:
         self.manager = Manager(given.random)
         self.pools = Pools(given.leases, self._core.journal.add)
         self.revocation = Revocation(given.fetch, read_long_crl, given.wall_clock)
+        self.vouched = VouchedPeers(self._core, self.book, self.revocation)
         self.answers = Answers(
             *(
                 self._core,
@@ -93,11 +95,14 @@ class Conventional:
         matcher = Matcher(configured)
         trusts = Trusts(configured, self._wall_clock)
         touched = self._touched(configured, keys, matcher, trusts)
+        vouching = self.book.configured.vouching
+        trusted = self.book.trusts.of(vouching) if vouching is not None else None
         self.pools.load(configured.pools, self._core.given.own_addresses)
         self.book.load(configured, matcher, trusts, keys)
         self.revocation.begin_anew(trusts.authority_of)
         self.answers.forget_settings()
         self.traffic.load(configured)
+        self.vouched.reload(trusted)
         self.feed(m.Load(configured, touched))
 
     def _touched(

@@ -38,7 +38,7 @@ from oepy.interfaces import Datapath, DatapathEvent, HostAddresses, KeySource, T
 from oepy.keylog import KeyLog, ike_line
 from oepy.keys import HostKey
 from oepy.model import Direction, Endpoint, Flow, IpAddress, PolicyGroup, SaPair, Unreachable
-from oepy.policy import PolicyTable
+from oepy.policy import NO_PREFIXES, PolicyTable, PrefixSet
 
 TRAFFIC_SECONDS = 10.0  # between two looks at what came in
 RESTART_FIRST, RESTART_LONGEST = 2.0, 30.0  # seconds before the datapath process is started again
@@ -75,12 +75,20 @@ class Surroundings:
 class Core:
     """One host's opportunistic encryption. `feed` goes in, actions go to the rooms in their order."""
 
-    def __init__(self, policy: PolicyTable, journal: Journal, *, insecure_keys: bool, block: bool) -> None:
+    def __init__(
+        self,
+        policy: PolicyTable,
+        journal: Journal,
+        *,
+        insecure_keys: bool,
+        block: bool,
+        by_certificate: PrefixSet = NO_PREFIXES,
+    ) -> None:
         self.journal = journal
         self.policy = policy
         self.manual = ManualKeying(NoBackend())
         self.engine = Engine(
-            engine_settings(policy, insecure_keys, block, self.settled_elsewhere, self.is_own)
+            engine_settings(policy, insecure_keys, block, self.settled_elsewhere, self.is_own, by_certificate)
         )
         self.steps = Steps(self._internal_error)
         self.connections = Conventional(self)
@@ -388,6 +396,7 @@ def engine_settings(
     block: bool,
     settled: Callable[[IpAddress], tuple[str, bool] | None],
     own: Callable[[IpAddress], bool],
+    by_certificate: PrefixSet = NO_PREFIXES,
 ) -> EngineSettings:
     """`settled`: by what a destination is settled (a manual policy, a connection), and whether of some protocols
     only. To the engine such a destination is clear: it begins nothing with it, and answers no offer, so that no
@@ -407,4 +416,4 @@ def engine_settings(
         other = policy.groups_of(address) if configured[1] else frozenset()
         return other | {PolicyGroup.CLEAR}
 
-    return EngineSettings(group_of, insecure_keys, block, groups_of, own)
+    return EngineSettings(group_of, insecure_keys, block, groups_of, own, by_certificate.__contains__)

@@ -17,6 +17,7 @@ from oepy.engine.messages import (
     Input,
     NegotiationFailed,
     OutboundReady,
+    Proof,
     StartIke,
     TunnelDown,
     TunnelMoved,
@@ -34,8 +35,9 @@ _FAILURES = {
     ike.FailureKind.SILENT: Failure.SILENT,
     ike.FailureKind.PROOF_FAILED: Failure.PROOF_FAILED,
 }
-# Whoever owns a zone can let a name lead anywhere: packets to there must not be held for long
-BY_NAME = Retransmission(total=3.0)
+# Whoever owns a zone can let a name lead anywhere, and most hosts know nothing of IKE: where the destination itself
+# publishes nothing, packets to there must not be held for long
+UNPUBLISHED = Retransmission(total=3.0)
 MAX_CONTACTED = 100_000
 MAX_QUESTIONS = 4096  # running DNS questions of responders
 ADMISSION_SECONDS = 20.0  # for all lookups of one offer; IKE waits for 30
@@ -74,6 +76,7 @@ class Negotiator:
         self._own = own
         self._admissions = admissions
         self._connections = connections
+        self._vouched = connections.vouched
         self._ports = ports
         self._attempt_of: dict[int, tuple[int, IpAddress]] = {}  # session → attempt, destination
         self._session_of: dict[int, int] = {}  # attempt → session
@@ -128,6 +131,7 @@ class Negotiator:
         if action.attempt in self._cancelled:
             return
         inner = action.source if action.source is not None else local
+        by_certificate = action.by is Proof.CERTIFICATE
         now = self._ports.monotonic()
         session = self.endpoint.initiate(
             Initiate(
@@ -138,11 +142,15 @@ class Negotiator:
                 remote_keys=action.keys,
                 own_auth="null" if own.state == "absent" else "pubkey",
                 initial_contact=gateway not in self._contacted,
-                retransmission=BY_NAME if action.by_name else None,
-                authenticated_by="name" if action.by_name else "dns",
+                retransmission=None if action.by is Proof.RECORD else UNPUBLISHED,
+                authenticated_by="name" if action.by is Proof.NAME else "dns",
+                by_certificate=by_certificate,
+                settings=self._connections.answers.opportunistic(asking=True) if by_certificate else None,
             ),
             now,
         )
+        if by_certificate:
+            self._vouched.begin(session, action.destination)
         if len(self._contacted) < MAX_CONTACTED:
             self._contacted.add(gateway)
         self._attempt_of[session] = (action.attempt, action.destination)
@@ -268,8 +276,8 @@ class Negotiator:
                 self._answer(event.token, self._known_at_once(event))
             case ike.AddressesAssigned():
                 self._connections.assigned(event)
-            case ike.ReauthenticationBegun() if self._connections.has_session(event.replaces):
-                self._connections.reauthenticating(event)
+            case ike.ReauthenticationBegun():
+                self._reauthenticating(event)
             case ike.NeedPeerKey() | ike.NeedNarrowing() if self._answered(event):
                 pass
             case ike.NeedPeerKey() | ike.NeedNarrowing() if len(self._tasks) >= MAX_QUESTIONS:
@@ -321,6 +329,12 @@ class Negotiator:
                     self._connections.established(event)
             case ike.SessionDown():
                 self._session_down(event)
+
+    def _reauthenticating(self, event: ike.ReauthenticationBegun) -> None:
+        if self._connections.has_session(event.replaces):
+            self._connections.reauthenticating(event)
+        else:
+            self._vouched.follow(event.session, event.replaces)
 
     def _known_at_once(self, event: ike.Question) -> object:
         match event:
@@ -392,6 +406,7 @@ class Negotiator:
         return known
 
     def _session_failed(self, event: ike.SessionFailed) -> None:
+        self._vouched.end(event.session)
         known = self._forget_attempt(event.session)
         text = event.text + (f" ({event.notify})" if event.notify else "")
         if known is None:
@@ -409,6 +424,7 @@ class Negotiator:
         self._ports.report("ike-down", peer=str(event.remote.address), reason=event.reason.value)
         if self._connections.has_session(event.session):
             self._connections.down(event.session)
+        self._vouched.end(event.session)
         known = self._forget_attempt(event.session)
         if known is not None:
             attempt, destination = known
@@ -417,6 +433,10 @@ class Negotiator:
     # ------------------------------------------------------------ questions that take time
 
     async def _find_key(self, event: ike.NeedPeerKey) -> None:
+        if self._vouched.has(event.session):
+            self._answer(event.token, await self._vouched.keys(event))
+            self.pump()
+            return
         keys, reason = await self._admissions.keys_of(event.identity)
         if not keys:
             self._ports.report(
@@ -426,7 +446,9 @@ class Negotiator:
         self.pump()
 
     async def _check_status(self, event: ike.NeedStatus) -> None:
-        self._answer(event.token, await self._connections.answers.status(event))
+        vouched = self._vouched.has(event.session)
+        asked = self._vouched.status if vouched else self._connections.answers.status
+        self._answer(event.token, await asked(event))
         self.pump()
 
     async def _narrow(self, event: ike.NeedNarrowing) -> None:
@@ -439,6 +461,7 @@ class Negotiator:
             event.local_ts,
             event.identity,
             event.remote.port,
+            self._vouched.address_of(event.session),
         )
         try:
             async with asyncio.timeout(ADMISSION_SECONDS):

@@ -80,6 +80,7 @@ class Daemon(Core):
             Journal(time.time, log),
             insecure_keys=config.insecure_keys,
             block=config.after_failed_ike_blocks,
+            by_certificate=config.certified_peers,
         )
         self._stop = asyncio.Event()
         self._manual_lock = asyncio.Lock()
@@ -384,7 +385,7 @@ class Daemon(Core):
         self.policy = PolicyTable(config.rules, config.default_group)
         self.engine.settings = engine_settings(
             *(self.policy, config.insecure_keys, config.after_failed_ike_blocks),
-            *(self.settled_elsewhere, self.is_own),
+            *(self.settled_elsewhere, self.is_own, config.certified_peers),
         )
         self.connections.load(config.connections, keys)
         self.feed(engine_messages.Reloaded())

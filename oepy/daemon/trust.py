@@ -41,10 +41,10 @@ class Ending:
 def endings(configured: ConnectionSet, now: float) -> list[Ending]:
     """Of what the connections show and trust; the soonest first. `now` in seconds since 1970. Not of a system's
     whole bundle of CAs, of which some always end."""
-    shown = {file for connection in configured.connections for file in connection.local.certs}
+    shown = {file for connection in configured.certified for file in connection.local.certs}
     trusted = {
         file
-        for connection in configured.connections
+        for connection in configured.certified
         for file in (*connection.remote.cacerts, *connection.remote.certs)
     }
     found = [
@@ -100,7 +100,7 @@ class Trusts:
         another answer now."""
         changed = False
         everybody = [one for found in self._configured.certificates.values() for one in found]
-        shown = [self._shown(one) for one in self._configured.connections if one.send_cert != "never"]
+        shown = [self._shown(one) for one in self._configured.certified if one.send_cert != "never"]
         for certificate in dict.fromkeys(shown):
             now = self._wall_clock()
             if certificate is None or now < self._ask_again.get(certificate, 0.0):
@@ -119,7 +119,7 @@ class Trusts:
 
     def settings(self, connection: Connection) -> Certificates:
         remote = connection.remote
-        ask = remote.auth == "x509" and connection.send_certreq
+        ask = remote.auth == "x509" and connection.send_certreq and bool(remote.cacerts or remote.certs)
         return Certificates(
             chain=tuple(map(to_der, self._configured.certificates_of(connection.local.certs))),
             send=connection.send_cert,

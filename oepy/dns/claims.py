@@ -18,7 +18,7 @@ import dns.rdatatype
 
 from oepy.dns.names import MAX_NAMES
 from oepy.dns.peers import PEER_SECONDS, DnsKeySource, addresses_in
-from oepy.dns.validator import Validator
+from oepy.dns.validator import Outcome, Validator
 from oepy.model import Bogus, IpAddress, KeyAnswer, PeerKey, Secure, Security
 from oepy.resolvers import ResolverState
 
@@ -87,24 +87,31 @@ class NamedKeySource:
         except TimeoutError:
             return [_Claim(dns.name.root, note=f"the names {', '.join(names)} gave no answer in time")]
 
-    async def _claim(self, address: IpAddress, text: str) -> _Claim:
+    async def doubts(self, name: str, address: IpAddress) -> str:
+        known = _name(name)
+        if known is None:
+            return f"{name[:80]!r} is no domain name"
         try:
-            name = dns.name.from_text(text, dns.name.root)
-        except (dns.exception.DNSException, UnicodeError):
-            return _Claim(dns.name.root, note=f"{text[:80]!r} is no domain name")
+            async with asyncio.timeout(PEER_SECONDS):
+                return _doubts(known, address, await self._place(known, address))
+        except TimeoutError:
+            return f"the name {known} gave no answer in time"
+
+    async def _place(self, name: dns.name.Name, address: IpAddress) -> Outcome:
         rdtype = dns.rdatatype.A if address.version == 4 else dns.rdatatype.AAAA
-        answer, place = await asyncio.gather(
-            self._source.peer_keys(text), self._validator.lookup(name, int(rdtype))
-        )
+        return await self._validator.lookup(name, int(rdtype))
+
+    async def _claim(self, address: IpAddress, text: str) -> _Claim:
+        name = _name(text)
+        if name is None:
+            return _Claim(dns.name.root, note=f"{text[:80]!r} is no domain name")
+        answer, place = await asyncio.gather(self._source.peer_keys(text), self._place(name, address))
         questions = answer.questions + place.questions
         if not isinstance(answer, Secure):
             return _Claim(name, note=f"{name}: {answer.reason}", questions=questions)
-        if place.status is not Security.SECURE:
-            return _Claim(
-                name, note=f"{name}: its address is not secure: {place.reason}", questions=questions
-            )
-        if address not in addresses_in([place]):
-            return _Claim(name, note=f"{name} does not lead to {address}", questions=questions)
+        doubts = _doubts(name, address, place)
+        if doubts:
+            return _Claim(name, note=doubts, questions=questions)
         keys = tuple(
             replace(key, gateways=(address,), ttl=min(key.ttl, place.ttl) if place.ttl else key.ttl)
             for key in answer.keys
@@ -114,6 +121,21 @@ class NamedKeySource:
             "publishes a key" if keys else "names another gateway than that address"
         )
         return _Claim(name, keys, note, questions)
+
+
+def _name(text: str) -> dns.name.Name | None:
+    try:
+        return dns.name.from_text(text, dns.name.root)
+    except (dns.exception.DNSException, UnicodeError):
+        return None
+
+
+def _doubts(name: dns.name.Name, address: IpAddress, place: Outcome) -> str:
+    if place.status is not Security.SECURE:
+        return f"{name}: its address is not secure: {place.reason}"
+    if address not in addresses_in([place]):
+        return f"{name} does not lead to {address}"
+    return ""
 
 
 __all__ = ["NamedKeySource"]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from oepy.engine import table
-from oepy.engine.entry import Entry, Key, candidates_of, tunnel_of
+from oepy.engine.entry import Candidate, Entry, Key, candidates_of, tunnel_of
 from oepy.engine.forecast import cause_of
 from oepy.engine.messages import (
     Action,
@@ -28,6 +28,7 @@ from oepy.engine.messages import (
     NegotiationFailed,
     NoSa,
     OutboundReady,
+    Proof,
     ReadCounters,
     Reloaded,
     Remove,
@@ -44,6 +45,7 @@ from oepy.engine.messages import (
 )
 from oepy.engine.table import Cause, State
 from oepy.model import (
+    Absent,
     AddressRange,
     Authenticated,
     Bogus,
@@ -72,13 +74,14 @@ _FAILURE_CAUSE = {
 class EngineSettings:
     """`group_of` maps an address to its policy group and the text of the matching prefix; `groups_of` to all
     groups that single ports or protocols may have there as well (None: only that one). `is_own`: whether an address
-    is this host's."""
+    is this host's. `by_certificate`: whether one without a published key is asked for a certificate."""
 
     group_of: Callable[[IpAddress], tuple[PolicyGroup, str]]
     use_insecure_keys: bool = False
     after_failed_ike_blocks: bool = False
     groups_of: Callable[[IpAddress], frozenset[PolicyGroup]] | None = None
     is_own: Callable[[IpAddress], bool] = lambda _: False
+    by_certificate: Callable[[IpAddress], bool] = lambda _: False
 
     def possible(self, address: IpAddress) -> frozenset[PolicyGroup]:
         if self.groups_of is not None:
@@ -241,7 +244,7 @@ class Engine:
                     "questions": answer.questions,
                 },
             )
-            self._choose(entry, answer, now)
+            entry.candidates = self._candidates(entry, answer, entry.source, now)
             if any(self.settings.is_own(candidate.gateway) for candidate in entry.candidates):
                 # Nobody protects the last stretch but whoever is at its end (RFC 4322 §3.2)
                 entry.candidates = []
@@ -251,16 +254,23 @@ class Engine:
             else:
                 yield from self._settle(entry, cause_of(answer), answer.reason, now)
 
-    def _choose(self, entry: Entry, answer: KeyAnswer, now: float) -> None:
+    def _candidates(
+        self, entry: Entry, answer: KeyAnswer, source: IpAddress | None, now: float
+    ) -> list[Candidate]:
         """The gateways to try: of the records that speak for the address, else (where the alternative is the
-        clear) of names that claim it."""
+        clear) of names that claim it, and last the address itself, where it may have a certificate."""
         usable = self._usable_keys(answer)
-        entry.by_name = not usable
-        if not usable and not self._wants_proof(entry):
+        if usable:
+            return candidates_of(usable, source)
+        found: list[Candidate] = []
+        if not self._wants_proof(entry):
             if now >= entry.refused_until:
                 entry.refused = frozenset()
-            usable = tuple(record for record in answer.claims if record.key not in entry.refused)
-        entry.candidates = candidates_of(usable, entry.source)
+            claims = (record for record in answer.claims if record.key not in entry.refused)
+            found = candidates_of(claims, source, Proof.NAME)
+        if isinstance(answer, (Absent, Insecure)) and self.settings.by_certificate(entry.destination):
+            found.append(Candidate(entry.destination, (), Proof.CERTIFICATE))
+        return found
 
     def _named(self, message: Named, now: float) -> Iterator[Action]:
         """Ask before the first packet comes. What was decided without this name is looked at again."""
@@ -309,7 +319,7 @@ class Engine:
             },
         )
         yield StartIke(
-            entry.attempt, entry.destination, candidate.gateway, candidate.keys, entry.source, entry.by_name
+            entry.attempt, entry.destination, candidate.gateway, candidate.keys, entry.source, candidate.by
         )
 
     def _new_attempt(self, entry: Entry) -> int:
@@ -333,7 +343,7 @@ class Engine:
         yield Report(
             "ike-failed",
             {"peer": str(entry.destination), "failure": message.failure.name.lower(), "reason": message.text},
-            alert=message.failure is Failure.PROOF_FAILED and not entry.by_name,
+            alert=message.failure is Failure.PROOF_FAILED and entry.published,
         )
         if entry.tried < len(entry.candidates):
             yield from self._next_gateway(entry, now)
@@ -341,17 +351,19 @@ class Engine:
         yield from self._settle_failed(entry, message.text, now)
 
     def _settle_failed(self, entry: Entry, detail: str, now: float) -> Iterator[Action]:
-        """No gateway gave a tunnel. Where only names claimed the address it is as if they had not: else whoever
-        owns any zone could close an address to us."""
+        """No gateway gave a tunnel. Where the destination itself publishes nothing it is as if nobody had been
+        asked: else whoever owns any zone could close an address to us. (Under `private` it stays shut anyway, and
+        is tried again sooner.)"""
         worst = entry.worst if isinstance(entry.worst, Failure) else Failure.SILENT
         cause = _FAILURE_CAUSE[worst]
-        if entry.by_name and entry.answer is not None:
+        if not entry.published and entry.answer is not None:
             keys = {key for candidate in entry.candidates for key in candidate.keys}
-            entry.refused, entry.refused_until = entry.refused | keys, now + table.CLAIM_REFUSED
-            cause = cause_of(entry.answer)
-            detail = (
-                f"{entry.answer.owner} confirms no key, and no name that leads here could be proven: {detail}"
-            )
+            if keys:
+                entry.refused, entry.refused_until = entry.refused | keys, now + table.CLAIM_REFUSED
+            if not entry.group.fails_closed:
+                cause = cause_of(entry.answer)
+            unproven = "no certificate" if not keys else "no name that leads here"
+            detail = f"{entry.answer.owner} confirms no key, and {unproven} could be proven: {detail}"
         yield from self._settle(entry, cause, detail, now)
 
     def _settle(self, entry: Entry, cause: Cause, detail: str, now: float) -> Iterator[Action]:
@@ -570,12 +582,10 @@ class Engine:
             if entry is not None:
                 yield entry.key, entry
 
-    def _cover(self, entry: Entry, answer: KeyAnswer, _now: float) -> Iterator[Action]:
+    def _cover(self, entry: Entry, answer: KeyAnswer, now: float) -> Iterator[Action]:
         """Negotiate for the further source, with the first gateway only: the destination is reachable."""
         source, entry.uncovered = entry.uncovered, None
-        keys = self._usable_keys(answer)
-        by_name = not keys and entry.authenticated is Authenticated.NAME
-        candidates = candidates_of(answer.claims if by_name else keys, source)
+        candidates = self._candidates(entry, answer, source, now)
         if entry.state is not State.PRIVATE or not candidates:
             return
         attempt = self._new_attempt(entry)
@@ -583,7 +593,7 @@ class Engine:
             "negotiate", {"peer": str(entry.destination), "reason": f"no tunnel for source {source}"}
         )
         first = candidates[0]
-        yield StartIke(attempt, entry.destination, first.gateway, first.keys, source, by_name)
+        yield StartIke(attempt, entry.destination, first.gateway, first.keys, source, first.by)
 
     # ------------------------------------------------------------ aging
 
@@ -692,6 +702,12 @@ class Engine:
             return [entry for first, _ in dict.fromkeys(ranges) for _, entry in self._at(first)]
         return [entry for entry in self.entries.values() if _is_within(entry.destination, ranges)]
 
+    def _may_have_certificate(self, entry: Entry) -> bool:
+        """Whether it is asked for one from now on, and was decided without it."""
+        decided = entry.state in (State.CLEAR, State.BLOCKED) and isinstance(entry.answer, (Absent, Insecure))
+        asked = any(candidate.by is Proof.CERTIFICATE for candidate in entry.candidates)
+        return decided and not asked and self.settings.by_certificate(entry.destination)
+
     def _reloaded(self, message: Reloaded, now: float) -> Iterator[Action]:
         """Destinations that a new policy puts into another group start anew; others keep their tunnels."""
         for entry in self._within(message.within):
@@ -701,6 +717,8 @@ class Engine:
             held = entry.authenticated
             unproven = held is not None and not held.proves_address and self._wants_proof(entry)
             if entry.group in self.settings.possible(entry.destination) and not unproven:
+                if self._may_have_certificate(entry):
+                    yield from self._reset(entry, "it may have a certificate", now)
                 continue
             spis = [tunnel.spi_in for tunnel in entry.tunnels]
             if entry.attempt:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from oepy.engine.messages import Proof
 from oepy.engine.table import MAX_GATEWAYS, TRANSITIONS, State
 from oepy.errors import MisuseError
 from oepy.model import Authenticated, IpAddress, KeyAnswer, PeerKey, PolicyGroup, PublicKey, SaPair
@@ -18,9 +19,12 @@ class Candidate:
 
     gateway: IpAddress
     keys: tuple[PublicKey, ...]
+    by: Proof = Proof.RECORD
 
 
-def candidates_of(keys: Iterable[PeerKey], source: IpAddress | None) -> list[Candidate]:
+def candidates_of(
+    keys: Iterable[PeerKey], source: IpAddress | None, by: Proof = Proof.RECORD
+) -> list[Candidate]:
     """Gateways in the order of the records. Where a record names several addresses of one gateway, those of
     the source's family come first."""
     by_gateway: dict[IpAddress, list[PublicKey]] = {}
@@ -32,7 +36,7 @@ def candidates_of(keys: Iterable[PeerKey], source: IpAddress | None) -> list[Can
             known = by_gateway.setdefault(gateway, [])
             if record.key not in known:
                 known.append(record.key)
-    return [Candidate(gateway, tuple(found)) for gateway, found in by_gateway.items()][:MAX_GATEWAYS]
+    return [Candidate(gateway, tuple(found), by) for gateway, found in by_gateway.items()][:MAX_GATEWAYS]
 
 
 @dataclass(slots=True)
@@ -61,7 +65,6 @@ class Entry:
     answer: KeyAnswer | None = None
     answered_at: float = 0.0
     candidates: list[Candidate] = field(default_factory=list)
-    by_name: bool = False  # the candidates' keys are claims
     names: tuple[str, ...] = ()  # that have caused a lookup already
     refused: frozenset[PublicKey] = frozenset()  # claimed keys that the address could not prove ...
     refused_until: float = 0.0  # ... and are not tried before then
@@ -78,6 +81,11 @@ class Entry:
     @property
     def key(self) -> Key:
         return (self.group, self.destination)
+
+    @property
+    def published(self) -> bool:
+        """Whether the candidates are what the destination's own records name."""
+        return all(candidate.by is Proof.RECORD for candidate in self.candidates)
 
     @property
     def authenticated(self) -> Authenticated | None:

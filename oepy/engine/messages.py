@@ -180,16 +180,25 @@ class StartLookup:
     destination: IpAddress
 
 
+class Proof(enum.Enum):
+    """What a gateway has to prove."""
+
+    RECORD = "record"  # a key that the destination's own records name
+    NAME = "name"  # one that a name claims which leads to the destination (`KeyAnswer.claims`)
+    CERTIFICATE = "certificate"  # that a CA vouches for it: nothing is published
+
+
 @dataclass(frozen=True, slots=True)
 class StartIke:
-    """Negotiate with `gateway`, which must prove one of `keys`, for traffic to `destination`."""
+    """Negotiate with `gateway`, which must prove one of `keys` (none with `Proof.CERTIFICATE`), for traffic to
+    `destination`."""
 
     attempt: int
     destination: IpAddress
     gateway: IpAddress
     keys: tuple[PublicKey, ...]
     source: IpAddress | None  # the trapped packet's source where it is ours to protect
-    by_name: bool = False  # the keys are claims (`KeyAnswer.claims`)
+    by: Proof = Proof.RECORD
 
 
 @dataclass(frozen=True, slots=True)

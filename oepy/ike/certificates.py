@@ -10,7 +10,6 @@ from oepy.ike.flow import Questions
 from oepy.ike.header import PayloadType
 from oepy.ike.payload_cert import CertData, CertEncoding, CertRequest, build_cert, build_certreq
 from oepy.ike.payloads import Payload
-from oepy.model import Authenticated
 
 if TYPE_CHECKING:
     from oepy.ike.message import Message
@@ -55,7 +54,7 @@ def sent(message: Message, encoding: CertEncoding = CertEncoding.X509) -> tuple[
 def check_status(session: Session, message: Message) -> Questions[str]:
     """Why the certificate that just proved the peer is not to be used any more; "" where nothing is against it.
     Asked only now, as the answer may need the network: strangers must not make us fetch."""
-    if session.authenticated is not Authenticated.X509:
+    if not session.certified:
         return ""
     assert session.identity is not None
     answer = yield NeedStatus(

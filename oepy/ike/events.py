@@ -64,7 +64,7 @@ class NeedPeerKey(Question):
 
 @dataclass(frozen=True, slots=True)
 class NeedStatus(Question):
-    """Is the certificate that proved this peer (`Known.authenticated` X509) still good? It has shown that the key
+    """Is the certificate that proved this peer (`Known.certified`) still good? It has shown that the key
     is its own, so that fetching for it is worth while. Answer: True, or Refused with the reason."""
 
     identity: PeerIdentity
@@ -85,12 +85,14 @@ class NeedPsk(Question):
 @dataclass(frozen=True, slots=True)
 class Known:
     """An answer to NeedPeerKey (`keys`) or NeedPsk (`psk`) that says more: how the keys were learnt, and with which
-    settings to go on, now that the peer's name is known (identity, own_auth, offers for children, lifetimes …)."""
+    settings to go on, now that the peer's name is known (identity, own_auth, offers for children, lifetimes …).
+    `certified`: from certificates, about which NeedStatus asks when the key is proven."""
 
     keys: tuple[PublicKey, ...] = ()
     psk: Secret | None = None
     authenticated: Authenticated = Authenticated.DNS
     settings: IkeSettings | None = None
+    certified: bool = False
 
 
 @dataclass(frozen=True, slots=True)

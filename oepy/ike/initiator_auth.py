@@ -248,6 +248,7 @@ def _certified_keys(
         raise _unproven(known.reason)
     if not isinstance(known, Known) or not known.keys:
         raise _unproven(f"no usable key is known of {idr.identity}")
+    session.certified = known.certified
     return known.keys, known.authenticated
 
 

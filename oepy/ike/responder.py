@@ -264,6 +264,7 @@ def _verify_peer(
     if session.key is None:
         raise _unproven(f"the proof of {idi.identity} is not by a key that it publishes")
     session.authenticated = known.authenticated if isinstance(known, Known) else Authenticated.DNS
+    session.certified = isinstance(known, Known) and known.certified
     _go_on_with(session, known)
     return None
 

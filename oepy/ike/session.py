@@ -63,6 +63,7 @@ class Session:
         "authenticated",
         "candidate",
         "candidate_for",
+        "certified",
         "childless_since",
         "children",
         "closing",
@@ -151,12 +152,12 @@ class Session:
         self.key: PublicKey | None = None
         self.origin = (initiator, b"")
         """Whether we began the first IKE SA of this one's line, and the SPIs of that, the initiator's first."""
-        self.own_proof = False  # we proved a key too (not NULL)
+        self.certified = self.own_proof = False
+        """Whether the key is out of a certificate, and whether we proved one too (not NULL)."""
         self.early_deletes: tuple[int, ...] = ()
         """Outbound SPIs that the peer deleted before we had its answer that makes them."""
         self.label = self.connection = self.last_error = ""
-        self.encap = False
-        self.nat_local = self.nat_remote = False
+        self.encap = self.nat_local = self.nat_remote = False
         self.mobike: Mobike | None = None  # where both agreed on it
         self.arrived = (local, remote)  # our end and the peer's of its last request
         self.created = self.heard_at = context.now

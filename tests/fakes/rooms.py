@@ -130,11 +130,15 @@ class FakeKeys:
         self.answers = answers
         self.asked: list[str] = []
         self.names: list[tuple[str, ...]] = []
+        self.places: dict[str, tuple[IpAddress, ...]] = {}  # where names lead, securely
 
     async def peer_keys(self, subject: IpAddress | str, names: Sequence[str] = ()) -> KeyAnswer:
         self.asked.append(str(subject))
         self.names.append(tuple(names))
         return self.answers.get(str(subject), Absent(str(subject), "owner.", 60))
+
+    async def doubts(self, name: str, address: IpAddress) -> str:
+        return "" if address in self.places.get(name, ()) else f"{name} does not lead to {address}"
 
     def resolver_states(self) -> tuple[ResolverState, ...]:
         return ()

@@ -28,7 +28,7 @@ from oepy.model import (
     PublicKey,
     Secure,
 )
-from oepy.policy import PolicyTable
+from oepy.policy import NO_PREFIXES, PolicyTable, PrefixSet
 from tests.fakes.rooms import FakeDatapath, FakeHostAddresses, FakeKeys, FakeTrap
 
 
@@ -80,6 +80,7 @@ class Host:
         leases: Path | None = None,
         fetch: Fetcher = nothing_fetched,
         force_encap: bool = True,
+        certified: PrefixSet = NO_PREFIXES,
     ) -> None:
         self.force_encap = force_encap
         self.address = ip_address(address)
@@ -89,6 +90,7 @@ class Host:
         self.group = group
         self.rules = rules
         self.configured, self.keys = configured, keys or {}
+        self.certified = certified
         self.wall_clock = wall_clock
         self.fetch = fetch
         self.identity: str | None = None
@@ -108,6 +110,7 @@ class Host:
             Journal(lambda: 0.0, self.events.append),
             insecure_keys=False,
             block=False,
+            by_certificate=self.certified,
         )
         self.core.wire(
             Surroundings(
@@ -133,7 +136,7 @@ class Host:
             )
         )
         self.router.hosts[self.address] = self
-        if self.configured.connections:
+        if self.configured != EMPTY:
             self.core.connections.load(self.configured, self.keys)
 
     def crash(self) -> None:

@@ -15,6 +15,7 @@ from oepy.engine.messages import (
     LookupDone,
     Named,
     NegotiationFailed,
+    Proof,
     Report,
     StartIke,
     StartLookup,
@@ -79,9 +80,9 @@ def test_claims_are_tried_where_the_alternative_is_the_clear() -> None:
         _, actions = looked_up(OE, claimed(answer))
         (start,) = actions
         assert isinstance(start, StartIke)
-        assert (start.keys, start.by_name) == ((OTHER_KEY,), True)
+        assert (start.keys, start.by) == ((OTHER_KEY,), Proof.NAME)
     _, (start,) = looked_up(OE, secure())
-    assert (start.keys, start.by_name) == ((KEY,), False)
+    assert (start.keys, start.by) == ((KEY,), Proof.RECORD)
 
 
 @pytest.mark.parametrize("answer", [ABSENT, INSECURE, SILENT_DNS])
