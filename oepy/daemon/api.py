@@ -218,9 +218,8 @@ class ControlApi:
             return await self._explain_connection(destination, label)
         entry = self._daemon.engine.find(destination)
         if entry is None:
-            data = await foretell(
-                destination, self._daemon.policy, self._daemon.keys, self._daemon.config.insecure_keys
-            )
+            daemon = self._daemon
+            data = await foretell(destination, daemon.policy, daemon.keys, daemon.config)
         else:
             sa = None
             if entry.tunnels and entry.tunnels[-1].spi_in in self._daemon.engine.pairs:

@@ -20,14 +20,19 @@ if TYPE_CHECKING:
 
 
 async def foretell(
-    destination: IpAddress, policy: PolicyTable, source: KeySource, use_insecure_keys: bool
+    destination: IpAddress, policy: PolicyTable, source: KeySource, config: Config
 ) -> dict[str, Any]:
     """The story of a destination without an entry; asks the DNS where the group would."""
     match = policy.match_address(destination)
     if match.group in STATIC:
         return views.would_be(str(destination), match, None, STATIC[match.group])
     answer = await source.peer_keys(destination)
-    outcome = forecast(match.group, answer, use_insecure_keys=use_insecure_keys, is_own=is_own)
+    outcome = forecast(
+        *(match.group, answer),
+        use_insecure_keys=config.insecure_keys,
+        by_certificate=destination in config.certified_peers,
+        is_own=is_own,
+    )
     return views.would_be(str(destination), match, answer, outcome)
 
 
@@ -45,7 +50,7 @@ def explain_without_daemon(config_path: str | None, destination: IpAddress) -> d
 
     async def ask() -> dict[str, Any]:
         source = key_source(config)
-        return await foretell(destination, policy, source, config.insecure_keys)
+        return await foretell(destination, policy, source, config)
 
     data = asyncio.run(ask())
     data["trap"] = "no daemon runs here: this is what would happen"

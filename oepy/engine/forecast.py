@@ -31,9 +31,10 @@ def forecast(
     answer: KeyAnswer,
     *,
     use_insecure_keys: bool,
+    by_certificate: bool = False,
     is_own: Callable[[IpAddress], bool] = lambda _: False,
 ) -> str:
-    """One sentence: what the first packet would meet."""
+    """One sentence: what the first packet would meet. `by_certificate` as of `EngineSettings`, for this one."""
     usable = answer.keys if isinstance(answer, Secure) else ()
     if isinstance(answer, Insecure) and use_insecure_keys:
         usable = answer.keys
@@ -46,4 +47,7 @@ def forecast(
     outcome = table.outcome_for(group, cause, after_failed_ike_blocks=False)
     then = "goes on in the clear" if outcome.verdict is Verdict.CLEAR else "is blocked"
     detail = f" ({answer.reason})" if answer.reason else ""
+    if by_certificate and not usable and isinstance(answer, (Absent, Insecure)):
+        asked = f"the first packet is held for some seconds while {answer.subject} is asked for a certificate"
+        return f"{asked}; without a good one it {then}: {cause.value}{detail}"
     return f"the first packet {then}: {cause.value}{detail}"

@@ -35,11 +35,12 @@ class Pluto:
         self._namespace: Namespace
         self._process: subprocess.Popen[Any] | None = None
         self.ckaid = ""
+        self.nss = f"sql:{self.directory / 'nss'}"
         for name in ("nss", "run", "ipsec.d/policies"):
             (self.directory / name).mkdir(parents=True, exist_ok=True)
         if not (PROGRAMS / "pluto").exists():
             raise OepyError(f"no libreswan in {PROGRAMS}", "install it, or see scripts/unpack-peers")
-        run("certutil", "-N", "--empty-password", "-d", f"sql:{self.directory / 'nss'}")
+        run("certutil", "-N", "--empty-password", "-d", self.nss)
 
     def make_key(self) -> PublicKey:
         """Its RSA host key, in its own key store."""

@@ -74,6 +74,7 @@ class LabHost:
     datapath: str = "auto"
     trap: str = "auto"
     identity: str | None = None
+    certs: tuple[str, ...] = ()  # files that it shows to peers that ask
     dns: dict[str, Any] = field(default_factory=dict)  # besides resolvers and anchors
     process: subprocess.Popen[Any] | None = None
 
@@ -92,7 +93,11 @@ class LabHost:
         import yaml
 
         config: dict[str, Any] = {
-            "identity": {"key": str(self.directory / "host.key"), "id": self.identity},
+            "identity": {
+                "key": str(self.directory / "host.key"),
+                "id": self.identity,
+                "certs": list(self.certs),
+            },
             "dns": {"resolvers": [NS_V4], "trust_anchors": [str(self.anchors)], **self.dns},
             "policy": self.policy,
             "control": {"socket": str(self.directory / "oepy.sock")},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ipaddress import ip_network
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 from oepy.config import load, parse, parse_rule
 from oepy.configfile import system_resolvers
 from oepy.errors import ConfigError
-from oepy.model import PolicyGroup
+from oepy.keys import HostKey
+from oepy.model import IpAddress, PolicyGroup
+from oepy.policy import NO_PREFIXES, PrefixSet
+from tests.fakes.certificates import DNS, IP, Holder, pem
 
 RESOLVER = "dns: {resolvers: [192.0.2.53]}\n"
 
@@ -153,3 +156,109 @@ def test_any_structure_is_either_a_configuration_or_a_list_of_mistakes(data: obj
         parse(yaml.safe_dump(data))
     except ConfigError as error:
         assert all(problem.startswith("line ") for problem in error.problems)
+
+
+# ---- certificates instead of keys in the DNS -----------------------------------------------------------
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A directory with a host key, its certificate, that of another key, and the CA's."""
+    root = Holder("Root")
+    own = Holder("own", root, ca=False, alternatives=[DNS("alpha.example")])
+    by_address = Holder("own", root, ca=False, alternatives=[IP(ip_address("192.0.2.10"))], key=own.key)
+    HostKey(own.key).save(tmp_path / "host.key")
+    for name, holder in {
+        "own": own,
+        "by_address": by_address,
+        "other": Holder("other", root, ca=False, alternatives=[DNS("alpha.example")]),
+        "ca": root,
+    }.items():
+        (tmp_path / f"{name}.pem").write_bytes(pem(holder))
+    return tmp_path
+
+
+def in_site(site: Path, certs: str = "", identity: str = "", certificates: str = "") -> str:
+    own = f"identity: {{key: {site}/host.key, certs: [{certs}]{identity}}}\n" if certs else ""
+    return f"{RESOLVER}{own}" + (f"policy: {{certificates: {certificates}}}\n" if certificates else "")
+
+
+def test_who_is_asked_for_a_certificate_and_what_is_shown(site: Path) -> None:
+    section = "{cacerts: [ca.pem], peers: [198.51.100.0/24, '2001:db8::/32']}"
+    text = in_site(site, "own.pem", ", id: alpha.example", section)
+    config = parse(text, str(site / "oepy.yaml"))
+    for address, asked in (
+        ("198.51.100.255", True),
+        ("198.51.101.0", False),
+        ("2001:db8:ffff::1", True),
+        ("2001:db9::", False),
+    ):
+        assert (ip_address(address) in config.certified_peers) is asked
+    vouching = config.connections.vouching
+    assert vouching is not None
+    assert vouching.remote.revocation == "ifuri"
+    assert vouching.local.certs == (str(site / "own.pem"),)
+    assert vouching not in config.connections.connections
+    assert len(config.connections.certificates_of(vouching.remote.cacerts)) == 1
+    assert parse(in_site(site, "by_address.pem"), str(site / "oepy.yaml")).certified_peers == NO_PREFIXES
+
+
+@pytest.mark.parametrize(
+    ("certs", "identity", "certificates", "place", "mend"),
+    [
+        ("other.pem", ", id: alpha.example", "", "identity.certs[0]", "another key than identity.key"),
+        ("own.pem", "", "", "identity.certs[0]", "set identity.id to alpha.example"),
+        ("own.pem", ", id: beta.example", "", "identity.certs[0]", "not for identity.id beta.example"),
+        ("absent.pem", "", "", "identity.certs[0]", "absent.pem"),
+        ("host.key", "", "", "identity.certs[0]", "host.key"),
+        (
+            "",
+            "",
+            "{cacerts: [absent.pem], peers: [192.0.2.0/24]}",
+            "policy.certificates.cacerts[0]",
+            "absent",
+        ),
+        (
+            "",
+            "",
+            "{cacerts: [ca.pem], peers: [192.0.2.1/24]}",
+            "policy.certificates.peers[0]",
+            "192.0.2.0/24",
+        ),
+        ("", "", "{cacerts: [ca.pem], peers: []}", "policy.certificates.peers", "at least 1"),
+        ("", "", "{peers: [192.0.2.0/24]}", "policy.certificates.cacerts", "required"),
+        (
+            *("", "", "{cacerts: [ca.pem], peers: [192.0.2.0/24], revocation: no}"),
+            *("policy.certificates.revocation", "strict"),
+        ),
+    ],
+)
+def test_what_is_wrong_with_certificates_is_said(
+    site: Path, certs: str, identity: str, certificates: str, place: str, mend: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(in_site(site, certs, identity, certificates), str(site / "oepy.yaml"))
+    (problem,) = caught.value.problems
+    assert problem.startswith("line 2: ")
+    assert f"{place}: " in problem
+    assert mend in problem
+
+
+def test_a_certificate_without_its_key_is_refused(site: Path) -> None:
+    (site / "host.key").unlink()
+    with pytest.raises(ConfigError) as caught:
+        parse(in_site(site, "own.pem", ", id: alpha.example"), str(site / "oepy.yaml"))
+    assert "the certificate's key is not there" in str(caught.value.problems)
+
+
+@given(
+    st.lists(st.ip_addresses().flatmap(lambda a: st.integers(0, a.max_prefixlen).map(lambda n: (a, n)))),
+    st.ip_addresses(),
+)
+def test_a_set_of_prefixes_holds_what_any_of_them_holds(
+    pairs: list[tuple[IpAddress, int]], one: IpAddress
+) -> None:
+    networks = [ip_network((address, length), strict=False) for address, length in pairs]
+    found = PrefixSet(networks)
+    assert (one in found) == any(one in network for network in networks)
+    assert all(network.network_address in found for network in networks)

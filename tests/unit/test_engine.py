@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ipaddress import IPv4Address, ip_address
+from typing import Any
 
 import pytest
 
@@ -108,7 +109,7 @@ def pair(
     )
 
 
-def engine(group: PolicyGroup = OE, **settings: bool) -> Engine:
+def engine(group: PolicyGroup = OE, **settings: Any) -> Engine:
     return Engine(EngineSettings(lambda _: (group, "0.0.0.0/0"), **settings))
 
 
@@ -120,7 +121,7 @@ def without_reports(actions: list) -> list:
     return [action for action in actions if not isinstance(action, Report)]
 
 
-def looked_up(group: PolicyGroup, answer: KeyAnswer, **settings: bool) -> tuple[Engine, list]:
+def looked_up(group: PolicyGroup, answer: KeyAnswer, **settings: Any) -> tuple[Engine, list]:
     machine = engine(group, **settings)
     assert without_reports(machine.handle(trapped(group), 0.0)) == [StartLookup(PEER)]
     return machine, without_reports(machine.handle(LookupDone(PEER, answer), 0.1))

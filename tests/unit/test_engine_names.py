@@ -1,8 +1,10 @@
-"""The engine and names: looked up ahead of the first packet, and claims that decide nothing."""
+"""The engine, names and certificates: lookups ahead of packets, claims that decide nothing, and who is asked for
+a certificate."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from ipaddress import ip_address
 
 import pytest
 
@@ -15,6 +17,7 @@ from oepy.engine.messages import (
     LookupDone,
     Named,
     NegotiationFailed,
+    NoSa,
     Proof,
     Report,
     StartIke,
@@ -152,7 +155,7 @@ def test_a_name_does_not_reopen_what_was_decided_by_the_addresss_own_records(ans
 
 
 def up(machine: Engine, candidate: object, attempt: int = 0) -> list[object]:
-    return without_reports(machine.handle(TunnelUp(candidate, True, attempt), 2.0))  # type: ignore[arg-type]
+    return without_reports(machine.handle(TunnelUp(candidate, True, attempt), 2.0))
 
 
 def test_certain_peers_replace_less_certain_ones_and_never_the_other_way() -> None:
@@ -185,3 +188,74 @@ def test_a_claimed_tunnel_makes_the_destination_private() -> None:
     entry = machine.find(PEER)
     assert entry is not None
     assert (entry.state, entry.authenticated) == (State.PRIVATE, Authenticated.NAME)
+
+
+# ---- certificates --------------------------------------------------------------------------------------
+
+
+def certified(group: PolicyGroup, answer: KeyAnswer) -> tuple[Engine, list]:
+    return looked_up(group, answer, by_certificate=lambda _: True)
+
+
+@pytest.mark.parametrize("group", [OE, PRIVATE])
+@pytest.mark.parametrize("answer", [ABSENT, INSECURE])
+def test_who_publishes_no_key_is_asked_for_a_certificate(group: PolicyGroup, answer: KeyAnswer) -> None:
+    """At its own address."""
+    _, (start,) = certified(group, answer)
+    assert (start.gateway, start.keys, start.by) == (PEER, (), Proof.CERTIFICATE)
+
+
+@pytest.mark.parametrize("answer", [BOGUS, SILENT_DNS, secure()])
+@pytest.mark.parametrize("group", [OE, PRIVATE])
+def test_a_certificate_never_stands_in_for_what_the_dns_may_say(
+    group: PolicyGroup, answer: KeyAnswer
+) -> None:
+    _, actions = certified(group, answer)
+    assert not [one for one in actions if isinstance(one, StartIke) and one.by is not Proof.RECORD]
+
+
+def test_names_come_before_the_certificate() -> None:
+    """Whoever has a key at its name has not told us to ask for a certificate."""
+    machine, (first,) = certified(OE, claimed())
+    failure = NegotiationFailed(PEER, first.attempt, Failure.PROOF_FAILED, "why")
+    (second,) = without_reports(machine.handle(failure, 1.0))
+    assert (first.by, second.by) == (Proof.NAME, Proof.CERTIFICATE)
+    failure = NegotiationFailed(PEER, second.attempt, Failure.SILENT, "why")
+    assert without_reports(machine.handle(failure, 2.0)) == [
+        Decide(OE, PEER, Verdict.CLEAR, pytest.approx(898.1))
+    ]
+
+
+@pytest.mark.parametrize("failure", list(Failure))
+def test_without_a_good_certificate_private_stays_shut(failure: Failure) -> None:
+    """And tries again soon where the peer was only away: the record's absence says nothing of that."""
+    machine, (start,) = certified(PRIVATE, ABSENT)
+    actions = machine.handle(NegotiationFailed(PEER, start.attempt, failure, "why"), 1.0)
+    (decided,) = without_reports(actions)
+    assert decided.verdict is Verdict.BLOCK
+    assert decided.lifetime == pytest.approx(899.1 if failure is Failure.PROOF_FAILED else 5.0)
+    assert "no certificate could be proven" in str(machine.find(PEER))
+
+
+@pytest.mark.parametrize("failure", list(Failure))
+def test_without_a_good_certificate_the_clear_stays_open(failure: Failure) -> None:
+    for blocks in (False, True):
+        machine, (start,) = looked_up(
+            OE,
+            ABSENT,
+            by_certificate=lambda _: True,
+            after_failed_ike_blocks=blocks,
+        )
+        actions = machine.handle(NegotiationFailed(PEER, start.attempt, failure, "why"), 1.0)
+        assert without_reports(actions) == [Decide(OE, PEER, Verdict.CLEAR, pytest.approx(899.1))]
+        assert not any(action.alert for action in actions if isinstance(action, Report))
+
+
+def test_a_further_source_is_proven_as_the_first_one() -> None:
+    machine, (start,) = certified(PRIVATE, ABSENT)
+    up = pair(authenticated=Authenticated.X509)
+    machine.handle(TunnelUp(up, True, start.attempt), 1.0)
+    further = ip_address("198.18.0.77")
+    assert without_reports(machine.handle(NoSa(further, PEER), 2.0)) == [StartLookup(PEER)]
+    (again,) = without_reports(machine.handle(LookupDone(PEER, ABSENT), 2.1))
+    assert (again.source, again.by) == (further, Proof.CERTIFICATE)

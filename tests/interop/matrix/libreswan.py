@@ -7,16 +7,14 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, pkcs12
-
 from oepy.errors import OepyError
 from oepy.keys import encode, parse_public
 from oepy.lab.libreswan import PROGRAMS, run
-from tests.fakes.certificates import pem
 from tests.interop.matrix.cases import LIBRESWAN, OEPY, PEER, Setup
 from tests.interop.matrix.credentials import OEPY_ID, PEER_ID, SECRET, Credentials
 from tests.interop.matrix.ground import Ground, wait_for
 from tests.interop.matrix.ours import LIVENESS_SECONDS, POOL_FIRST, POOL_LAST
+from tests.interop.nss import take_own, take_root
 
 # The tools that make raw keys, and what the peer's are called in ipsec.conf
 _RAW = {
@@ -64,18 +62,8 @@ class Libreswan:
 
     def _take_certificate(self, kind: str) -> None:
         site = self._credentials.sites[kind]
-        file = self._directory / f"{kind}.p12"
-        file.touch(mode=0o600)
-        file.write_bytes(
-            pkcs12.serialize_key_and_certificates(
-                *(kind.encode(), site.peer.key, site.peer.certificate, [site.middle.certificate]),
-                BestAvailableEncryption(b"matrix"),
-            )
-        )
-        run("pk12util", "-i", str(file), "-d", self._nss, "-W", "matrix", "-K", "")
-        root = self._directory / f"{kind}.root.pem"
-        root.write_bytes(pem(site.root))
-        run("certutil", "-A", "-a", "-i", str(root), "-d", self._nss, "-n", f"{kind} root", "-t", "CT,,")
+        take_own(self._directory, self._nss, kind, site.peer, [site.middle])
+        take_root(self._directory, self._nss, f"{kind} root", site.root)
 
     @property
     def _control(self) -> str:
