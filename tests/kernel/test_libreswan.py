@@ -8,27 +8,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from ipaddress import ip_address
 
 import pytest
 
 from oepy.control import protocol
 from oepy.keys import HostKey
-from oepy.lab import demo
-from oepy.lab.capture import Capture
 from oepy.lab.libreswan import Pluto
 from oepy.lab.nameserver import ExtraHost
-from oepy.lab.network import HOSTS, HostPlan, LabHost, LabNetwork
-from oepy.lab.probe import ping
+from oepy.lab.network import HOSTS, HostPlan, LabNetwork
+from tests.kernel.swan_ground import Ground
 
 pytestmark = [pytest.mark.kernel, pytest.mark.root, pytest.mark.interop, pytest.mark.timeout(900)]
 
 ALPHA, BETA, GAMMA = HOSTS[0], HOSTS[1], HOSTS[2]
 SWAN = HostPlan("swan", "198.18.0.60", "2001:2::60", False, "none")
 NULLSWAN = HostPlan("nullswan", "198.18.0.70", "2001:2::70", False, "none")
-PATIENCE = 60  # pings, for a peer that loses the first ones
-REPLY_SECONDS = 5.0  # an emulated machine holds the first packet for a second
 
 COMMON = """
 \tright=%opportunisticgroup
@@ -51,35 +46,6 @@ WE_PUBLISH = (
     + COMMON.replace("auto=ondemand", "auto=add").replace("=drop", "=passthrough")
 )
 NOBODY_PUBLISHES = "conn private\n\tleft={left}\n\tleftid=%null\n\trightid=%null\n\tauthby=null" + COMMON
-
-
-@dataclass
-class Ground:
-    network: LabNetwork
-    plutos: dict[str, Pluto]
-    capture: Capture
-
-    def host(self, name: str) -> LabHost:
-        return self.network.hosts[name]
-
-    def until_answered(self, source: HostPlan, target: HostPlan, timeout: float = REPLY_SECONDS) -> int:
-        """How many pings were lost before the first reply. Fails where none comes."""
-        for lost in range(PATIENCE):
-            if ping(self.host(source.name).namespace, target.v4, timeout=timeout) != [None]:
-                return lost
-        events = [
-            str(self.host(name).client.get(protocol.EVENTS)[-20:]) for name in ("alpha", "beta", "gamma")
-        ]
-        raise AssertionError("\n".join([*events, *(pluto.log_end() for pluto in self.plutos.values())]))
-
-    def only_esp(self, since: float, one: HostPlan, other: HostPlan) -> bool:
-        packets = [packet for packet in self.capture.packets() if packet.time >= since]
-        seen = demo.between(packets, one.v4, other.v4)
-        return seen["clear"] == 0 and seen["esp"] > 0
-
-    def authenticated(self, name: str, peer: HostPlan) -> set[str]:
-        sas = self.host(name).client.get(protocol.SAS)
-        return {sa["authenticated"] for sa in sas if sa["peer"] == peer.v4}
 
 
 @pytest.fixture(scope="module")

@@ -9,21 +9,17 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from ipaddress import ip_address
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-from oepy.control import protocol
 from oepy.keys import HostKey
-from oepy.lab import demo
-from oepy.lab.capture import Capture
 from oepy.lab.libreswan import Pluto
 from oepy.lab.network import HostPlan, LabNetwork
-from oepy.lab.probe import ping
 from tests.fakes.certificates import DNS, IP, Holder, pem
 from tests.interop.nss import take_own, take_root
+from tests.kernel.swan_ground import Ground
 
 pytestmark = [pytest.mark.kernel, pytest.mark.root, pytest.mark.interop, pytest.mark.timeout(900)]
 
@@ -31,7 +27,6 @@ CLIENT = HostPlan("alpha", "198.18.0.10", "2001:2::10", True, "none")
 SERVER = HostPlan("beta", "198.18.0.20", "2001:2::20", True, "none")
 CERTSWAN = HostPlan("swan", "198.18.0.60", "2001:2::60", False, "none")
 NULLSWAN = HostPlan("nullswan", "198.18.0.70", "2001:2::70", False, "none")
-PATIENCE = 60  # pings, for a peer that loses the first ones
 
 COMMON = (
     "\tright=%opportunisticgroup\n\tikev2=insist\n\tkeyingtries=1\n\tretransmit-timeout=10s\n"
@@ -57,30 +52,6 @@ def holder(plan: HostPlan, root: Holder) -> Holder:
 
 def _now() -> datetime.datetime:
     return datetime.datetime.now(datetime.UTC)
-
-
-@dataclass
-class Ground:
-    network: LabNetwork
-    plutos: dict[str, Pluto]
-    capture: Capture
-
-    def until_answered(self, source: HostPlan, target: HostPlan) -> int:
-        """How many pings were lost before the first reply. Fails where none comes."""
-        for lost in range(PATIENCE):
-            if ping(self.network.hosts[source.name].namespace, target.v4, timeout=5.0) != [None]:
-                return lost
-        events = [str(self.network.hosts[n].client.get(protocol.EVENTS)[-20:]) for n in ("alpha", "beta")]
-        raise AssertionError("\n".join([*events, *(pluto.log_end() for pluto in self.plutos.values())]))
-
-    def only_esp(self, since: float, one: HostPlan, other: HostPlan) -> bool:
-        packets = [packet for packet in self.capture.packets() if packet.time >= since]
-        seen = demo.between(packets, one.v4, other.v4)
-        return seen["clear"] == 0 and seen["esp"] > 0
-
-    def authenticated(self, name: str, peer: HostPlan) -> set[str]:
-        sas = self.network.hosts[name].client.get(protocol.SAS)
-        return {sa["authenticated"] for sa in sas if sa["peer"] == peer.v4}
 
 
 @pytest.fixture(scope="module")
