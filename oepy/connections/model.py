@@ -223,7 +223,7 @@ class Connection:
     encap: bool = False
     dpd_delay: float = 30.0
     keyingtries: int = 0
-    send_cert: str = "ifasked"  # always | ifasked | never
+    send_cert: str = "ifasked"  # always | ifasked | never; of `ConnectionSet.vouching` as in ike.Certificates
     send_certreq: bool = True
     reauth_time: float = 0.0  # of IKE SAs that we begin; others are told to (RFC 4478); 0 is never
     mobike: bool = True

@@ -69,6 +69,7 @@ def add_vouching(
         LocalAuth("x509", wanted.identity, certs=certs),
         RemoteAuth("x509", IdPattern(ANY), cacerts=cacerts, revocation=wanted.revocation),
         children=(),
+        send_cert="unproven",  # libreswan does not ask, and could not know us otherwise
     )
     certificates: Mapping[str, tuple[Certificate, ...]] = {**connections.certificates, **reading.read}
     return replace(connections, certificates=certificates, vouching=vouching), reading.problems

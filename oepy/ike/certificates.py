@@ -36,9 +36,11 @@ def asked_for(message: Message) -> frozenset[int]:
     return frozenset(item.encoding for item in found if isinstance(item, CertRequest))
 
 
-def own(certificates: Certificates, asked: frozenset[int]) -> list[Payload]:
-    """CERT, our own first (RFC 7296 §3.6), then those that lead to the root, then what a responder says of it."""
-    if certificates.send == "never" or (certificates.send == "ifasked" and CertEncoding.X509 not in asked):
+def own(certificates: Certificates, asked: frozenset[int], *, unproven: bool = False) -> list[Payload]:
+    """CERT, our own first (RFC 7296 §3.6), then those that lead to the root, then what a responder says of it.
+    `unproven`: the peer proves nothing itself."""
+    wanted = CertEncoding.X509 in asked or (unproven and certificates.send == "unproven")
+    if certificates.send == "never" or not (wanted or certificates.send == "always"):
         return []
     shown = [CertData(CertEncoding.X509, data) for data in certificates.chain]
     if CertEncoding.OCSP in asked:

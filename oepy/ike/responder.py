@@ -291,7 +291,9 @@ def _own_identity_and_proof(
     proof = yield from _own_proof(session, handshake, own_auth, psk, id_body)
     payloads: list[Payload] = [(PayloadType.IDR, id_body)]
     if proof.method not in (AuthMethod.PSK, AuthMethod.NULL):
-        payloads += certificates.own(session.settings.certificates, certificates.asked_for(message))
+        unproven = session.authenticated is Authenticated.NULL
+        asked = certificates.asked_for(message)
+        payloads += certificates.own(session.settings.certificates, asked, unproven=unproven)
     return [*payloads, (PayloadType.AUTH, build_auth(proof))]
 
 

@@ -61,7 +61,9 @@ class Certificates:
     """X.509, as far as IKE carries it. `chain` and `authorities` are DER and SHA-1 key hashes (RFC 7296 §3.7)."""
 
     chain: tuple[bytes, ...] = ()  # our own first, then those above it, without the root
-    send: str = "ifasked"  # always | ifasked | never
+    send: str = (
+        "ifasked"  # always | unproven: as responder also unasked, to who proves nothing | ifasked | never
+    )
     ask: bool = False  # the peer for its own
     authorities: tuple[bytes, ...] = ()  # whose certificates we take
     ask_status: bool = False  # the peer for an OCSP response (RFC 4806)

@@ -250,6 +250,24 @@ def test_a_published_key_is_proven_as_before_by_a_host_that_has_a_certificate() 
     run_virtual(main())
 
 
+def test_anonymous_peers_see_the_certificate_unasked_and_others_do_not() -> None:
+    """libreswan's clients do not ask; who is known by its key in the DNS has no use for it."""
+
+    async def main() -> None:
+        sent = []
+        for publishes in (False, True):
+            client, server = hosts(BY_ADDRESS, certified=NO_PREFIXES)
+            server.publish()
+            if publishes:
+                client.publish()
+            await first_packet(client, server)
+            assert matching_pairs(client, server)
+            sent.append(client.router.bytes_of[server.address])
+        assert sent[0] > sent[1] + 300
+
+    run_virtual(main())
+
+
 def test_either_side_may_rekey() -> None:
     """The responder as well: its certificate still speaks for its address."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from ipaddress import ip_address
@@ -44,10 +45,12 @@ class Router:
     hosts: dict[IpAddress, Host] = field(default_factory=dict)
     carried: int = 0
     longest: dict[IpAddress, int] = field(default_factory=dict)  # bytes of a datagram, by its sender
+    bytes_of: Counter[IpAddress] = field(default_factory=Counter)  # of all its datagrams
 
     def send(self, datagram: Datagram) -> None:
         self.carried += 1
         sender = datagram.local.address
+        self.bytes_of[sender] += len(datagram.data)
         self.longest[sender] = max(self.longest.get(sender, 0), len(datagram.data))
         copies = 2 if self.dice.random() < self.duplication else 1
         for _ in range(copies):
