@@ -113,10 +113,11 @@ class Admissions:
             return policy, False
         if offer.authenticated is Authenticated.NULL:
             return await self._refuses_null(offer, address), False
-        if address == offer.vouched:
-            return "", offer.authenticated is Authenticated.NAME
         answer = await self._source.peer_keys(address, _names_of(offer, address))
-        for record in usable_keys(answer, self._engine.settings.use_insecure_keys):
+        usable = usable_keys(answer, self._engine.settings.use_insecure_keys)
+        if address == offer.vouched and not usable and not isinstance(answer, Bogus):
+            return "", offer.authenticated is Authenticated.NAME
+        for record in usable:
             if record.key == offer.key and (offer.peer in record.gateways or _names(record, offer.identity)):
                 return "", False
         if any(record.key == offer.key for record in answer.claims):

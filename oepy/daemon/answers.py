@@ -84,26 +84,35 @@ class Answers:
         """Of a peer that begins: by the addresses alone, as its identity is not known yet. Where the peer may
         belong to several connections, or to none, the proposals of all are acceptable; by its identity it is
         checked again."""
-        base = self.opportunistic(asking=False)
+        asking = self._core.engine.settings.by_certificate(remote.address)
+        base = self.opportunistic(asking=asking)
         if not self._book.configured.connections:
             return base
         found = self._book.matcher.by_address(local.address, remote.address, self._book.resolved)
         if not found:
             return base
         certain = all(self._known_address(connection, remote.address) for connection in found)
-        return self._settings_of_all(tuple(found), certain)
+        return self._settings_of_all(tuple(found), certain, asking)
+
+    def shows_certificate(self) -> bool:
+        """To opportunistic peers."""
+        vouching = self._book.configured.vouching
+        return vouching is not None and bool(vouching.local.certs)
 
     def _make_opportunistic(self, asking: bool) -> IkeSettings:
-        """Where no connection decides: with our certificate for those who ask, or `asking` for the peer's."""
+        """Where no connection decides: with our certificate for those who ask, and `asking` for the peer's."""
         base, vouching = self._core.given.ike_settings, self._book.configured.vouching
         if vouching is None:
             return base
-        both = self._book.trusts.settings(vouching)
-        only_shown = replace(both, ask=False, authorities=(), ask_status=False)
-        return replace(base, certificates=replace(both, chain=()) if asking else only_shown)
+        certificates = self._book.trusts.settings(vouching)
+        if not asking:
+            certificates = replace(certificates, ask=False, authorities=(), ask_status=False)
+        return replace(base, certificates=certificates)
 
-    def _make_settings_of_all(self, found: tuple[Connection, ...], certain: bool) -> IkeSettings:
-        base = self.opportunistic(asking=False)
+    def _make_settings_of_all(
+        self, found: tuple[Connection, ...], certain: bool, asking: bool
+    ) -> IkeSettings:
+        base = self.opportunistic(asking=asking)
         every = [self.settings_of(connection) for connection in found]
         best = every[0]
         offers = tuple(dict.fromkeys(map(Same, (o for one in every for o in one.ike_offers))))
@@ -113,7 +122,10 @@ class Answers:
         return replace(
             chosen,
             ike_offers=tuple(item.offer for item in unique),
-            certificates=replace(chosen.certificates, **asked_by_all(one.certificates for one in every)),
+            certificates=replace(
+                chosen.certificates,
+                **asked_by_all(one.certificates for one in (*every, *(() if certain else (base,)))),
+            ),
             # What one of them could want is announced; by the peer's identity the rest is decided
             ppk="require" if certain and all(one.ppk == "require" for one in every) else self._ppks(),
             childless="accept" if any(one.childless != "never" for one in every) else "never",

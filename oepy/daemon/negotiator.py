@@ -11,7 +11,7 @@ from oepy.connections import messages as conventional
 from oepy.daemon.admission import Admission, Admissions, Offer
 from oepy.daemon.answers import NotOurs
 from oepy.daemon.conventional import Conventional
-from oepy.daemon.own import OwnRecords
+from oepy.daemon.own import OwnRecord, OwnRecords
 from oepy.engine.messages import (
     Failure,
     Input,
@@ -140,12 +140,12 @@ class Negotiator:
                 local_ts=(TrafficSelector.of(inner),),
                 remote_ts=(TrafficSelector.of(action.destination),),
                 remote_keys=action.keys,
-                own_auth="null" if own.state == "absent" else "pubkey",
+                own_auth=self._own_auth(own),
                 initial_contact=gateway not in self._contacted,
                 retransmission=None if action.by is Proof.RECORD else UNPUBLISHED,
                 authenticated_by="name" if action.by is Proof.NAME else "dns",
                 by_certificate=by_certificate,
-                settings=self._connections.answers.opportunistic(asking=True) if by_certificate else None,
+                settings=self._connections.answers.opportunistic(asking=by_certificate),
             ),
             now,
         )
@@ -156,6 +156,13 @@ class Negotiator:
         self._attempt_of[session] = (action.attempt, action.destination)
         self._session_of[action.attempt] = session
         self.pump()
+
+    def _own_auth(self, own: OwnRecord) -> str:
+        """As long as it is not certain that no key of ours is published, we prove ours: loudly refused is better
+        than quietly trusted less."""
+        if own.state != "absent":
+            return "pubkey"
+        return "if-asked" if self._connections.answers.shows_certificate() else "null"
 
     def _is_ours(self, address: IpAddress) -> bool:
         return self._admissions.is_own(address)
@@ -438,6 +445,11 @@ class Negotiator:
             self.pump()
             return
         keys, reason = await self._admissions.keys_of(event.identity)
+        if not keys and event.certificates and self._vouched.asks(event.remote.address):
+            self._vouched.begin(event.session, event.remote.address)
+            self._answer(event.token, await self._vouched.keys(event))
+            self.pump()
+            return
         if not keys:
             self._ports.report(
                 "no-key-for-peer", peer=str(event.remote.address), id=str(event.identity), reason=reason

@@ -50,6 +50,11 @@ class VouchedPeers:
     def end(self, session: int) -> None:
         self._sessions.pop(session, None)
 
+    def asks(self, address: IpAddress) -> bool:
+        """Whether a certificate may stand in for the key that nobody publishes there."""
+        vouching = self._book.configured.vouching
+        return vouching is not None and self._core.engine.settings.by_certificate(address)
+
     def has(self, session: int) -> bool:
         return session in self._sessions
 
@@ -62,9 +67,8 @@ class VouchedPeers:
         """Another configuration: who was trusted by what is no longer there is let go."""
         vouching = self._book.configured.vouching
         same = vouching is not None and self._book.trusts.of(vouching) == before
-        asked = self._core.engine.settings.by_certificate
         for session, known in list(self._sessions.items()):
-            if not same or not asked(known.destination):
+            if not same or not self.asks(known.destination):
                 self._core.negotiator.end_session(session)
 
     async def keys(self, event: ike.NeedPeerKey) -> ike.Known | ike.Refused:

@@ -36,6 +36,13 @@ def asked_for(message: Message) -> frozenset[int]:
     return frozenset(item.encoding for item in found if isinstance(item, CertRequest))
 
 
+def own_auth(wanted: str, asked: frozenset[int]) -> str:
+    """`Initiate.own_auth`, when it is known what the peer asks for."""
+    if wanted != "if-asked":
+        return wanted
+    return "pubkey" if CertEncoding.X509 in asked else "null"
+
+
 def own(certificates: Certificates, asked: frozenset[int], *, unproven: bool = False) -> list[Payload]:
     """CERT, our own first (RFC 7296 §3.6), then those that lead to the root, then what a responder says of it.
     `unproven`: the peer proves nothing itself."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from oepy.ike import (
@@ -65,6 +66,7 @@ def own_proof(session: Session, handshake: Handshake, request: Initiate, id_body
 
 def authenticate(session: Session, request: Initiate, handshake: Handshake) -> OwnSteps:
     """IKE_AUTH, with the first child unless the request is childless."""
+    request = replace(request, own_auth=certificates.own_auth(request.own_auth, handshake.certificates_asked))
     childless = request.childless == "force" or (request.childless == "prefer" and handshake.peer_childless)
     if childless and not handshake.peer_childless:
         text = "the peer does not begin an IKE SA without a child (RFC 6023)"

@@ -128,7 +128,9 @@ class Initiate:
     remote_keys: tuple[PublicKey, ...] = ()
     psk: Secret | None = None
     accept_null: bool = False
-    own_auth: str = "pubkey"  # pubkey | null | psk
+    own_auth: str = (
+        "pubkey"  # pubkey | null | psk | if-asked: by certificate if the peer asks for one, else null
+    )
     identity: PeerIdentity | None = None  # None: the settings', else our address
     expected_identity: PeerIdentity | None = None
     ike_offers: tuple[Offer, ...] | None = None

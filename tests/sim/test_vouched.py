@@ -329,3 +329,98 @@ def test_sessions_leave_nothing_behind() -> None:
         assert not client.core.connections.vouched._sessions
 
     run_virtual(main())
+
+
+# ---- certificates at both ends -------------------------------------------------------------------------
+
+
+CLIENTS = Holder("client", ROOT, ca=False, alternatives=[IP(ip_address(CLIENT))])
+
+
+def both(
+    clients: Holder = CLIENTS,
+    *,
+    group: PolicyGroup = PolicyGroup.PRIVATE,
+    certified: PrefixSet = ASKED,
+    trusted: Sequence[Holder] = (ROOT,),
+) -> tuple[Host, Host]:
+    """Both show and ask; `certified` and `trusted` are the server's."""
+    answers: dict[str, KeyAnswer] = {}
+    wire = Router(random.Random(6))
+    client = Host(
+        *(wire, CLIENT, answers),
+        group=group,
+        key=HostKey(clients.key),
+        configured=vouching(clients, (ROOT,)),
+        certified=ASKED,
+        wall_clock=NOW,
+    )
+    server = Host(
+        *(wire, SERVER, answers),
+        group=group,
+        key=HostKey(BY_ADDRESS.key),
+        configured=vouching(BY_ADDRESS, trusted),
+        certified=certified,
+        wall_clock=NOW,
+    )
+    return client, server
+
+
+def test_two_certificates_are_private_at_both_ends() -> None:
+    """Neither publishes a key, and neither takes an anonymous peer. Both may rekey."""
+
+    async def main() -> None:
+        client, server = both()
+        await first_packet(client, server)
+        assert client.verdict_for(server) is Verdict.PRIVATE, client.events
+        for host in (client, server):
+            (spi,) = host.datapath.pairs
+            host.core.negotiator.rekey(spi)
+            await asyncio.sleep(5)
+            assert spi not in host.datapath.pairs
+            assert authenticated(client, server) == (Authenticated.X509, Authenticated.X509)
+
+    run_virtual(main())
+
+
+def test_a_server_that_does_not_ask_meets_an_anonymous_client() -> None:
+    async def main() -> None:
+        client, server = both(group=PolicyGroup.PRIVATE_OR_CLEAR, certified=NO_PREFIXES)
+        await first_packet(client, server)
+        assert authenticated(client, server) == (Authenticated.X509, Authenticated.NULL)
+
+    run_virtual(main())
+
+
+def test_a_client_whose_certificate_does_not_count_is_refused() -> None:
+    """Another CA, or another host's certificate: no tunnel, and no state at the server."""
+    strangers = Holder("client", ROOT, ca=False, alternatives=[IP(ip_address("198.18.0.7"))])
+
+    async def main() -> None:
+        for clients, trusted in ((CLIENTS, (OTHER,)), (strangers, (ROOT,))):
+            client, server = both(clients, trusted=trusted)
+            await first_packet(client, server, 4)
+            assert client.verdict_for(server) is Verdict.BLOCK
+            await asyncio.sleep(30)
+            assert not client.datapath.pairs
+            assert not server.datapath.pairs
+            assert not server.core.connections.vouched._sessions
+
+    run_virtual(main())
+
+
+def test_a_clients_published_key_counts_before_its_certificate() -> None:
+    """Its own, and another that it cannot prove."""
+
+    async def main() -> None:
+        client, server = both()
+        client.publish()
+        await first_packet(client, server)
+        assert authenticated(client, server) == (Authenticated.X509, Authenticated.DNS)
+        client, server = both()
+        client.publish(HostKey.generate().public)
+        await first_packet(client, server, 5)
+        assert not server.datapath.pairs
+        assert client.verdict_for(server) is Verdict.BLOCK
+
+    run_virtual(main())
