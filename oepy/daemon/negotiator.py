@@ -440,22 +440,23 @@ class Negotiator:
     # ------------------------------------------------------------ questions that take time
 
     async def _find_key(self, event: ike.NeedPeerKey) -> None:
-        if self._vouched.has(event.session):
-            self._answer(event.token, await self._vouched.keys(event))
-            self.pump()
-            return
-        keys, reason = await self._admissions.keys_of(event.identity)
-        if not keys and event.certificates and self._vouched.asks(event.remote.address):
-            self._vouched.begin(event.session, event.remote.address)
-            self._answer(event.token, await self._vouched.keys(event))
-            self.pump()
-            return
-        if not keys:
-            self._ports.report(
-                "no-key-for-peer", peer=str(event.remote.address), id=str(event.identity), reason=reason
-            )
-        self._answer(event.token, keys or None)
+        self._answer(event.token, await self._keys_for(event))
         self.pump()
+
+    async def _keys_for(self, event: ike.NeedPeerKey) -> object:
+        """What the DNS says comes before certificates; where we began, it has been asked already."""
+        if self._vouched.has(event.session):
+            return await self._vouched.keys(event)
+        keys, reason = await self._admissions.keys_of(event.identity)
+        if keys:
+            return keys
+        if event.certificates and self.endpoint.session(event.session) is not None:
+            self._vouched.begin(event.session, event.remote.address)
+            return await self._vouched.keys(event)
+        self._ports.report(
+            "no-key-for-peer", peer=str(event.remote.address), id=str(event.identity), reason=reason
+        )
+        return None
 
     async def _check_status(self, event: ike.NeedStatus) -> None:
         vouched = self._vouched.has(event.session)

@@ -50,10 +50,9 @@ class VouchedPeers:
     def end(self, session: int) -> None:
         self._sessions.pop(session, None)
 
-    def asks(self, address: IpAddress) -> bool:
+    def _counts_at(self, address: IpAddress) -> bool:
         """Whether a certificate may stand in for the key that nobody publishes there."""
-        vouching = self._book.configured.vouching
-        return vouching is not None and self._core.engine.settings.by_certificate(address)
+        return self._core.engine.settings.by_certificate(address)
 
     def has(self, session: int) -> bool:
         return session in self._sessions
@@ -68,14 +67,14 @@ class VouchedPeers:
         vouching = self._book.configured.vouching
         same = vouching is not None and self._book.trusts.of(vouching) == before
         for session, known in list(self._sessions.items()):
-            if not same or not self.asks(known.destination):
+            if not same or not self._counts_at(known.destination):
                 self._core.negotiator.end_session(session)
 
     async def keys(self, event: ike.NeedPeerKey) -> ike.Known | ike.Refused:
         """The key that the peer must prove."""
         known, vouching = self._sessions.get(event.session), self._book.configured.vouching
-        if known is None or vouching is None:
-            return ike.Refused("certificates no longer count for it")
+        if known is None or vouching is None or not self._counts_at(known.destination):
+            return ike.Refused("no key of it is published, and certificates do not count for it")
         try:
             key, path = self._book.trusts.accept(vouching, event.certificates, event.identity)
         except CertificateRefused as refusal:
@@ -102,7 +101,7 @@ class VouchedPeers:
         """Whether the certificates are still good, as far as anybody knows."""
         known, vouching = self._sessions.get(event.session), self._book.configured.vouching
         if known is None or known.path is None or vouching is None:
-            return ike.Refused("certificates no longer count for it")
+            return ike.Refused("certificates do not count for it any more")
         objection = await self._revocation.objection(known.path, vouching.remote.revocation, event.responses)
         return self._refused(event, objection) if objection else True
 
