@@ -12,6 +12,7 @@ from typing import Any
 from oepy.connections.model import EMPTY, ConnectionSet
 from oepy.connections.vouching import Files, Wanted, add_vouching
 from oepy.daemon.revocation import Fetch, Fetcher, FetchFailed, nothing_fetched
+from oepy.daemon.trust import endings
 from oepy.keys import HostKey, to_public_key
 from oepy.model import Absent, Authenticated, Bogus, Insecure, KeyAnswer, PeerIdentity, PolicyGroup, Verdict
 from oepy.policy import NO_PREFIXES, PrefixSet
@@ -424,3 +425,10 @@ def test_a_clients_published_key_counts_before_its_certificate() -> None:
         assert client.verdict_for(server) is Verdict.BLOCK
 
     run_virtual(main())
+
+
+def test_certificates_of_both_sides_are_told_of_before_they_end() -> None:
+    ends = certificate(IP(ip_address(SERVER)), end=5)
+    found = endings(vouching(ends, (ROOT,)), NOW)
+    assert [(one.file, one.own, round(one.remaining / 86400)) for one in found] == [("own.pem", True, 5)]
+    assert "oepy connection load" in found[0].mend
