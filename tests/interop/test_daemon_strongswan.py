@@ -111,12 +111,14 @@ def test_strongswan_starts_and_pings_through(ground: tuple[LabNetwork, Charon, C
     """charon starts, with oepy as responder that looks its key up in DNS; both sides ping through ESP."""
     network, daemon, capture = ground
     alpha = network.hosts["alpha"]
-    alpha.client.post(protocol.TERMINATE, {"destination": SWAN.v4})
+    daemon.swanctl("--terminate", "--ike", "oe")  # else charon would use that IKE SA
     since = time.time()
     daemon.swanctl("--initiate", "--child", "host", "--timeout", "30")
     assert pings(network.hosts["swan"], ALPHA.v4, 5) == 5, daemon.tail()
     assert pings(alpha, SWAN.v4, 5) == 5
     assert only_esp(capture, since)
+    begun = [event for event in alpha.client.get(protocol.EVENTS) if event["event"] == "ike-established"]
+    assert not begun[-1]["initiator"]
 
 
 def test_the_tunnel_survives_rekeying_by_both(ground: tuple[LabNetwork, Charon, Capture]) -> None:

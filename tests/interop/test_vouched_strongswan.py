@@ -108,7 +108,7 @@ def test_oepy_asks_strongswan_for_its_certificate(ground: tuple[LabNetwork, Char
 
 def test_strongswan_begins_and_shows_its_certificate(ground: tuple[LabNetwork, Charon, Capture]) -> None:
     network, daemon, _ = ground
-    network.hosts[ALPHA.name].client.post(protocol.TERMINATE, {"destination": SWAN.v4})
+    daemon.swanctl("--terminate", "--ike", "oe")
     since = time.time()
     daemon.swanctl("--initiate", "--child", "host", "--timeout", "30")
     check(ground, since)
