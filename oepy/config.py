@@ -358,30 +358,34 @@ def _all_connections(
     files, wrong = included.find(texts, Path(source).parent)
     place = f"line {lines.get(('include',), 1)}: "
     problems += [place + problem for problem in wrong]
-    whole, wrong = included.join(own, memory.parts(files, _read_part))
+    whole, wrong = included.join(memory.main(own), memory.parts(files, _read_part))
     problems += wrong
     problems += [_placed(problem.path, problem.text, lines) for problem in bounds_and_pools(whole)]
     return whole, problems
 
 
-def _read_part(source: str) -> Part:
+def _read_part(source: str, pattern: int) -> Part:
+    """`pattern`: the number of the one that found it."""
     try:
         text, _ = _text_of(source)
         data, lines, problems = _compose(text, source)
     except ConfigError as error:
-        return Part(source, EMPTY, tuple(error.problems), ())
+        return Part(source, pattern, EMPTY, tuple(error.problems), ())
     for name in data:
         if name not in SECTIONS:
             known = f"an included file has {', '.join(SECTIONS[:-1])} and {SECTIONS[-1]} alone"
             problems.append(_placed((str(name),), known, lines))
-    found, wrong, named = _read_connections(data, source, lines)
-    return Part(source, found, (*problems, *wrong), named)
+    found, wrong, named = _read_connections(data, source, lines, (pattern, source))
+    return Part(source, pattern, found, (*problems, *wrong), named)
 
 
 def _read_connections(
-    data: dict[str, Any], source: str, lines: dict[tuple[str | int, ...], int]
+    data: dict[str, Any],
+    source: str,
+    lines: dict[tuple[str | int, ...], int],
+    stands: tuple[int, str] = (0, ""),
 ) -> tuple[ConnectionSet, list[str], tuple[str, ...]]:
-    """Of one file; and the files that it names."""
+    """Of one file, which stands there among others; and the files that it names."""
     if all(data.get(section) is None for section in SECTIONS):
         return EMPTY, [], ()
     from oepy.ike.algorithms import parse_ah_proposal, parse_esp_proposal, parse_ike_proposal
@@ -434,7 +438,7 @@ def _read_connections(
         proposal_esp=parse_esp_proposal,
         proposal_ah=parse_ah_proposal,
     )
-    found, wrong = read_connections(data, files)
+    found, wrong = read_connections(data, files, stands)
     return found, [_placed(problem.path, problem.text, lines) for problem in wrong], tuple(named)
 
 

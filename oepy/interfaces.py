@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from oepy.model import (
     AddressRange,
@@ -40,8 +40,9 @@ class Way(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class ConfiguredRule:
-    """Traffic that the configuration settles before any group is asked: manual policies, connections. Of a list the
-    first rule that matches counts. Protocol and ports 0 mean any; with a `mark` it is packets that have it.
+    """Traffic that the configuration settles before any group is asked: manual policies, connections. Of the rules
+    that match, that of the lowest `rank` counts, and among equals the first. Protocol and ports 0 mean any; with a
+    `mark` it is packets that have it.
 
     A rule with a `number` belongs to a connection's child: outward, what `Trap.join` has put there goes into the
     tunnel; of the rest, `required` is held and asked for, and what isn't is the next rule's. Inward such traffic is
@@ -65,6 +66,7 @@ class ConfiguredRule:
     number: int = 0
     transport: bool = False
     mark: Mark | None = None
+    rank: tuple[Any, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,7 @@ class TrapPolicy:
     tunnel_device: str | None = "oe0"  # packets arriving from here are already decrypted; None: no device
     kernel_ipsec: bool = False  # the kernel's own SAs protect, and not a process behind the device
     clamp_mtu: int = 0  # TCP through the tunnel is told to fit into this; 0: the datapath tells it
+    # In no order. Where a rule is the same as before, so is the object: `reload` looks at the others alone
     configured: tuple[ConfiguredRule, ...] = ()
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Generic, TypeVar
+from bisect import bisect_left, insort_right
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
 
 from oepy.model import IpAddress, IpNetwork
 
@@ -11,27 +12,30 @@ T = TypeVar("T")
 
 
 class PrefixTable(Generic[T]):
-    """Several values may stand at one network, in the order in which they came."""
+    """Several values may stand at one network: in the order of `order`, the lowest first, and among equals (without
+    it: always) in that in which they came."""
 
-    def __init__(self) -> None:
-        self._tables: dict[
-            tuple[int, int], dict[int, list[T]]
-        ] = {}  # by version and length, then by the bits
+    def __init__(self, order: Callable[[T], Any] = lambda _: 0) -> None:
+        self._order = order
+        # By version and length, then by the bits
+        self._tables: dict[tuple[int, int], dict[int, list[T]]] = {}
 
     def __bool__(self) -> bool:
         return bool(self._tables)
 
     def add(self, network: IpNetwork, value: T) -> None:
         place, bits = _place(network)
-        self._tables.setdefault(place, {}).setdefault(bits, []).append(value)
+        insort_right(self._tables.setdefault(place, {}).setdefault(bits, []), value, key=self._order)
 
     def remove(self, network: IpNetwork, value: T) -> None:
         """Once; harmless where it is not there."""
         place, bits = _place(network)
         values = self._tables.get(place, {}).get(bits, [])
-        if value not in values:
+        start = bisect_left(values, self._order(value), key=self._order)
+        try:
+            del values[values.index(value, start)]
+        except ValueError:
             return
-        values.remove(value)
         if not values:
             del self._tables[place][bits]
             if not self._tables[place]:

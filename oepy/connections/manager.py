@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import enum
 import heapq
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -53,12 +54,13 @@ from oepy.connections.messages import (
     Up,
     Use,
 )
-from oepy.connections.model import EMPTY, Action, Child, Connection, ConnectionSet
+from oepy.connections.model import Action, Child, Connection
 from oepy.model import NO_MARKS, NOT_COPIED, AddressRange, SaPair
 
 RETRY_FIRST, RETRY_LONGEST = 2.0, 300.0  # seconds; each pause is shortened by up to a half at random
 REPLACE_SECONDS = 10.0  # after which a session that has been replaced is ended, if the peer has not done so
 STARTS_A_SECOND = 100  # connections that begin by themselves after a start
+_order = operator.attrgetter("order")
 _BY_PEER = frozenset({"peer-delete", "superseded", "expired", "ike-down"})
 
 
@@ -147,7 +149,6 @@ class Manager:
 
     def __init__(self, random: Callable[[int], bytes]) -> None:
         self._random = random
-        self.configured: ConnectionSet = EMPTY
         self.children: dict[str, ChildState] = {}
         self.counts: Counter[str] = Counter()
         self._groups: dict[str, _Group] = {}
@@ -201,9 +202,11 @@ class Manager:
         """By `connection/child`, by the child alone, or all children of a connection."""
         if name in self.children:
             return [self.children[name]]
-        return [
-            state for state in self.children.values() if name in (state.child.name, state.connection.name)
-        ]
+        return [state for state in self.in_order() if name in (state.child.name, state.connection.name)]
+
+    def in_order(self) -> list[ChildState]:
+        """All, as they stand in the configuration."""
+        return sorted(self.children.values(), key=lambda state: state.connection.order)
 
     def sessions_of(self, connection: str, identity: str) -> list[int]:
         group = self._groups.get(connection)
@@ -216,34 +219,43 @@ class Manager:
     # ------------------------------------------------------------ configuration
 
     def _load(self, message: Load, now: float) -> Iterator[ManagerAction]:
-        """Only the difference: what is the same keeps its SAs."""
-        new = {connection.name: connection for connection in message.configured.connections}
+        """What reads the same keeps its SAs."""
+        fresh = {connection.name: connection for connection in message.connections.fresh}
+        numbers: list[int] = []
         changed = False
-        for name, group in list(self._groups.items()):
-            if new.get(name) == group.connection and name not in message.touched:
+        for old in message.connections.gone:
+            group, new = self._groups[old.name], fresh.get(old.name)
+            numbers += [state.number for state in self._states_of(group)]
+            if new is not None and new == group.connection and old.name not in message.touched:
+                self._renew(group, fresh.pop(old.name))
                 continue
             changed = True
             yield from self._unload(group, now)
-        fresh = [connection for name, connection in new.items() if name not in self._groups]
-        order = {connection.name: place for place, connection in enumerate(message.configured.connections)}
         starting = 0
-        for connection in fresh:
+        for connection in sorted(fresh.values(), key=_order):
             self._groups[connection.name] = _Group(connection)
             for child in connection.children:
                 state = self._add(connection, child, now)
+                numbers.append(state.number)
                 if child.start:
                     state.wanted = True
                     self._retry(state, now + starting / STARTS_A_SECOND)
                     starting += 1
-        self.configured = message.configured
-        self.children = dict(
-            sorted(self.children.items(), key=lambda item: order.get(item[1].connection.name, 0))
-        )
+        if numbers:
+            yield Resettle(tuple(numbers))
         if fresh or changed:
-            yield Resettle()
-            yield Tell(
-                "connections-loaded", {"reason": f"{len(new)} connections, {len(fresh)} new or changed"}
-            )
+            reason = f"{len(self._groups)} connections, {len(fresh)} new or changed"
+            yield Tell("connections-loaded", {"reason": reason})
+
+    def _states_of(self, group: _Group) -> Iterator[ChildState]:
+        for child in group.connection.children:
+            yield self.children[group.connection.label(child)]
+
+    def _renew(self, group: _Group, connection: Connection) -> None:
+        """It reads the same, perhaps at another place in the configuration."""
+        for state, child in zip(self._states_of(group), connection.children, strict=True):
+            state.connection, state.child = connection, child
+        group.connection = connection
 
     def _add(self, connection: Connection, child: Child, now: float) -> ChildState:
         self._numbers += 1
@@ -471,7 +483,7 @@ class Manager:
         if action is Action.TRAP and not state.trapped:
             state.trapped = True
             yield from self._rest(state, now, reason)
-            yield Resettle()
+            yield Resettle((state.number,))
             return
         yield from self._rest(state, now, reason)
         if action is Action.START and state.connection.initiates:

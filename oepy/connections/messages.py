@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from oepy.connections.model import Child, Connection, ConnectionSet
+from oepy.connections.model import Child, Connection
+from oepy.exchange import Exchange
 from oepy.model import AddressRange, Endpoint, Flow, IpAddress, SaPair
 
 # ---- in ----------------------------------------------------------------------------------------------------
@@ -13,9 +14,10 @@ from oepy.model import AddressRange, Endpoint, Flow, IpAddress, SaPair
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """`touched`: connections to be made anew although they read the same (a secret or a key is another)."""
+    """`connections`: of which those that read the same keep their SAs. `touched`: to be made anew although they
+    read the same (a secret or a key is another)."""
 
-    configured: ConnectionSet
+    connections: Exchange[Connection]
     touched: frozenset[str] = frozenset()
 
 
@@ -194,7 +196,9 @@ class RefuseHeld:
 
 @dataclass(frozen=True, slots=True)
 class Resettle:
-    """The trap's rules are others, and with them whose a destination is."""
+    """The trap's rules of children of these numbers are others, or gone, and with them whose a destination is."""
+
+    numbers: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)

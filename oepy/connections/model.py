@@ -205,6 +205,11 @@ class Child:
         return bool(self.if_id_in or self.if_id_out)
 
 
+Order = tuple[int, str, int]
+"""Where something stands in the configuration: the number of the pattern that found its file, the file, and its
+number there. It is the same whatever comes before or behind it, and it is not what somebody wants."""
+
+
 @dataclass(frozen=True, slots=True)
 class Connection:
     """`keyingtries` 0 is for ever."""
@@ -234,6 +239,7 @@ class Connection:
     vips: tuple[IpAddress, ...] = ()
     """Addresses that we ask the peer for, one of a family; 0.0.0.0 and :: leave it the choice."""
     pools: tuple[str, ...] = ()  # out of which the peer gets addresses, in this order
+    order: Order = field(default=(0, "", 0), compare=False)
 
     def __hash__(self) -> int:
         """Names are unique in a configuration, and a hash of all there is would cost each lookup 10 µs."""
@@ -257,6 +263,7 @@ class SharedSecret:
 
     ids: tuple[IdPattern, ...]
     secret: Secret
+    order: Order = field(default=(0, "", 0), compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -122,11 +122,13 @@ _NOT_YET_SIDE = {
 # ---- sections ----------------------------------------------------------------------------------------------
 
 
-def read_connections(data: Mapping[str, object], files: Files) -> tuple[ConnectionSet, list[Problem]]:
-    """Of one file the SECTIONS."""
+def read_connections(
+    data: Mapping[str, object], files: Files, at: tuple[int, str] = (0, "")
+) -> tuple[ConnectionSet, list[Problem]]:
+    """Of one file the SECTIONS. `at`: where the file stands among others, as Order begins."""
     connections = data.get("connections")
     problems: list[Problem] = []
-    found = []
+    found: list[Connection] = []
     address_pools = read_pools(data.get("pools"), problems)
     if connections is not None and not isinstance(connections, dict):
         problems.append(Problem(("connections",), "a mapping is expected: names with their settings"))
@@ -140,10 +142,10 @@ def read_connections(data: Mapping[str, object], files: Files) -> tuple[Connecti
         before = len(problems)
         connection = _connection(str(name), value, path, problems, files)
         if len(problems) == before:
-            found.append(connection)
+            found.append(replace(connection, order=(*at, len(found))))
     if isinstance(connections, dict) and len(connections) > MAX_CONNECTIONS:
         problems.append(_too_many(len(connections)))
-    shared, ppks = _secrets(data.get("secrets"), problems, files)
+    shared, ppks = _secrets(data.get("secrets"), problems, files, at)
     known = _authorities(data.get("authorities"), problems, files)
     return ConnectionSet(tuple(found), shared, known, dict(files.read), address_pools, ppks), problems
 
@@ -525,7 +527,7 @@ def _url(*schemes: str) -> Callable[[object], str]:
 
 
 def _secrets(
-    value: object, problems: list[Problem], files: Files
+    value: object, problems: list[Problem], files: Files, at: tuple[int, str]
 ) -> tuple[tuple[SharedSecret, ...], tuple[NamedPpk, ...]]:
     if value is None:
         return (), ()
@@ -551,7 +553,7 @@ def _secrets(
                 if is_ppk:
                     ppks.append(NamedPpk(names, secret))
                 else:
-                    shared.append(SharedSecret(ids, secret))
+                    shared.append(SharedSecret(ids, secret, (*at, index)))
             except (OepyError, Refused) as error:
                 fields.wrong(str(error), "secret_file")
         fields.finish({"secret": "write it into a file of mode 0600 and name that in secret_file"})

@@ -129,8 +129,8 @@ class ControlApi:
         for (number, _), count in self._daemon.trap.held().items():
             if isinstance(number, int):
                 held[number] = held.get(number, 0) + count
-        children = self._daemon.connections.manager.children.values()
-        return [views.child_view(state, held.get(state.number, 0), now) for state in list(children)]
+        children = self._daemon.connections.manager.in_order()
+        return [views.child_view(state, held.get(state.number, 0), now) for state in children]
 
     async def connection_change(self, operation: str, name: str, seconds: float) -> dict[str, Any]:
         """`load` applies the file's difference; `up` and `down` wait for the outcome, `seconds` at most."""
@@ -199,7 +199,7 @@ class ControlApi:
             for rule in rules
         ]
         manual = [views.manual_policy_view(policy) for policy in self._daemon.manual.in_order()]
-        children = self._daemon.connections.manager.children.values()
+        children = self._daemon.connections.manager.in_order()
         selectors = [
             (state, local, remote)
             for state in children

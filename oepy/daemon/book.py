@@ -6,11 +6,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from oepy.connections.match import Matcher
-from oepy.connections.model import EMPTY, Connection, ConnectionSet
+from oepy.connections.model import EMPTY, Connection, ConnectionSet, SharedSecret
 from oepy.daemon.trust import Trusts
+from oepy.exchange import Exchange, exchange
 from oepy.keys import HostKey
 from oepy.model import IpAddress
 from oepy.x509.path import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """From the configuration in force to another one. Whoever keeps something of each looks at these alone."""
+
+    configured: ConnectionSet
+    connections: Exchange[Connection]
+    secrets: Exchange[SharedSecret]
 
 
 @dataclass(slots=True)
@@ -31,8 +41,17 @@ class Book:
     def empty(cls, wall_clock: Callable[[], float]) -> Book:
         return cls(Trusts(EMPTY, wall_clock))
 
-    def load(
-        self, configured: ConnectionSet, matcher: Matcher, trusts: Trusts, keys: dict[str, HostKey]
-    ) -> None:
-        self.configured, self.matcher, self.trusts, self.keys = configured, matcher, trusts, keys
-        self.by_name = {connection.name: connection for connection in configured.connections}
+    def load(self, changes: Changes, trusts: Trusts, keys: dict[str, HostKey]) -> None:
+        self.configured, self.trusts, self.keys = changes.configured, trusts, keys
+        self.matcher.take(changes.connections, changes.secrets)
+        for connection in changes.connections.gone:
+            del self.by_name[connection.name]
+        self.by_name.update((connection.name, connection) for connection in changes.connections.fresh)
+
+    def changes(self, configured: ConnectionSet) -> Changes:
+        """To another configuration."""
+        return Changes(
+            configured,
+            exchange(self.configured.connections, configured.connections),
+            exchange(self.configured.secrets, configured.secrets),
+        )

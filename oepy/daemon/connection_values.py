@@ -13,13 +13,6 @@ from oepy.ike.algorithms import DEFAULT_ESP, Offer, parse_ah_proposal, parse_esp
 from oepy.ike.settings import Lifetimes
 from oepy.interfaces import ConfiguredRule, Way
 from oepy.model import MAX_PRIORITY, IpAddress, IpNetwork, Marks, PeerIdentity, TrafficSelector, Verdict
-from oepy.prefixtable import PrefixTable
-
-
-def narrowest(table: PrefixTable[str], address: IpAddress) -> str | None:
-    """The first label of the longest prefix."""
-    found = max(table.matching(address), key=lambda item: item[0], default=None)
-    return None if found is None else found[1][0]
 
 
 class Same:
@@ -124,26 +117,37 @@ def both_ways(
     required: bool,
     transport: bool,
     marks: Marks,
+    first: int = 0,
+    stands: tuple[Any, ...] = (),
 ) -> Iterable[ConfiguredRule]:
+    """`first`: of the child, as of `first_of`. `stands`: where the selectors stand in the configuration."""
     common: dict[str, Any] = {
         "protocol": protocol,
         "required": required,
         "number": number,
         "transport": transport,
     }
+
+    def rank(marked: bool) -> tuple[Any, ...]:
+        said = _rank(theirs, ours, bool(our_port or their_port), bool(protocol), marked)
+        return (1, first, *said, *stands)  # behind manual policies
+
     yield ConfiguredRule(
         *(Way.OUT, ours, theirs, Verdict.PRIVATE),
         source_port=our_port,
         destination_port=their_port,
         mark=marks.outward,
+        rank=rank(marks.outward is not None),
         **common,
     )
+    inward = rank(marks.inward is not None)
     for way in (Way.IN, Way.FORWARD):
         yield ConfiguredRule(
             *(way, theirs, ours, Verdict.BLOCK),
             source_port=their_port,
             destination_port=our_port,
             mark=marks.inward,
+            rank=inward,
             **common,
         )
 
@@ -153,22 +157,13 @@ def past_the_trap(rule: ConfiguredRule) -> ConfiguredRule:
     return replace(rule, verdict=Verdict.CLEAR, number=0, required=False)
 
 
-def rank_of(rule: ConfiguredRule) -> tuple[int, ...]:
-    """The lower comes first, among the children of one priority."""
-    remote, local = (
-        (rule.destination, rule.source) if rule.way is Way.OUT else (rule.source, rule.destination)
-    )
-    ported = bool(rule.source_port or rule.destination_port)
-    return _rank(remote, local, ported, bool(rule.protocol), rule.mark is not None)
-
-
 def first_of(child: Child) -> int:
     """Of two children's rules for one packet those of the lower number come first, whatever their selectors."""
     return child.priority or MAX_PRIORITY + 1
 
 
 def order_of(child: Child, local: Selector, remote: Selector) -> tuple[int, ...]:
-    """As `first_of` and `rank_of` have it, for what is configured: `dynamic` is a host."""
+    """As rules have it, for what is configured: `dynamic` is a host."""
     ported, protocol = bool(local.port or remote.port), bool(local.protocol or remote.protocol)
     marked = child.marks.outward is not None
     return (first_of(child), *_rank(remote.network, local.network, ported, protocol, marked))

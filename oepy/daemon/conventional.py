@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from oepy.connections import messages as m
 from oepy.connections.manager import Manager
-from oepy.connections.match import Matcher
 from oepy.connections.model import Child, Connection, ConnectionSet
 from oepy.daemon.answers import Answers
-from oepy.daemon.book import Book
+from oepy.daemon.book import Book, Changes
 from oepy.daemon.connection_values import (
     ike_offers,
     lifetimes_of_child,
@@ -32,6 +31,7 @@ from oepy.daemon.vips import Vips
 from oepy.daemon.vouched import VouchedPeers
 from oepy.daemon.whereabouts import Whereabouts
 from oepy.errors import OepyError
+from oepy.exchange import Exchange
 from oepy.ike import events as ike
 from oepy.ike.settings import ChildRequest, Initiate, Ppk
 from oepy.keys import HostKey
@@ -91,55 +91,79 @@ class Conventional:
     # ------------------------------------------------------------ configuration
 
     def load(self, configured: ConnectionSet, keys: dict[str, HostKey]) -> None:
-        """Only the difference takes effect. `keys`: the private keys that local sides name, by file."""
-        matcher = Matcher(configured)
+        """`keys`: the private keys that local sides name, by file."""
+        self.apply(self.book.changes(configured), keys)
+
+    def apply(self, changes: Changes, keys: dict[str, HostKey]) -> None:
+        """Only the difference takes effect."""
+        configured = changes.configured
         trusts = Trusts(configured, self._wall_clock)
-        touched = self._touched(configured, keys, matcher, trusts)
+        touched = self._touched(configured, keys, trusts)
+        secrets = self._secrets_before(changes)
         vouching = self.book.configured.vouching
         trusted = self.book.trusts.of(vouching) if vouching is not None else None
         self.pools.load(configured.pools, self._core.given.own_addresses)
-        self.book.load(configured, matcher, trusts, keys)
+        self.book.load(changes, trusts, keys)
+        touched |= {
+            name
+            for name, secret in secrets.items()
+            if name in self.book.by_name and self._secret_of(self.book.by_name[name]) != secret
+        }
         self.revocation.begin_anew(trusts.authority_of)
         self.answers.forget_settings()
-        self.traffic.load(configured)
+        self.traffic.load(changes.connections)
         self.vouched.reload(trusted)
-        self.feed(m.Load(configured, touched))
+        anew = touched.difference(connection.name for connection in changes.connections.fresh)
+        again = [self.book.by_name[name] for name in anew]
+        gone, fresh = changes.connections.gone, changes.connections.fresh
+        self.feed(m.Load(Exchange((*gone, *again), (*fresh, *again)), frozenset(touched)))
 
-    def _touched(
-        self, configured: ConnectionSet, keys: dict[str, HostKey], matcher: Matcher, trusts: Trusts
-    ) -> frozenset[str]:
-        """The connections whose secret or key, or whom they trust, is another, although they read the same. An own
-        certificate that was renewed disturbs nobody: it is shown from the next IKE SA on."""
-        found = set()
-        other_pools = self.pools.changed(configured.pools)
-        other_secrets = configured.secrets != self.book.configured.secrets
-        for connection in configured.connections:
-            if other_pools & set(connection.pools):
-                found.add(connection.name)
-            if connection.ppk_id and configured.ppk(connection.ppk_id) != self.book.configured.ppk(
-                connection.ppk_id
-            ):
-                found.add(connection.name)
-            name = connection.local.key
-            if name and name in self.book.keys and self.book.keys[name].public != keys[name].public:
-                found.add(connection.name)
-            by_secret = other_secrets and connection.local.auth == "psk"
-            if by_secret and self.secret_of(connection, self.book.matcher) != self.secret_of(
-                connection, matcher
-            ):
-                found.add(connection.name)
-            same = self.book.by_name.get(connection.name) == connection and connection.remote.auth == "x509"
-            if same and self.book.trusts.of(connection) != trusts.of(connection):
-                found.add(connection.name)
-        return frozenset(found)
+    def _touched(self, configured: ConnectionSet, keys: dict[str, HostKey], trusts: Trusts) -> set[str]:
+        """The connections whose pool, PPK or key, or whom they trust, is another, though they read the same; their
+        secrets are looked at elsewhere. An own certificate that was renewed disturbs nobody: it is shown from the
+        next IKE SA on."""
+        before = self.book.configured
+        pools = self.pools.changed(configured.pools)
+        ppks = configured.ppks != before.ppks
+        others = {
+            file
+            for file, key in keys.items()
+            if file in self.book.keys and self.book.keys[file].public != key.public
+        }
+        files = {
+            file
+            for file, found in configured.certificates.items()
+            if before.certificates.get(file, found) != found
+        }
+        if not (pools or ppks or others or files):
+            return set()
+        return {
+            one.name
+            for one in configured.connections
+            if not pools.isdisjoint(one.pools)
+            or one.local.key in others
+            or (ppks and one.ppk_id and configured.ppk(one.ppk_id) != before.ppk(one.ppk_id))
+            or (
+                not files.isdisjoint((*one.remote.cacerts, *one.remote.certs))
+                and self.book.by_name.get(one.name) == one
+                and self.book.trusts.of(one) != trusts.of(one)
+            )
+        }
 
-    def secret_of(self, connection: Connection, matcher: Matcher) -> Secret | None:
+    def _secrets_before(self, changes: Changes) -> dict[str, Secret | None]:
+        """Of the connections whose secret may be another afterwards."""
+        concerned = self.book.matcher.concerned((*changes.secrets.gone, *changes.secrets.fresh))
+        if concerned is None:
+            concerned = self.book.configured.connections
+        return {one.name: self._secret_of(one) for one in concerned if one.local.auth == "psk"}
+
+    def _secret_of(self, connection: Connection) -> Secret | None:
         """By what the configuration names; addresses that are not known before are left out."""
         ours, theirs = (
             names_of(connection.local.id, connection.local_addrs),
             names_of(connection.remote.id.exact(), connection.remote_addrs),
         )
-        return matcher.secret(ours, theirs)
+        return self.book.matcher.secret(ours, theirs)
 
     # ------------------------------------------------------------ the manager
 
@@ -188,8 +212,8 @@ class Conventional:
                 self._join(action)
             case m.RefuseHeld(number):
                 core.trap.refuse(number)
-            case m.Resettle():
-                self.traffic.settle()
+            case m.Resettle(numbers):
+                self.traffic.settle(numbers)
             case m.CloseChild(spi_in):
                 core.negotiator.close(spi_in)
             case m.CloseSession(session):

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import cryptography.hazmat.backends.openssl.backend  # noqa: F401 - else the first handshake loads it (7 ms)
 
@@ -23,6 +23,7 @@ from oepy.connections.model import ConnectionSet
 from oepy.control.server import ControlServer
 from oepy.daemon.addresses import own_addresses
 from oepy.daemon.api import ControlApi
+from oepy.daemon.book import Changes
 from oepy.daemon.core import Core, Surroundings, engine_settings
 from oepy.daemon.datapaths import NoHostAddresses, open_datapath, userland_confuses, userland_lacks
 from oepy.daemon.fetching import Fetching
@@ -61,6 +62,14 @@ _FIXED = (
 )
 
 
+class _Rules(NamedTuple):
+    """For the trap, as last asked for."""
+
+    by_hand: tuple[ConfiguredRule, ...] = ()
+    of_connections: tuple[ConfiguredRule, ...] = ()
+    all: tuple[ConfiguredRule, ...] = ()
+
+
 class Daemon(Core):
     """`start`, then `run_until_stopped`, then `stop`."""
 
@@ -88,6 +97,7 @@ class Daemon(Core):
         self.ready = False
         self._lock: IO[str] | None = None
         self._trapping = False
+        self._rules = _Rules()
         self._control: ControlServer | None = None
         self._relay: Relay | None = None
         self._fetching = Fetching()
@@ -145,7 +155,7 @@ class Daemon(Core):
                 *self.config.relay, self.config.resolvers, MARK_OWN, self.on_name, tls_bundle=bundle
             )
             await self._relay.start()
-        self._check_connections(self.config.connections)
+        self._check_connections(self.connections.book.changes(self.config.connections))
         await self._host_addresses_off()
         self.connections.load(self.config.connections, connection_keys(self.config.connections))
         self.trap.start(self._trap_policy(self.config), self.on_trapped)
@@ -222,7 +232,13 @@ class Daemon(Core):
         )
 
     def _configured_rules(self) -> tuple[ConfiguredRule, ...]:
-        return (*self.manual.rules(), *self.connections.traffic.rules())
+        """The same objects for the same rules, as the trap wants them."""
+        by_hand, of_connections = self.manual.rules(), self.connections.traffic.rules()
+        known = self._rules
+        if by_hand != known.by_hand or of_connections is not known.of_connections:
+            by_hand = known.by_hand if by_hand == known.by_hand else by_hand
+            self._rules = _Rules(by_hand, of_connections, (*by_hand, *of_connections))
+        return self._rules.all
 
     def reload_trap(self) -> None:
         """The rules of connections are others."""
@@ -233,34 +249,32 @@ class Daemon(Core):
         except OepyError as error:
             self.journal.add("trap-failed", alert=True, reason=str(error))
 
-    def _check_connections(self, wanted: ConnectionSet) -> None:
-        """What this host's datapath and trap cannot do for them. Raises UsageError."""
+    def _check_connections(self, changes: Changes) -> None:
+        """What this host's datapath and trap cannot do for those that are new. Raises UsageError."""
         problems = []
-        if wanted.connections and self.trap_name == "none" and self.chosen.name == "tun":
+        fresh = changes.connections.fresh
+        children = [(connection.label(child), child) for connection in fresh for child in connection.children]
+        if fresh and self.trap_name == "none" and self.chosen.name == "tun":
             problems.append("connections need the trap in userland: remove `trap: none`")
-        if self.chosen.name == "tun":
-            problems += userland_confuses(wanted, self.config.device)
-        for connection in wanted.connections:
-            if (
-                connection.vips
-                and isinstance(self.chosen.host, NoHostAddresses)
-                and self.chosen.name != "none"
-            ):
+        if self.chosen.name == "tun" and any(child.marks.outward is not None for _, child in children):
+            problems += userland_confuses(changes.configured, self.config.device)
+        if isinstance(self.chosen.host, NoHostAddresses) and self.chosen.name != "none":
+            problems += [
+                f"{connection.name}: vips need the tunnel's device, which this datapath has not"
+                for connection in fresh
+                if connection.vips
+            ]
+        for label, child in children:
+            if child.trap and self.trap_name != "nfqueue":
                 problems.append(
-                    f"{connection.name}: vips need the tunnel's device, which this datapath has not"
+                    f"{label}: start_action trap needs the trap nfqueue, and this host has {self.trap_name}"
                 )
-            for child in connection.children:
-                label = connection.label(child)
-                if child.trap and self.trap_name != "nfqueue":
-                    problems.append(
-                        f"{label}: start_action trap needs the trap nfqueue, and this host has {self.trap_name}"
-                    )
-                if child.by_interface and self.chosen.name != "xfrm":
-                    problems.append(
-                        f"{label}: if_id is the kernel's, and this host has the datapath {self.chosen.name}"
-                    )
-                if self.chosen.name == "tun":
-                    problems += [f"{label}: {text}" for text in userland_lacks(child)]
+            if child.by_interface and self.chosen.name != "xfrm":
+                problems.append(
+                    f"{label}: if_id is the kernel's, and this host has the datapath {self.chosen.name}"
+                )
+            if self.chosen.name == "tun":
+                problems += [f"{label}: {text}" for text in userland_lacks(child)]
         if problems:
             raise UsageError("connections: " + "; ".join(problems[:20]))
 
@@ -369,7 +383,8 @@ class Daemon(Core):
             self._check_manual(config.manual)
             host_key = HostKey.load(config.key)
             self.manual.after_reload(config.manual)
-            self._check_connections(config.connections)
+            changes = self.connections.book.changes(config.connections)
+            self._check_connections(changes)
             keys = connection_keys(config.connections)
         except ConfigError as error:
             return self._refuse_reload([f"{error.source}: {problem}" for problem in error.problems])
@@ -387,7 +402,7 @@ class Daemon(Core):
             *(self.policy, config.insecure_keys, config.after_failed_ike_blocks),
             *(self.settled_elsewhere, self.is_own, config.certified_peers),
         )
-        self.connections.load(config.connections, keys)
+        self.connections.apply(changes, keys)
         self.feed(engine_messages.Reloaded())
         self.spawn(self._reload_manual(config))
         self.reloads += 1

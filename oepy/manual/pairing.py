@@ -231,8 +231,9 @@ def configured_rules(manual: ManualSet, served: frozenset[Selector] | None) -> t
             source_port=policy.selector.sport,
             destination_port=policy.selector.dport,
             required=policy.required,
+            rank=(0, number),  # before those of connections
         )
-        for policy in ordered
+        for number, policy in enumerate(ordered)
     )
 
 

@@ -3,6 +3,7 @@ is gone, whatever else there is."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 from oepy.errors import OepyError
@@ -34,28 +35,40 @@ class Configured:
 
     def apply(self, changer: kernel.Tables, found: Difference) -> None:
         """The same, by the difference from what is there."""
-        gone, fresh = list(found.gone), list(found.fresh.items())
-        while gone or fresh:
+        gone = list(found.gone)
+        leaving = set(gone)
+        new = [item for item in found.fresh.items() if item[0] not in leaving]
+        coming: Counter[str] = (
+            Counter()
+        )  # sets that following transactions refer to, where there is more than one
+        if max(len(gone), len(new)) > MAX_AT_ONCE:
+            coming.update(name for rules in found.fresh.values() for name in self._sets_of(rules))
+        while gone or new:
             some, gone = gone[:MAX_AT_ONCE], gone[MAX_AT_ONCE:]
             # What replaces an island comes in the transaction in which that goes; the rest when all are gone
-            leaving = set(some)
-            now = [item for item in fresh if item[0] in leaving] or ([] if gone else fresh[:MAX_AT_ONCE])
-            taken = {place for place, _ in now}
-            fresh = [item for item in fresh if item[0] not in taken]
-            later = {name for _, rules in fresh for name in self._sets_of(rules)} if fresh else set()
-            self._transaction(changer, some, now, later)
+            now = [(place, found.fresh[place]) for place in some if place in found.fresh]
+            if not gone:
+                now += new[:MAX_AT_ONCE]
+                new = new[MAX_AT_ONCE:]
+            if coming:
+                coming.subtract(name for _, rules in now for name in self._sets_of(rules))
+            self._transaction(changer, some, now, coming)
+        self.there |= found.same
 
     def _transaction(
-        self, changer: kernel.Tables, gone: list[Place], fresh: list[tuple[Place, Rules]], later: set[str]
+        self,
+        changer: kernel.Tables,
+        gone: list[Place],
+        fresh: list[tuple[Place, Rules]],
+        coming: Counter[str],
     ) -> None:
-        """`later`: sets that a following one refers to; with what is in them they stay."""
-        sets = dict(self._sets)
+        """`coming`: sets that a following one refers to; with what is in them they stay."""
+        sets = Counter[str]()  # of those that these islands refer to, by how many more do
         for place in gone:
-            for name in self._sets_of(self.there[place]):
-                sets[name] -= 1
+            sets.subtract(self._sets_of(self.there[place]))
         for _, rules in fresh:
-            for name in self._sets_of(rules):
-                sets[name] = sets.get(name, 0) + 1
+            sets.update(self._sets_of(rules))
+        counts = {name: self._sets.get(name, 0) + more for name, more in sets.items()}
         chains = {place: f"configured_{self._serial + n}" for n, (place, _) in enumerate(fresh, 1)}
         messages = [
             programs.new_interval_set(self._table, name, int(name[-1]), number)
@@ -66,7 +79,7 @@ class Configured:
         messages += [programs.delete_jumps(self._table, name, keys) for name, keys in _by_map(gone)]
         messages += [programs.add_jumps(self._table, name, jumps) for name, jumps in _jumps(chains)]
         messages += [programs.delete_chain(self._table, self._chains[place]) for place in gone]
-        unused = {name for name, count in sets.items() if not count} - later
+        unused = {name for name, count in counts.items() if not count and not coming[name]}
         messages += [programs.delete_set(self._table, name) for name in sorted(unused)]
         try:
             changer.transaction(messages)
@@ -76,12 +89,12 @@ class Configured:
                 "fewer of them, perhaps",
             ) from refused
         self._serial += len(fresh)
-        self._sets = {name: count for name, count in sets.items() if name not in unused}
-        leaving = set(gone)
-        there = {place: rules for place, rules in self.there.items() if place not in leaving}
-        self.there = there | dict(fresh)  # another dictionary: the old one may be what we have to go back to
+        self._sets.update(counts)
+        for name in unused:
+            del self._sets[name]
         for place in gone:
-            del self._chains[place]
+            del self.there[place], self._chains[place]
+        self.there.update(fresh)
         self._chains.update(chains)
 
     def _program(self, chain: str, rules: Rules) -> Iterator[bytes]:

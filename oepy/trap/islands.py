@@ -8,10 +8,11 @@ and split. Pure: no IO.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from oepy.exchange import Exchange
 from oepy.interfaces import ConfiguredRule, TrapPolicy, Way
 from oepy.model import IpNetwork, Verdict
 
@@ -24,7 +25,7 @@ def remote_of(rule: ConfiguredRule) -> IpNetwork:
 
 
 def islands(configured: Iterable[ConfiguredRule]) -> dict[Place, Rules]:
-    """The rules of each, in the order in which they came."""
+    """The rules of each by their rank, and among equals in the order in which they came."""
     by_way: dict[tuple[Way, int], list[tuple[int, int, int, ConfiguredRule]]] = {}
     for order, rule in enumerate(configured):
         remote = remote_of(rule)
@@ -44,27 +45,76 @@ def islands(configured: Iterable[ConfiguredRule]) -> dict[Place, Rules]:
     return found
 
 
-_order = operator.itemgetter(0)
-
-
 def _ordered(rules: list[tuple[int, ConfiguredRule]]) -> Rules:
-    return tuple(rule for _, rule in sorted(rules, key=_order)) if len(rules) > 1 else (rules[0][1],)
+    if len(rules) == 1:
+        return (rules[0][1],)
+    return tuple(rule for _, rule in sorted(rules, key=lambda item: (item[1].rank, item[0])))
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """From one state to another."""
+    """From one state to another. A changed island is gone and fresh. `same`: those whose rules are equal, by the
+    new state's objects."""
 
     gone: tuple[Place, ...]
     fresh: dict[Place, Rules]
+    same: dict[Place, Rules]
 
 
 def difference(old: dict[Place, Rules], new: dict[Place, Rules]) -> Difference:
-    """A changed island is gone and fresh."""
+    fresh = {place: rules for place, rules in new.items() if old.get(place) != rules}
     return Difference(
-        tuple(place for place, rules in old.items() if new.get(place) != rules),
-        {place: rules for place, rules in new.items() if old.get(place) != rules},
+        tuple(place for place in old if place in fresh or place not in new),
+        fresh,
+        {place: rules for place, rules in new.items() if place not in fresh},
     )
+
+
+class Shores:
+    """Where the islands are, so that a change looks at those alone that it meets."""
+
+    def __init__(self, places: Iterable[Place]) -> None:
+        # By way and IP version: the first addresses in ascending order, and the networks by them
+        self._starts: dict[tuple[Way, int], list[int]] = {}
+        self._networks: dict[tuple[Way, int], dict[int, IpNetwork]] = {}
+        self._add(places)
+
+    def difference(self, there: dict[Place, Rules], changes: Exchange[ConfiguredRule]) -> Difference:
+        """`there`: the rules of all islands."""
+        met = dict.fromkeys(place for rule in (*changes.gone, *changes.fresh) for place in self._met(rule))
+        leaving = set(map(id, changes.gone))
+        stay = (rule for place in met for rule in there[place] if id(rule) not in leaving)
+        return difference({place: there[place] for place in met}, islands((*stay, *changes.fresh)))
+
+    def _met(self, rule: ConfiguredRule) -> Iterator[Place]:
+        """The islands that have an address in common with the rule's remote network."""
+        remote = remote_of(rule)
+        kind = rule.way, remote.version
+        starts, networks = self._starts.get(kind, []), self._networks.get(kind, {})
+        first, last = int(remote.network_address), int(remote.broadcast_address)
+        at = bisect_right(starts, first)
+        if at and int(networks[starts[at - 1]].broadcast_address) >= first:
+            at -= 1
+        while at < len(starts) and starts[at] <= last:
+            yield rule.way, networks[starts[at]]
+            at += 1
+
+    def take(self, found: Difference) -> None:
+        for way, network in found.gone:
+            kind, start = (way, network.version), int(network.network_address)
+            starts = self._starts[kind]
+            del starts[bisect_left(starts, start)], self._networks[kind][start]
+        self._add(found.fresh)
+
+    def _add(self, places: Iterable[Place]) -> None:
+        others = set()
+        for way, network in places:
+            kind, start = (way, network.version), int(network.network_address)
+            others.add(kind)
+            self._starts.setdefault(kind, []).append(start)
+            self._networks.setdefault(kind, {})[start] = network
+        for kind in others:
+            self._starts[kind].sort()  # costs little: all but what was added is in order
 
 
 def lengths(places: Iterable[Place]) -> set[tuple[Way, int, int]]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from bisect import bisect_left, bisect_right
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from ipaddress import IPv4Address, IPv6Address
 
+from oepy.exchange import Exchange
 from oepy.interfaces import ConfiguredRule, Way
 from oepy.model import AddressRange, Flow, IpAddress
 from oepy.prefixtable import PrefixTable
@@ -87,26 +89,36 @@ def range_elements(version: int, ranges: Iterable[Range]) -> list[bytes]:
 
 
 class Asking:
-    """Finds the rule by which a queued packet asks: by its destination's prefixes, then the first in order."""
+    """Finds the rule by which a queued packet asks: by its destination's prefixes, then that of the lowest rank."""
 
-    def __init__(self, rules: Iterable[ConfiguredRule]) -> None:
-        self._rules: PrefixTable[tuple[int, ConfiguredRule]] = PrefixTable()
-        for order, rule in enumerate(rules):
-            if rule.number and rule.required and rule.way is Way.OUT:
-                self._rules.add(rule.destination, (order, rule))
+    def __init__(self, rules: Sequence[ConfiguredRule] = ()) -> None:
+        self._rules: PrefixTable[ConfiguredRule] = PrefixTable(_rank)
+        self.take(Exchange((), rules))
+
+    def take(self, changes: Exchange[ConfiguredRule]) -> None:
+        for rule in filter(_asks, changes.gone):
+            self._rules.remove(rule.destination, rule)
+        for rule in filter(_asks, changes.fresh):
+            self._rules.add(rule.destination, rule)
 
     def __bool__(self) -> bool:
         return bool(self._rules)
 
     def number_of(self, flow: Flow, mark: int) -> int:
         """Of a packet with this mark; 0 where no rule with a number asks."""
-        return min(self._matching(flow, mark), default=(0, 0))[1]
+        firsts = (
+            next((rule for rule in rules if _matches(rule, flow, mark)), None)
+            for _, rules in self._rules.matching(flow.destination)
+        )
+        found = min((rule for rule in firsts if rule is not None), key=_rank, default=None)
+        return 0 if found is None else found.number
 
-    def _matching(self, flow: Flow, mark: int) -> Iterator[tuple[int, int]]:
-        for _, rules in self._rules.matching(flow.destination):
-            for order, rule in rules:
-                if _matches(rule, flow, mark):
-                    yield order, rule.number
+
+_rank = operator.attrgetter("rank")
+
+
+def _asks(rule: ConfiguredRule) -> bool:
+    return bool(rule.number) and rule.required and rule.way is Way.OUT
 
 
 def _matches(rule: ConfiguredRule, flow: Flow, mark: int) -> bool:
@@ -149,15 +161,10 @@ class Joined:
         there -= goes
         there |= comes
         if not there:
-            self._forget(number)
+            self.forget(number)
         for version in (4, 6):
             if out[version] or into[version]:
                 yield version, sorted(out[version]), sorted(into[version])
-
-    def _forget(self, number: int) -> None:
-        self._ranges.pop(number, None)
-        for version in (4, 6):
-            self._covered.pop((number, version), None)
 
     def holds(self, number: int, address: IpAddress) -> bool:
         return int(address) in self._covered.get((number, address.version), ())
@@ -167,7 +174,8 @@ class Joined:
         for (number, version), covered in self._covered.items():
             yield number, version, covered.runs()
 
-    def keep(self, numbers: Collection[int]) -> None:
-        """The others' rules and sets are gone."""
-        for number in set(self._ranges).difference(numbers):
-            self._forget(number)
+    def forget(self, number: int) -> None:
+        """Its rules and sets are gone."""
+        self._ranges.pop(number, None)
+        for version in (4, 6):
+            self._covered.pop((number, version), None)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TextIO
 
 from oepy.errors import MisuseError, ParseError
-from oepy.interfaces import TrapPolicy
+from oepy.exchange import Exchange, exchange
+from oepy.interfaces import ConfiguredRule, TrapPolicy
 from oepy.model import (
     MARK_KERNEL,
     MARK_MASK,
@@ -30,10 +31,11 @@ from oepy.trap import netlink as nl
 from oepy.trap.configured import Configured
 from oepy.trap.decided import Decided, SetChange
 from oepy.trap.hold import MAX_PACKETS, Destination, HeldPacket, Hold
-from oepy.trap.islands import joined_set, past_device
-from oepy.trap.joined import Asking, Joined, Range, range_elements
+from oepy.trap.islands import joined_set
+from oepy.trap.joined import Joined, Range, range_elements
 from oepy.trap.packet import parse_flow
 from oepy.trap.rules import ASK_CLOSED, ASK_OPEN, BYSTANDER, TABLE, Ruleset
+from oepy.trap.standing import Standing
 
 OPEN_QUEUE, CLOSED_QUEUE = 17733, 17734
 QUEUE_MAX_LENGTH = 2 * MAX_PACKETS  # in the kernel, beyond what we ever hold
@@ -67,8 +69,7 @@ class _Running:
     packets: kernel.QueueSocket
     kernel_counters: TextIO
     namespace: str
-    asking: Asking
-    past_device: frozenset[int]  # children whose packets the kernel's own policies protect
+    standing: Standing
     sweep: asyncio.TimerHandle | None = None
 
     def check_namespace(self) -> None:
@@ -78,7 +79,7 @@ class _Running:
 
     def mark_of(self, number: int) -> int:
         """What leads packets of this child to their SA."""
-        return MARK_KERNEL if number in self.past_device else MARK_PRIVATE
+        return MARK_KERNEL if self.standing.is_past_device(number) else MARK_PRIVATE
 
     def close(self) -> None:
         self.loop.remove_reader(self.packets.fileno())
@@ -87,10 +88,6 @@ class _Running:
         self.packets.close()
         self.tables.close()
         self.kernel_counters.close()
-
-
-def _past_device(policy: TrapPolicy) -> frozenset[int]:
-    return frozenset(rule.number for rule in policy.configured if past_device(policy, rule))
 
 
 class _PossibleGroups:
@@ -185,8 +182,7 @@ class NfqueueTrap:
             packets=packets,
             kernel_counters=kernel_counters,
             namespace=namespace,
-            asking=Asking(policy.configured),
-            past_device=_past_device(policy),
+            standing=Standing(policy, ruleset.islands),
         )
         loop.add_reader(packets.fileno(), self._readable)
         self._running.sweep = loop.call_later(SWEEP_SECONDS, self._sweep)
@@ -305,33 +301,36 @@ class NfqueueTrap:
         in force already is left alone: where a base chain goes, and be it the bracket's, the kernel drops every
         packet that waits in a queue."""
         running = self._require()
-        if policy == running.policy:
+        changes = exchange(running.policy.configured, policy.configured)
+        by_groups = replace(policy, configured=()) != replace(running.policy, configured=())
+        if not changes and not by_groups:
             return
         running.check_namespace()
         self._flush()
-        if replace(policy, configured=()) == replace(running.policy, configured=()):
-            self._change_configured(running, policy)
-        else:
+        if by_groups:
             self._change_all(running, policy)
+        else:
+            self._change_configured(running, policy, changes)
         running.policy = policy
         running.table = PolicyTable(policy.rules, policy.default)
         possible = _PossibleGroups(policy, running.table)
-        running.asking, running.past_device = Asking(policy.configured), _past_device(policy)
-        numbers = {rule.number for rule in policy.configured}
-        self._joined.keep(numbers)
-        for destination in self._hold.destinations():
-            known: Collection[object] = (
-                numbers if isinstance(destination[0], int) else possible.of(destination[1])
-            )
-            if destination[0] not in known:
-                self._drop(self._hold.release(destination), "dropped_overdue")
+        for number in {rule.number for rule in changes.gone}:
+            if not running.standing.has(number):
+                self._joined.forget(number)
+        for group, address in list(self._hold.destinations()):
+            stays = running.standing.has(group) if isinstance(group, int) else group in possible.of(address)
+            if not stays:
+                self._drop(self._hold.release((group, address)), "dropped_overdue")
         self._flush()
 
-    def _change_configured(self, running: _Running, policy: TrapPolicy) -> None:
+    def _change_configured(
+        self, running: _Running, policy: TrapPolicy, changes: Exchange[ConfiguredRule]
+    ) -> None:
         """What most reloads are: connections come and go, the groups stay."""
-        wanted = islands.islands(policy.configured)
-        if islands.lengths(wanted) <= running.ruleset.lengths:
-            switch.change_configured(policy, wanted, running.configured, running.tables)
+        found = running.standing.difference(running.configured.there, changes)
+        if islands.lengths(found.fresh) <= running.ruleset.lengths:
+            switch.change_configured(policy, found, running.configured, running.tables)
+            running.standing.take(policy, changes, found)
         else:
             self._change_ruleset(running, policy)
 
@@ -347,6 +346,7 @@ class NfqueueTrap:
         ruleset = Ruleset(policy)
         switch.change(policy, running.ruleset, ruleset, running.configured, running.tables)
         running.ruleset = ruleset
+        running.standing = Standing(policy, ruleset.islands)
 
     def stop(self, *, guard: bool) -> None:
         """See `interfaces.Trap`. Packets still held are dropped. May be called without a start."""
@@ -392,7 +392,7 @@ class NfqueueTrap:
             return
         held = HeldPacket(packet.queue, packet.id, packet.mark, packet.length, flow)
         now = running.loop.time()
-        number = running.asking.number_of(flow, packet.mark) if running.asking else 0
+        number = running.standing.asking.number_of(flow, packet.mark) if running.standing.asking else 0
         if number:
             self._asked(running, number, flow, held, now)
             return

@@ -18,7 +18,7 @@ from oepy.interfaces import ConfiguredRule, TrapPolicy
 from oepy.model import PolicyGroup
 from oepy.trap import islands, kernel
 from oepy.trap.configured import Configured
-from oepy.trap.islands import Chains, Line, Place, Rules, past_device
+from oepy.trap.islands import Chains, Difference, Line, past_device
 from oepy.trap.rules import (
     ASK_CLOSED,
     BRACKET_TABLE,
@@ -87,7 +87,7 @@ def change(
     """From a running policy to the next; sets and queues stay as they are. Raises OepyError: all is as before."""
     with bracketed(policy, changer):
         kernel.load(new.replacing(old))
-        before = configured.there
+        before = dict(configured.there)
         try:
             configured.change(changer, new.islands)
         except BaseException:
@@ -98,15 +98,14 @@ def change(
 
 
 def change_configured(
-    policy: TrapPolicy, wanted: dict[Place, Rules], configured: Configured, changer: kernel.Tables
+    policy: TrapPolicy, found: Difference, configured: Configured, changer: kernel.Tables
 ) -> None:
     """The same where nothing but configured rules are others, and all maps are there. What is new and what goes has
     nothing to fear between the generations of rules: before and after, it is the groups' traffic."""
-    found = islands.difference(configured.there, wanted)
     others = tuple(rule for rules in found.fresh.values() for rule in rules)
     narrow = replace(policy, rules=(), default=PolicyGroup.CLEAR, configured=others if found.gone else ())
     with bracketed(narrow, changer):
-        before = configured.there
+        before = dict(configured.there)
         try:
             configured.apply(changer, found)
         except BaseException:

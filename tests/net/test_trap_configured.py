@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from oepy.errors import OepyError
+from oepy.exchange import exchange
 from oepy.interfaces import ConfiguredRule, TrapPolicy, Way
 from oepy.lab.capture import Capture
 from oepy.lab.namespaces import Namespace
@@ -25,6 +26,7 @@ from oepy.model import Mark, PolicyGroup, Verdict
 from oepy.trap import configured as configured_rules
 from oepy.trap import islands, kernel, switch
 from oepy.trap.rules import Ruleset
+from oepy.trap.standing import Standing
 from tests.net.harness import (
     A4,
     B4,
@@ -186,24 +188,28 @@ def test_the_difference_is_what_a_fresh_load_makes(net: Wired) -> None:
         more: dict[str, Any] = {"required": dice.random() < 0.5, "protocol": dice.choice((0, 6))}
         pool.append(both_ways(here, there, number, **more))
     pool.append([out("0.0.0.0/0", "10.1.2.0/24", verdict=Verdict.BLOCK)])
+    pool = [[replace(rule, rank=(place,)) for rule in group] for place, group in enumerate(pool)]
     current = with_rules(*(rule for group in pool[:3] for rule in group))
     with net.a.entered():
         changer = kernel.Tables()
         ruleset = Ruleset(current)
+        standing = Standing(current, ruleset.islands)
         configured = switch.take_over(current, ruleset, changer)
     with net.b.entered():
         elsewhere = kernel.Tables()
     for _ in range(40):
         chosen = [group for group in pool if dice.random() < 0.3]
         following = with_rules(*(rule for group in chosen for rule in group))
-        wanted = islands.islands(following.configured)
+        changes = exchange(current.configured, following.configured)
+        found = standing.difference(configured.there, changes)
         with net.a.entered():
-            if islands.lengths(wanted) <= ruleset.lengths:
-                switch.change_configured(following, wanted, configured, changer)
+            if islands.lengths(found.fresh) <= ruleset.lengths:
+                switch.change_configured(following, found, configured, changer)
+                standing.take(following, changes, found)
             else:
                 new = Ruleset(following)
                 switch.change(following, ruleset, new, configured, changer)
-                ruleset = new
+                ruleset, standing = new, Standing(following, new.islands)
         with net.b.entered():
             switch.take_over(following, Ruleset(following), elsewhere)
         assert listed(net.a) == listed(net.b)
@@ -245,7 +251,7 @@ def test_what_the_kernel_refuses_changes_nothing(net: Wired) -> None:
         configured = switch.take_over(first, Ruleset(first), changer)
         before = listed(net.a)
         net.a.run("nft", "add chain inet oepy foreign; add rule inet oepy foreign jump configured_1")
-        wanted = islands.islands(second.configured)
+        wanted = islands.difference(configured.there, islands.islands(second.configured))
         with pytest.raises(OepyError, match="refused the rules of connections"):
             switch.change_configured(second, wanted, configured, changer)
         assert listed(net.a) == before

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oepy.connections.model import Child
-from oepy.daemon.connection_values import both_ways, first_of, order_of, rank_of
+from oepy.daemon.connection_values import both_ways, first_of, order_of
 from oepy.daemon.datapaths import userland_lacks
 from oepy.daemon.updown import environments
 from oepy.datapath.esp.database import SaDatabase
@@ -116,7 +116,7 @@ def test_a_packet_asks_for_the_child_of_its_mark() -> None:
     flow = Flow(ip_address("10.1.0.1"), ip_address("10.2.0.1"), 6, 40000, 80)
     alone = Asking(red)
     assert [alone.number_of(flow, mark) for mark in (0x11, 0x211, 0, 0x12)] == [1, 1, 0, 0]
-    both = Asking(sorted([*rules_of(2, NO_MARKS), *red], key=rank_of))
+    both = Asking([*rules_of(2, NO_MARKS), *red])
     assert [both.number_of(flow, mark) for mark in (0x11, 0, 0x12)] == [1, 2, 2]
 
 
@@ -185,21 +185,22 @@ def test_which_child_wins_is_the_same_everywhere(
     }
     (connection,) = good(between(A, B, own="a.example", peer="b.example", children=children), PSK).connections
     flow = Flow(ip_address("10.1.1.1"), ip_address("10.2.3.4"), 6, 40000, 80)
-    rules: list[tuple[tuple[int, ...], ConfiguredRule]] = []
+    rules: list[ConfiguredRule] = []
     database, policies = SaDatabase(), []
     made = list(enumerate(connection.children, 1))
     for number, child in reversed(made) if other_order else made:
         (local,), (remote,) = child.local_ts, child.remote_ts
         assert local.network is not None
         assert remote.network is not None
-        both = both_ways(
+        rules += both_ways(
             *(local.network, remote.network, remote.protocol, local.port, remote.port),
             number=number,
             required=True,
             transport=False,
             marks=child.marks,
+            first=first_of(child),
+            stands=(number,),
         )
-        rules += [((first_of(child), *rank_of(rule)), rule) for rule in both]
         ours, theirs = local.at(None), remote.at(None)
         assert ours is not None
         assert theirs is not None
@@ -212,7 +213,7 @@ def test_which_child_wins_is_the_same_everywhere(
             policies += [
                 (policy.priority, policy.direction, number) for policy in direction(pair, 1, plan.BARE)
             ]
-    by_trap = Asking(rule for _, rule in sorted(rules, key=lambda item: item[0])).number_of(flow, 0x11)
+    by_trap = Asking(rules).number_of(flow, 0x11)
     for way in v.PolicyDirection:
         assert min(item for item in policies if item[1] is way)[-1] == by_trap
     found = database.outbound(

@@ -23,7 +23,7 @@ def test_the_index_finds_the_same(
     ids: list[list[str]], ours: list[PeerIdentity], theirs: list[PeerIdentity]
 ) -> None:
     shared = tuple(
-        SharedSecret(tuple(IdPattern(text) for text in each), Secret(bytes([number + 1])))
+        SharedSecret(tuple(IdPattern(text) for text in each), Secret(bytes([number + 1])), (0, "", number))
         for number, each in enumerate(ids)
     )
     ranked = [(_secret_rank(one.ids, tuple(ours), tuple(theirs)), n) for n, one in enumerate(shared)]

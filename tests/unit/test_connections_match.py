@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from ipaddress import ip_address, ip_network
 from typing import Any
 
@@ -10,8 +11,11 @@ from hypothesis import strategies as st
 
 from oepy.connections.fields import duration, selector
 from oepy.connections.match import Matcher, place_rank
-from oepy.connections.model import ConnectionSet, IdPattern, Place, SharedSecret
+from oepy.connections.model import Connection, ConnectionSet, IdPattern, Place, SharedSecret
 from oepy.connections.reading import SECTIONS
+from oepy.daemon.connection_values import names_of
+from oepy.exchange import exchange
+from oepy.included import Memory
 from oepy.leases import Pool
 from oepy.model import PeerIdentity, Secret
 from tests.fakes.connections import read_data
@@ -91,7 +95,8 @@ def test_the_best_secret_is_that_of_a_plain_search(texts: list[list[str]], ours:
     """The dictionaries find what looking at each secret finds: both named before one before none, exact ones first,
     and of equals the first in the file."""
     shared = [
-        SharedSecret(tuple(map(IdPattern, ids)), Secret(bytes((number,)))) for number, ids in enumerate(texts)
+        SharedSecret(tuple(map(IdPattern, ids)), Secret(bytes((number,))), (0, "", number))
+        for number, ids in enumerate(texts)
     ]
     one, other = PeerIdentity.parse(ours), PeerIdentity.parse(theirs)
 
@@ -147,6 +152,67 @@ def test_connections_are_found_by_place_and_name(
         assert {one.name for one in named} == {one.name for one in found if one.remote.id.matches(name)}
         assert [one.remote.id.rank for one in named] == sorted(one.remote.id.rank for one in named)
         assert matcher.by_identity(local, address, name, PeerIdentity.parse("other.example"), RESOLVED) == []
+
+
+rows_of_connections = st.dictionaries(
+    st.sampled_from(["a", "b", "c", "d"]), st.tuples(places, places, st.sampled_from(PATTERNS)), max_size=4
+)
+
+
+def configured_of(rows: dict[str, tuple[list[str], list[str], str]], texts: list[list[str]]) -> ConnectionSet:
+    connections = {
+        name: {
+            "local_addrs": here,
+            "remote_addrs": there,
+            "local": {"auth": "psk", "id": "me.example"},
+            "remote": {"auth": "psk", "id": pattern},
+            "children": {"net": {}},
+        }
+        for name, (here, there, pattern) in rows.items()
+    }
+    found, problems = read_data({"connections": connections})
+    assert problems == []
+    shared = (
+        SharedSecret(tuple(map(IdPattern, ids)), Secret(bytes((len(ids), number))), (0, "", number))
+        for number, ids in enumerate(texts)
+    )
+    return replace(found, secrets=tuple(shared))
+
+
+@given(rows_of_connections, secrets, rows_of_connections, secrets)
+def test_a_changed_configuration_is_found_like_a_new_one(
+    rows: dict[str, Any], texts: list[list[str]], other_rows: dict[str, Any], other_texts: list[list[str]]
+) -> None:
+    """What stays equal stays the same object. And whoever has another secret afterwards was named before."""
+    before, after = configured_of(rows, texts), configured_of(other_rows, other_texts)
+    memory = Memory()
+    before, after = memory.main(before), memory.main(after)
+    matcher, fresh = Matcher(before), Matcher(after)
+    connections = exchange(before.connections, after.connections)
+    changed = exchange(before.secrets, after.secrets)
+    for one in before.connections:
+        assert (one in connections.gone) is (
+            one not in after.connections or one.order != _order_in(after, one)
+        )
+    concerned = matcher.concerned((*changed.gone, *changed.fresh))
+    had = {one.name: secret_of(one, matcher) for one in before.connections}
+    matcher.take(connections, changed)
+    for one in after.connections:
+        assert secret_of(one, matcher) == secret_of(one, fresh)
+        if one in before.connections and concerned is not None and one not in concerned:
+            assert secret_of(one, matcher) == had[one.name]
+    for remote in ADDRESSES:
+        ends = ip_address("192.0.2.1"), ip_address(remote)
+        assert matcher.by_address(*ends, RESOLVED) == fresh.by_address(*ends, RESOLVED)
+
+
+def _order_in(configured: ConnectionSet, connection: Connection) -> object:
+    return next(one.order for one in configured.connections if one == connection)
+
+
+def secret_of(connection: Connection, matcher: Matcher) -> Secret | None:
+    ours = names_of(connection.local.id, connection.local_addrs)
+    return matcher.secret(ours, names_of(connection.remote.id.exact(), connection.remote_addrs))
 
 
 @given(st.integers(0, 10**8), st.sampled_from("smhd"))

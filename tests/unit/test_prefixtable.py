@@ -38,3 +38,17 @@ def test_it_finds_what_a_search_through_all_finds(added, removed, number):
         found = sorted((length, value) for length, values in table.matching(address) for value in values)
         right = sorted((network.prefixlen, value) for network, value in held if address in network)
         assert found == right
+
+
+@given(entries, st.lists(st.integers(0, 19), max_size=10))
+def test_values_of_one_network_stand_in_their_order(added, removed):
+    table: PrefixTable[tuple[int, int]] = PrefixTable(lambda value: value[0])
+    held = [(networks, (value, number)) for number, (networks, value) in enumerate(added)]
+    for network, value in held:
+        table.add(network, value)
+    for network, value in [held[number] for number in set(removed) if number < len(held)]:
+        table.remove(network, value)
+        held.remove((network, value))
+    for network, _ in held:
+        (values,) = [found for length, found in table.matching(network[0]) if length == network.prefixlen]
+        assert values == sorted(value for other, value in held if other == network)

@@ -97,5 +97,5 @@ def test_a_pool_of_addresses_side_by_side() -> None:
     assert len(changes) == 30_000
     assert joined.holds(7, clients[0][0])
     assert not joined.holds(7, clients[1][0])
-    joined.keep([8])
+    joined.forget(7)
     assert not joined.holds(7, clients[0][0])
