@@ -174,6 +174,9 @@ class HostAddresses(Protocol):
 class Datapath(Protocol):
     """SAs and policies, in the kernel or in userland."""
 
+    waits: bool
+    """Whether `install` and `remove` have to wait for somebody. Where they don't, they are no task of their own."""
+
     async def start(self, on_event: Callable[[DatapathEvent], None]) -> None: ...
 
     def allocate_spi(self) -> int:

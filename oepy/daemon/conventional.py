@@ -205,9 +205,9 @@ class Conventional:
             case m.AddChild(session, connection, child):
                 self._add_child(session, connection, child)
             case m.Install():
-                return self._install(action)
+                return core.at_once(self._install(action))
             case m.Remove(spi_in):
-                return core.datapath.remove(spi_in)
+                return core.at_once(core.datapath.remove(spi_in))
             case m.Join():
                 self._join(action)
             case m.RefuseHeld(number):
@@ -236,8 +236,12 @@ class Conventional:
             core.journal.add("install-failed", True, connection=pair.connection, reason=str(error))
             # What could not move is negotiated anew, like what a datapath that ended has lost
             reason = "datapath" if action.moves else f"the datapath refused it: {error}"
-            self.feed(m.ChildWent(pair.spi_in, reason))
-            core.negotiator.close(pair.spi_in)
+            # After the rest of what was to be done
+            asyncio.get_running_loop().call_soon(self._install_failed, pair.spi_in, reason)
+
+    def _install_failed(self, spi_in: int, reason: str) -> None:
+        self.feed(m.ChildWent(spi_in, reason))
+        self._core.negotiator.close(spi_in)
 
     def _join(self, action: m.Join) -> None:
         state = self.manager.by_number(action.number)

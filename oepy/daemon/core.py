@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -217,9 +217,9 @@ class Core:
             case engine_messages.CancelIke(attempt):
                 self.negotiator.cancel(attempt)
             case engine_messages.Install(pair, outbound):
-                return self._install(pair, outbound)
+                return self.at_once(self._install(pair, outbound))
             case engine_messages.Remove(spi_in):
-                return self.datapath.remove(spi_in)
+                return self.at_once(self.datapath.remove(spi_in))
             case engine_messages.CloseTunnel(spi_in, _):
                 self.negotiator.close(spi_in)
             case engine_messages.ReadCounters(spis):
@@ -227,6 +227,17 @@ class Core:
             case engine_messages.Report(event, fields, alert):
                 self.journal.add(event, alert, **fields)
         return None
+
+    def at_once(self, work: Coroutine[Any, Any, None]) -> Coroutine[Any, Any, None] | None:
+        """What the datapath has to do: done when this returns, or to be awaited where it waits for somebody."""
+        if self.datapath.waits:
+            return work
+        try:
+            work.send(None)
+        except StopIteration:
+            return None
+        work.close()
+        raise AssertionError("a datapath that does not wait has waited")
 
     async def _install(self, pair: SaPair, outbound: bool) -> None:
         if self.given.key_log is not None:
@@ -236,8 +247,12 @@ class Core:
         except OepyError as error:
             # Marked packets find no SA and are dropped, until the table's row for this is in the trap.
             self.journal.add("install-failed", True, peer=str(pair.remote.address), reason=str(error))
-            self.feed(engine_messages.InstallFailed(pair.spi_in, str(error)))
-            self.negotiator.close(pair.spi_in)
+            # After the rest of what was to be done
+            asyncio.get_running_loop().call_soon(self._install_failed, pair.spi_in, str(error))
+
+    def _install_failed(self, spi_in: int, reason: str) -> None:
+        self.feed(engine_messages.InstallFailed(spi_in, reason))
+        self.negotiator.close(spi_in)
 
     async def _look_up(self, destination: IpAddress) -> None:
         try:

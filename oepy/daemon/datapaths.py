@@ -29,6 +29,8 @@ MAX_DEVICE_NAME = 15
 class NoDatapath:
     """`datapath: none`: negotiates and installs nothing, for measuring IKE. Protected packets go nowhere."""
 
+    waits = False
+
     def __init__(self) -> None:
         self._spis: set[int] = set()
 

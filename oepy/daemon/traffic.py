@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from ipaddress import ip_network, summarize_address_range
+from ipaddress import ip_network
 from itertools import chain, product
 from typing import TYPE_CHECKING
 
@@ -148,11 +148,9 @@ class Traffic:
         if entry is None or state.child.marks.outward is not None:
             return
         for gone in entry.joined.intersection(action.gone):
-            for network in summarize_address_range(*gone):
-                self._settled.remove(network, entry.standing)
+            self._settled.remove_range(gone, entry.standing)
         for fresh in set(action.fresh) - entry.joined:
-            for network in summarize_address_range(*fresh):
-                self._settled.add(network, entry.standing)
+            self._settled.add_range(fresh, entry.standing)
         entry.joined.difference_update(action.gone)
         entry.joined.update(action.fresh)
         if action.gone or action.fresh:
@@ -167,15 +165,19 @@ class Traffic:
             if after is before:
                 continue
             if before is not None:
-                for network in _networks(before):
+                for network in before.held:
                     self._settled.remove(network, before.standing)
+                for carried in before.joined:
+                    self._settled.remove_range(carried, before.standing)
             if after is None:
                 self._entries.pop(number, None)
                 self._routed.discard(number)
             else:
                 self._entries[number] = after
-                for network in _networks(after):
+                for network in after.held:
                     self._settled.add(network, after.standing)
+                for carried in after.joined:
+                    self._settled.add_range(carried, after.standing)
             self._rules = None
         self._core.reload_trap()
         self._later(None)
@@ -210,13 +212,6 @@ class Traffic:
         untold, self._untold = self._untold, []
         if self._core.engine.entries:
             self._core.feed(engine_messages.Reloaded(None if untold is None else tuple(untold)))
-
-
-def _networks(entry: _Entry) -> Iterator[IpNetwork]:
-    """What it settles."""
-    yield from entry.held
-    for carried in entry.joined:
-        yield from summarize_address_range(*carried)
 
 
 def _standing(connection: Connection, child: Child) -> _Standing:

@@ -92,6 +92,8 @@ class FakeHostAddresses:
 class FakeDatapath:
     """Holds the pairs that are installed now."""
 
+    waits = False
+
     def __init__(self, random: Callable[[int], bytes]) -> None:
         self.pairs: dict[int, SaPair] = {}
         self.sending: dict[int, bool] = {}

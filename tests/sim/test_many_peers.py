@@ -167,7 +167,8 @@ def test_all_of_them_come_to_a_hub_at_once() -> None:
             most = max(most, hub.core.negotiator.endpoint.counters["half_open"])
         await asyncio.sleep(20)
         failed = sum(len(peer.host.of(SessionFailed)) for peer in peers)
-        assert up(hub) == PEERS - failed
+        # Very few lose the last answer each time that it is sent, and give up; the hub cannot know
+        assert 0 <= up(hub) - (PEERS - failed) <= PEERS * 0.005
         assert failed < PEERS * 0.02
         counters = hub.core.negotiator.endpoint.counters
         assert counters["cookies_sent"] > PEERS / 2

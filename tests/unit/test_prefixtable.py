@@ -40,6 +40,22 @@ def test_it_finds_what_a_search_through_all_finds(added, removed, number):
         assert found == right
 
 
+@given(st.lists(st.tuples(st.integers(0, 255), st.integers(0, 20)), max_size=8), st.integers(0, 8))
+def test_ranges_of_addresses(ranges, removed):
+    table: PrefixTable[int] = PrefixTable()
+    held = []
+    for number, (first, more) in enumerate(ranges):
+        ends = ip_address(0x0A000000 + first), ip_address(0x0A000000 + first + more)
+        table.add_range(ends, number)
+        held.append((ends, number))
+    for ends, number in held[:removed]:
+        table.remove_range(ends, number)
+    for low in range(280):
+        address = ip_address(0x0A000000 + low)
+        found = sorted(number for _, values in table.matching(address) for number in values)
+        assert found == [number for (first, last), number in held[removed:] if first <= address <= last]
+
+
 @given(entries, st.lists(st.integers(0, 19), max_size=10))
 def test_values_of_one_network_stand_in_their_order(added, removed):
     table: PrefixTable[tuple[int, int]] = PrefixTable(lambda value: value[0])

@@ -37,6 +37,8 @@ class TunDatapath:
     `install` the same pair with its new endpoints.
     """
 
+    waits = True
+
     def __init__(
         self,
         nat_t_sockets: Sequence[UdpSocket],

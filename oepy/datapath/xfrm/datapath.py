@@ -84,6 +84,8 @@ class XfrmDatapath:
     an earlier run has left, known by its reqids, if_id and mark. Nothing else is ever touched.
     """
 
+    waits = False
+
     def __init__(
         self,
         ike: Sequence[UdpSocket] = (),
