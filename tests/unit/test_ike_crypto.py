@@ -115,6 +115,15 @@ def test_chacha20_poly1305_rfc_7634() -> None:
     assert plain.hex() == "0000000c000040010000000a"
 
 
+@pytest.mark.parametrize("name", ["sha256", "sha384", "sha512"])
+@pytest.mark.parametrize("size", [0, 1, 32, 63, 64, 65, 127, 128, 129, 500])
+def test_prf_plus_hashes_by_keys_of_any_length(name: str, size: int) -> None:
+    key, seed = bytes(range(250)) * 2, b"seed"
+    first = hmac.digest(key[:size], seed + b"\1", name)
+    second = hmac.digest(key[:size], first + seed + b"\2", name)
+    assert prf_plus(f"prf{name}", key[:size], seed, 2 * len(first)) == first + second
+
+
 def test_prf_plus_is_what_the_rfc_says() -> None:
     """RFC 7296 §2.13, written out with the standard library alone."""
     key, seed = b"key", b"seed"
