@@ -8,6 +8,7 @@ none, by one `connection load`. Then a daemon starts with all of them, and one m
 from __future__ import annotations
 
 import contextlib
+import os
 import statistics
 import sys
 import tempfile
@@ -34,13 +35,15 @@ _PEERS, _NETWORKS = int(IPv4Address("198.18.0.0")), int(IPv4Address("10.0.0.0"))
 class Row:
     """Times in seconds: `all_at_once` for all of them, added to a daemon that has none; `start` until one that has
     them answers and traps; `add` the median of one connection more, and `add_cpu` what of it is the daemon's CPU
-    time. `memory` is the daemon's resident memory in bytes."""
+    time; `floor` the CPU time of looking which files there are and whether they have changed, and nothing else.
+    `memory` is the daemon's resident memory in bytes."""
 
     connections: int
     all_at_once: float
     start: float
     add: float
     add_cpu: float
+    floor: float
     memory: int
 
 
@@ -98,7 +101,16 @@ def _measure(namespace: Namespace, place: Path, size: int) -> Row:
             times.append(time.monotonic() - begun)
             cpu.append(cpu_seconds(pid) - spent)
         add, add_cpu = statistics.median(times), statistics.median(cpu)
-        return Row(size, all_at_once, start, add, add_cpu, resident_bytes(pid))
+        floor = statistics.median(_look_at_all(place / "conf.d") for _ in range(ADDED))
+        return Row(size, all_at_once, start, add, add_cpu, floor, resident_bytes(pid))
+
+
+def _look_at_all(directory: Path) -> float:
+    """The CPU time of it."""
+    begun = time.process_time()
+    for name in os.listdir(directory):
+        os.stat(f"{directory}/{name}")
+    return time.process_time() - begun
 
 
 @contextlib.contextmanager

@@ -298,6 +298,7 @@ def peers(connections: int, as_json: bool) -> None:
         "start": 10,
         "one more": 12,
         "its CPU": 12,
+        "floor": 12,
         "memory": 10,
     }
     click.secho("".join(head.rjust(width) for head, width in heads.items()), bold=True)
@@ -306,7 +307,7 @@ def peers(connections: int, as_json: bool) -> None:
             f"{row['connections']:>12,}{row['all_at_once']:>8.2f} s"
             f"{milliseconds(row['milliseconds_each'] / 1000):>12}"
             f"{row['start']:>8.2f} s{milliseconds(row['add']):>12}"
-            f"{milliseconds(row['add_cpu']):>12}"
+            f"{milliseconds(row['add_cpu']):>12}{milliseconds(row['floor']):>12}"
             f"{row['memory'] / 1e6:>7.0f} MB"
         )
     click.echo(

@@ -13,5 +13,5 @@ def test_the_rows() -> None:
     result = run((2, 12), lambda done, total: None).as_dict()
     assert [row["connections"] for row in result["rows"]] == [2, 12]
     for row in result["rows"]:
-        assert min(row[key] for key in ("start", "milliseconds_each", "add", "add_cpu")) > 0, row
+        assert min(row[key] for key in ("start", "milliseconds_each", "add", "add_cpu", "floor")) > 0, row
         assert row["memory"] > 10_000_000, row
