@@ -45,7 +45,8 @@ class _KeyedHash:
         inner, outer = self._inner.copy(), self._outer.copy()
         inner.update(text)
         outer.update(inner.digest())
-        return outer.digest()
+        found: bytes = outer.digest()
+        return found
 
 
 _BLOCKS = {"sha256": 64, "sha384": 128, "sha512": 128}
