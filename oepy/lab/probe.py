@@ -98,7 +98,7 @@ def ping(
     *,
     count: int = 1,
     size: int = 56,
-    timeout: float = 1.0,
+    timeout: float = 5.0,
     source: str | None = None,
 ) -> list[float | None]:
     """Ping from `namespace`; blocks the calling thread. Seconds to each reply, None for no reply."""

@@ -4,7 +4,6 @@ ESP. (The matrix has either end that moves to another address.) The topology is 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -86,12 +85,12 @@ def test_oepy_travels(network: tuple[Namespace, Namespace, Namespace], directory
                 assert None not in ping(inside, "10.9.0.1", count=2, timeout=5), host.log() + peer.tail()
                 for down, place in ((True, "198.18.7.2"), (False, "198.18.6.2")):
                     stream = Stream(warrior, INSIDE, "10.9.0.1")
-                    time.sleep(0.5)
+                    stream.goes_on()
                     warrior.ip("link", "set", "eth0", "down" if down else "up")
                     if not down:
                         routes(warrior)
                     wait_for(lambda place=place: _is_at(peer, place), lambda: host.log() + peer.tail())
-                    time.sleep(1)
+                    stream.goes_on()
                     lost = stream.close()
                     assert lost <= (20 if down else 0), host.log() + peer.tail()
                     peer.swanctl("--rekey", "--child" if down else "--ike", "net" if down else "road")

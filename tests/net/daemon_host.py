@@ -36,6 +36,12 @@ def two_with_a_secret(first: Namespace, second: Namespace, directory: Path) -> I
             host.stop()
 
 
+def ready(*hosts: Host) -> None:
+    """Of several that have begun: they start side by side."""
+    for host in hosts:
+        host.wait_until_ready()
+
+
 class Host:
     """A daemon in a namespace, with a configuration that is a dictionary."""
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import inspect
 import json
+import os
 import select
 import socket
 import subprocess
@@ -22,6 +24,7 @@ from oepy.trap import NfqueueTrap
 
 GROUP = PolicyGroup
 START_SECONDS = 60  # an emulated machine, with a sender that never stops beside it, takes twenty
+PATIENCE = 15.0  # with what is bound to come, however busy the machine is
 A4, B4, A6, B6 = "198.18.0.1", "198.18.0.2", "2001:2::1", "2001:2::2"
 
 
@@ -101,18 +104,19 @@ def cut_here(namespace: Namespace, device: str) -> None:
     namespace.run("ethtool", "-K", device, "tx-udp-segmentation", "off")
 
 
-async def until(condition: Callable[[], object], seconds: float = 3.0) -> None:
-    """Wait for it, with the loop running. Fails where it does not come true."""
+async def until(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
+    """Wait for it, with the loop running; it may be a coroutine's result. Fails where it does not come true."""
     deadline = time.monotonic() + seconds
-    while not condition():
+    while not (await found if inspect.isawaitable(found := condition()) else found):
         assert time.monotonic() < deadline, "it did not come true in time"
         await asyncio.sleep(0.005)
 
 
 async def pinged(
-    namespace: Namespace, address: str, *, count: int = 1, size: int = 56, within: float = 0.5
+    namespace: Namespace, address: str, *, count: int = 1, size: int = 56, within: float = PATIENCE
 ) -> int:
-    """How many of the echoes are answered, while the loop runs on."""
+    """How many of the echoes are answered, while the loop runs on. Where none is to be, `within` says how long is
+    enough; each that is answered takes no longer than it takes."""
     results = await asyncio.to_thread(ping, namespace, address, count=count, size=size, timeout=within)
     return sum(result is not None for result in results)
 
@@ -153,6 +157,16 @@ def received(sock: socket.socket) -> list[bytes]:
             return found
 
 
+async def arrived(sock: socket.socket, count: int) -> list[bytes]:
+    """Everything that has arrived as soon as there are so many datagrams, or after all patience."""
+    found = received(sock)
+    deadline = time.monotonic() + PATIENCE
+    while len(found) < count and time.monotonic() < deadline:
+        await asyncio.sleep(0.005)
+        found += received(sock)
+    return found
+
+
 def address(text: str) -> IpAddress:
     return ip_address(text)
 
@@ -166,12 +180,19 @@ class Holder:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
+        self._said = b""
         self.line("ready")
 
     def line(self, expected: str) -> None:
         assert self.process.stdout is not None
-        assert select.select([self.process.stdout], [], [], START_SECONDS)[0], f"no {expected!r}"
-        assert self.process.stdout.readline().strip() == expected
+        source = self.process.stdout.fileno()
+        while b"\n" not in self._said:  # several lines may come at once
+            assert select.select([source], [], [], START_SECONDS)[0], f"no {expected!r}"
+            data = os.read(source, 4096)
+            assert data, f"no {expected!r}, but its end"
+            self._said += data
+        line, _, self._said = self._said.partition(b"\n")
+        assert line.decode() == expected
 
     def ask(self, command: str) -> None:
         """`stop`, `guard`, or `restart`; returns when it is done."""

@@ -15,7 +15,7 @@ from oepy.lab.capture import Capture
 from oepy.lab.probe import Pinger, echoes, ping
 from oepy.model import MAX_USERLAND_MARKS
 from tests.fakes.connections import between, good
-from tests.net.daemon_host import Host, kinds, two_with_a_secret
+from tests.net.daemon_host import Host, kinds, ready, two_with_a_secret
 from tests.net.harness import A4, B4, listen_udp, udp, wired
 
 pytestmark = pytest.mark.root
@@ -72,8 +72,9 @@ def the_lower_priority_wins(hosts: tuple[Host, Host], datapath: str) -> None:
             "wide": {"local_ts": ["10.1.0.0/16"], "remote_ts": ["10.2.0.0/15"], "priority": first},
         }
         for number, host in enumerate(hosts):
-            change = host.start if first else host.reload
+            change = host.begin if first else host.reload
             change({}, **section(number, children), datapath=datapath)
+        ready(*hosts)
         bring_up(hosts)
         assert None not in ping(hosts[0].namespace, FAR, count=3, timeout=15), hosts[0].log()
         counts = sent(hosts[0])
@@ -102,8 +103,9 @@ def what_is_copied(hosts: tuple[Host, Host], tmp_path: Path, datapath: str, case
     for place, (ours, theirs, outside, df, arrives) in enumerate(cases):
         for number, (host, keys) in enumerate(zip(hosts, (ours, theirs), strict=True)):
             children: Children = {"net": {**child, **keys}}
-            change = host.reload if place else host.start
+            change = host.reload if place else host.begin
             change({}, **section(number, children), datapath=datapath)
+        ready(*hosts)
         bring_up(hosts)
         listener = listen_udp(other.namespace, FAR, 7200)
         listener.setsockopt(socket.IPPROTO_IP, socket.IP_RECVTOS, 1)
@@ -170,8 +172,9 @@ def test_two_connections_side_by_side_by_their_marks(hosts: tuple[Host, Host], t
     }
     marks["blue"]["set_mark_out"] = 7
     private = {"policy": {"default": "clear", "groups": {"private": [f"{FAR}/32"]}}}
-    other.start({}, **coloured(1, {"red": {}, "blue": {}}))
-    one.start({}, **coloured(0, marks, **private))
+    other.begin({}, **coloured(1, {"red": {}, "blue": {}}))
+    one.begin({}, **coloured(0, marks, **private))
+    ready(*hosts)
     with Capture(other.namespace, ["eth0"], tmp_path / "wire.pcap") as capture:
         assert None not in marked_ping(one, 0x4411), one.log() + other.log()
         assert sent(one) == {"red/net": 3}
@@ -231,7 +234,8 @@ def test_what_userland_lacks_is_refused_at_load(hosts: tuple[Host, Host]) -> Non
     """By name and child; what was loaded before stays as it is."""
     child = {"local_ts": [f"{NEAR}/32"], "remote_ts": [f"{FAR}/32"]}
     for number, host in enumerate(hosts):
-        host.start({}, **section(number, {"net": child}))
+        host.begin({}, **section(number, {"net": child}))
+    ready(*hosts)
     bring_up(hosts)
     (before,) = hosts[0].json("sas")
     hosts[0].write({}, **section(0, {"net": {**child, "mark_in": 7}}))

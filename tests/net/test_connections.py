@@ -13,7 +13,7 @@ import pytest
 from oepy.lab.capture import Capture
 from oepy.lab.namespaces import Lab, Namespace
 from oepy.lab.probe import ping
-from tests.net.daemon_host import Host, kinds
+from tests.net.daemon_host import Host, kinds, ready
 from tests.net.harness import A4, B4, listen_udp, received
 from tests.net.test_datapath_gateway import L4, R4, R6, _network
 from tests.net.test_manual_gateway import _pretend
@@ -70,7 +70,8 @@ def test_the_first_forwarded_packet_brings_the_subnets_together(
     A load without the connection ends it, and the clear passes."""
     (left, right), _ = network
     for number, host in enumerate(gateways):
-        host.start({}, **section(number, "trap"))
+        host.begin({}, **section(number, "trap"))
+    ready(*gateways)
     assert [row["state"] for row in gateways[0].json("connection", "list")] == ["trapped"]
     with Capture(gateways[1].namespace, ["wan"], tmp_path / "wan.pcap") as capture:
         assert None not in ping(left, R4, count=3, timeout=5), gateways[0].log()
@@ -105,7 +106,8 @@ def test_the_first_forwarded_packet_brings_the_subnets_together(
 def test_commands_and_mistakes(gateways: tuple[Host, Host]) -> None:
     """`connection up` of one that only waits says so by its exit status; a load with mistakes changes nothing."""
     for number, host in enumerate(gateways):
-        host.start({}, **section(number, "none"))
+        host.begin({}, **section(number, "none"))
+    ready(*gateways)
     left = gateways[0]
     up = left.oepy("connection", "up", "sites/net")
     assert up.returncode == 0, up.stderr + left.log()

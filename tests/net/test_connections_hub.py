@@ -18,7 +18,7 @@ import pytest
 from oepy.lab.capture import Capture
 from oepy.lab.namespaces import Lab, Namespace
 from oepy.lab.probe import ping
-from tests.net.daemon_host import Host, kinds
+from tests.net.daemon_host import Host, kinds, ready
 from tests.net.test_connections_mobike import wait_for
 
 pytestmark = pytest.mark.root
@@ -90,9 +90,10 @@ def test_spokes_reach_the_hub_and_each_other(network: tuple[Namespace, Site, Sit
         (host.directory / "psk").touch(mode=0o600)
         (host.directory / "psk").write_text("for all branches\n")
     try:
-        center.start({}, **_hub_section())
-        a.start({}, **_spoke_section(11, {"rekey_packets": 40, "life_packets": 4000}))
-        b.start({}, **_spoke_section(12, {"inactivity": "8s"}))
+        center.begin({}, **_hub_section())
+        a.begin({}, **_spoke_section(11, {"rekey_packets": 40, "life_packets": 4000}))
+        b.begin({}, **_spoke_section(12, {"inactivity": "8s"}))
+        ready(*hosts)
         with Capture(hub, ["wan0", "wan1"], tmp_path / "wan.pcap") as capture:
             assert None not in ping(lan_b, "10.20.0.1", count=2, timeout=5), b.log() + center.log()
             assert None not in ping(lan_a, "10.12.0.2", count=2, timeout=5), a.log() + center.log()

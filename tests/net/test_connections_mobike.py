@@ -100,15 +100,22 @@ class Stream:
             with contextlib.suppress(OSError):
                 self._pinger.send(self._sent)
             self._sent += 1
-            self._listen(0.1)
-        self._listen(1.0)
+            until = time.monotonic() + 0.1
+            while (left := until - time.monotonic()) > 0:
+                self._listen(left)
+        until = time.monotonic() + 3.0
+        while len(self._seen) < self._sent and (left := until - time.monotonic()) > 0:
+            self._listen(left)
 
     def _listen(self, seconds: float) -> None:
-        until = time.monotonic() + seconds
-        while (left := until - time.monotonic()) > 0:
-            answer = self._pinger.receive(left)
-            if answer is not None:
-                self._seen.add(answer)
+        answer = self._pinger.receive(seconds)
+        if answer is not None:
+            self._seen.add(answer)
+
+    def goes_on(self) -> None:
+        """Wait for some more answers."""
+        enough = len(self._seen) + 5
+        wait_for(lambda: len(self._seen) >= enough, lambda: f"{self._sent} echoes, {len(self._seen)} answers")
 
     def close(self) -> int:
         self._ended.set()
@@ -157,18 +164,18 @@ def travel(
 
     with Capture(gate, ["wan0", "wan1"], directory / "wan.pcap") as capture:
         pings = Stream(warrior, INSIDE, "10.9.0.1")
-        time.sleep(1)
+        pings.goes_on()
         warrior.ip("link", "set", "eth0", "down")
         wait_for(lambda: at("198.18.7.2"), lambda: client.log() + server.log(), 15 * pace)
-        time.sleep(1)
+        pings.goes_on()
         assert pings.close() <= 20 * pace, client.log() + server.log()
 
         pings = Stream(warrior, INSIDE, "10.9.0.1")
-        time.sleep(1)
+        pings.goes_on()
         warrior.ip("link", "set", "eth0", "up")
         routes(warrior)
         wait_for(lambda: at("198.18.6.2"), lambda: client.log() + server.log(), 15 * pace)
-        time.sleep(1)
+        pings.goes_on()
         # The kernel receives at its new place at once, the peer hears of that a little later
         assert pings.close() <= (0 if pace == 1.0 else 10), client.log() + server.log()
         capture.flush()

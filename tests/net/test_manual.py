@@ -14,7 +14,7 @@ import pytest
 from oepy.lab.capture import Capture
 from oepy.lab.probe import ping
 from tests.fakes import manual
-from tests.net.daemon_host import Host, kinds
+from tests.net.daemon_host import Host, kinds, ready
 from tests.net.harness import A4, A6, B4, B6, Wired, udp, wired
 
 pytestmark = pytest.mark.root
@@ -45,8 +45,9 @@ def test_two_hosts_with_manual_keys_talk_in_esp(net: Wired, hosts: tuple[Host, H
     """Nothing but `manual:` is configured; pings and their answers are ESP on the wire, from the first packet, and
     `sas`, `policies` and `explain` show why."""
     a, b = hosts
-    a.start(manual.section(A4, B4))
-    b.start(manual.section(B4, A4))
+    a.begin(manual.section(A4, B4))
+    b.begin(manual.section(B4, A4))
+    ready(a, b)
     with Capture(net.wire.namespace, net.wire.ports, tmp_path / "c.pcap", incoming_only=True) as capture:
         assert None not in ping(net.a, B4, count=3)
         assert None not in ping(net.b, A4, count=2)
@@ -72,8 +73,9 @@ def test_other_traffic_stays_clear_and_ipv6_goes_inside(
 ) -> None:
     """IPv6 traffic in a tunnel over IPv4 is private; IPv4 between the same hosts, of no policy, is clear."""
     a, b = hosts
-    a.start({"sas": manual.sas(A4, B4), "policies": manual.policies(A4, B4, near=A6, far=B6)})
-    b.start({"sas": manual.sas(A4, B4), "policies": manual.policies(B4, A4, near=B6, far=A6)})
+    a.begin({"sas": manual.sas(A4, B4), "policies": manual.policies(A4, B4, near=A6, far=B6)})
+    b.begin({"sas": manual.sas(A4, B4), "policies": manual.policies(B4, A4, near=B6, far=A6)})
+    ready(a, b)
     with Capture(net.wire.namespace, net.wire.ports, tmp_path / "c.pcap", incoming_only=True) as capture:
         assert None not in ping(net.a, B6, count=3)
         capture.flush()
@@ -86,8 +88,9 @@ def test_other_traffic_stays_clear_and_ipv6_goes_inside(
 def test_another_key_lets_nothing_pass(net: Wired, hosts: tuple[Host, Host], tmp_path: Path) -> None:
     """With one wrong key nothing arrives, and nothing is in the clear: what is wrong is counted."""
     a, b = hosts
-    a.start(manual.section(A4, B4))
-    b.start(manual.section(B4, A4, integrity_key=manual.key(1)))
+    a.begin(manual.section(A4, B4))
+    b.begin(manual.section(B4, A4, integrity_key=manual.key(1)))
+    ready(a, b)
     with Capture(net.wire.namespace, net.wire.ports, tmp_path / "c.pcap", incoming_only=True) as capture:
         assert ping(net.a, B4, count=3, timeout=0.3) == [None] * 3
         capture.flush()
@@ -115,10 +118,11 @@ def test_block_and_bypass(net: Wired, hosts: tuple[Host, Host], tmp_path: Path) 
     ]
     section = manual.section(A4, B4)
     section["policies"] += icmp_clear
-    a.start(section)
+    a.begin(section)
     section = manual.section(B4, A4)
     section["policies"] += [{**item, "src": item["dst"], "dst": item["src"]} for item in icmp_clear]
-    b.start(section)
+    b.begin(section)
+    ready(a, b)
     with Capture(net.wire.namespace, net.wire.ports, tmp_path / "c.pcap", incoming_only=True) as capture:
         assert None not in ping(net.a, B4, count=2)
         capture.flush()
@@ -137,8 +141,9 @@ def test_a_reload_touches_only_what_changed(net: Wired, hosts: tuple[Host, Host]
     """The SA that stays keeps its counters; mistakes change nothing; what goes away is clear again."""
     a, b = hosts
     section = manual.section(A4, B4)
-    a.start(section)
-    b.start(manual.section(B4, A4))
+    a.begin(section)
+    b.begin(manual.section(B4, A4))
+    ready(a, b)
     assert None not in ping(net.a, B4, count=3)
     more = {"direction": "out", "src": A4, "dst": "192.0.2.0/24", "action": "block"}
     a.reload({**section, "policies": [*section["policies"], more]})
@@ -160,8 +165,9 @@ def test_no_packet_slips_through_while_rules_change(
 ) -> None:
     """A sender that never stops, and ten changes of other policies: all that reaches the wire is ESP."""
     a, b = hosts
-    a.start(manual.section(A4, B4))
-    b.start(manual.section(B4, A4))
+    a.begin(manual.section(A4, B4))
+    b.begin(manual.section(B4, A4))
+    ready(a, b)
     stop = threading.Event()
     sent = 0
     sock = udp(net.a, B4, 9)
@@ -193,8 +199,9 @@ def test_the_daemons_commands(net: Wired, hosts: tuple[Host, Host], tmp_path: Pa
     """`oepy sa` and `oepy policy` through the daemon: keys from files and stdin, mistakes with their mend and exit
     status, flush of what is by hand."""
     a, b = hosts
-    a.start({})
-    b.start(manual.section(B4, A4))
+    a.begin({})
+    b.begin(manual.section(B4, A4))
+    ready(a, b)
     for number, (src, dst) in enumerate(sorted(PAIR4), 0x1001):
         (tmp_path / f"{number}.enc").write_text(manual.key(number) + "\n")
         (tmp_path / f"{number}.enc").chmod(0o600)
@@ -231,8 +238,9 @@ def test_required_traffic_stays_shut_when_the_daemon_dies(
 ) -> None:
     """SIGKILL, a new start, and a clean stop: no packet of a required policy in the clear at any time."""
     a, b = hosts
-    a.start(manual.section(A4, B4))
-    b.start(manual.section(B4, A4))
+    a.begin(manual.section(A4, B4))
+    b.begin(manual.section(B4, A4))
+    ready(a, b)
     with Capture(net.wire.namespace, net.wire.ports, tmp_path / "c.pcap", incoming_only=True) as capture:
         assert None not in ping(net.a, B4, count=2)
         a.kill()
@@ -257,7 +265,7 @@ def test_transport_mode(net: Wired, hosts: tuple[Host, Host], tmp_path: Path) ->
             {**sa, "spi": hex(0x2000 + index)}
             for index, sa in enumerate(manual.sas(A6, B6, mode="transport", **ctr))
         ]
-        host.start(
+        host.begin(
             {
                 "sas": [*manual.sas(A4, B4, mode="transport"), *six],
                 "policies": [
@@ -266,6 +274,7 @@ def test_transport_mode(net: Wired, hosts: tuple[Host, Host], tmp_path: Path) ->
                 ],
             }
         )
+    ready(a, b)
     with Capture(net.wire.namespace, net.wire.ports, tmp_path / "c.pcap", incoming_only=True) as capture:
         assert None not in ping(net.a, B4, count=3)
         assert None not in ping(net.b, A6, count=3)

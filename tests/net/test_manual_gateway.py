@@ -14,7 +14,7 @@ from oepy.lab.namespaces import Lab, Namespace
 from oepy.lab.probe import ping
 from oepy.model import MARK_OWN
 from tests.fakes import manual
-from tests.net.daemon_host import Host, kinds
+from tests.net.daemon_host import Host, kinds, ready
 from tests.net.harness import A4, B4, listen_udp, received
 from tests.net.test_datapath_gateway import L4, R4, R6, _network
 
@@ -56,7 +56,8 @@ def test_forwarded_traffic_of_both_families(
         return {"sas": manual.sas(A4, B4), "policies": policies}
 
     for number, host in enumerate(gateways):
-        host.start(section(number))
+        host.begin(section(number))
+    ready(*gateways)
     with Capture(gateways[1].namespace, ["wan"], tmp_path / "wan.pcap") as capture:
         assert None not in ping(left, R4, count=3)
         assert None not in ping(left, R6, count=3)
@@ -78,8 +79,8 @@ def test_forwarded_traffic_of_both_families(
         capture.flush()
         assert kinds(capture) == {"clear"}
     _pretend(gateways[0].namespace, L4, R4, 7001)
-    time.sleep(0.3)
-    assert received(listener) == [b"clear"]
+    listener.settimeout(15)
+    assert listener.recv(100) == b"clear"
     listener.close()
 
 

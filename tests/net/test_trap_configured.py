@@ -33,6 +33,7 @@ from tests.net.harness import (
     TrapIn,
     Wired,
     address,
+    arrived,
     listen_udp,
     received,
     trapping,
@@ -155,8 +156,7 @@ async def test_marked_packets_are_their_childs(net: Wired) -> None:
             for name, sender in ((b"red", red), (b"plain", plain), (b"blue", blue)):
                 sender.send(name)
             await until(lambda: held(trap) == {(5, address(B4)): 1})
-            await asyncio.sleep(0.1)
-            assert received(listener) == [b"plain", b"blue"]  # blue's child is down and holds nothing
+            assert await arrived(listener, 2) == [b"plain", b"blue"]  # blue's child is down and holds nothing
         with trapping(net.a, TrapPolicy((), PolicyGroup.PRIVATE, (), configured=tuple(rules))) as trap:
             for sender in (red, plain, blue):
                 sender.send(b"held")
@@ -169,8 +169,7 @@ async def test_marked_packets_are_their_childs(net: Wired) -> None:
         for name, sender in ((b"red", red), (b"plain", plain)):
             with contextlib.suppress(PermissionError):
                 sender.send(name)
-        await asyncio.sleep(0.1)
-        assert received(listener) == [b"plain"]
+        assert await arrived(listener, 1) == [b"plain"]
         inside.start(with_rules())
         inside.stop(guard=False)
 
