@@ -26,7 +26,6 @@ from oepy.lab.network import HostPlan, LabHost, LabNetwork
 
 pytestmark = [pytest.mark.root, pytest.mark.any_kernel, pytest.mark.timeout(1500)]
 
-ROUNDS = 20
 CALM_SECONDS = 1.0  # of undisturbed traffic at the end of a round, all of which must arrive
 RECOVERY_SECONDS = 90.0
 EDGE = 0.3  # seconds at the ends of a calm that are not judged
@@ -150,8 +149,9 @@ def network(tmp_path: Path) -> Iterator[LabNetwork]:
         yield made
 
 
-def test_nothing_private_is_ever_in_the_clear(network: LabNetwork, tmp_path: Path) -> None:
-    """20 rounds of crashes, rekeys, Deletes, silence, moving addresses: none in the clear, none lost in a calm."""
+@pytest.mark.parametrize("rounds", [10, pytest.param(20, marks=pytest.mark.long)])
+def test_nothing_private_is_ever_in_the_clear(network: LabNetwork, tmp_path: Path, rounds: int) -> None:
+    """Rounds of crashes, rekeys, Deletes, silence, moving addresses: none in the clear, none lost in a calm."""
     seed = random.randrange(2**32)
     storm = Storm(network, random.Random(seed))
     for host, peer in (storm.hosts, storm.hosts[::-1]):
@@ -165,7 +165,7 @@ def test_nothing_private_is_ever_in_the_clear(network: LabNetwork, tmp_path: Pat
             for host, peer, log in ((*storm.hosts, logs[0]), (*storm.hosts[::-1], logs[1]))
         ]
         storm.recover("the start", logs)
-        order = [kinds[number % len(kinds)] for number in range(ROUNDS)]
+        order = [kinds[number % len(kinds)] for number in range(rounds)]
         storm.chance.shuffle(order)
         for disturb in order:
             disturb()

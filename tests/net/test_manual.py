@@ -28,26 +28,40 @@ def net() -> Iterator[Wired]:
         yield made
 
 
-@pytest.fixture
-def hosts(net: Wired, tmp_path: Path) -> Iterator[tuple[Host, Host]]:
-    a, b = Host(net.a, tmp_path / "a"), Host(net.b, tmp_path / "b")
+@pytest.fixture(scope="module")
+def daemons(net: Wired, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Host, Host]]:
+    directory = tmp_path_factory.mktemp("manual")
+    made = Host(net.a, directory / "a"), Host(net.b, directory / "b")
     try:
-        yield a, b
+        yield made
     finally:
-        a.stop()
-        b.stop()
+        for host in made:
+            host.stop()
     for namespace in (net.a, net.b):
         left = namespace.run("sh", "-c", "ip rule; ip -6 rule; ip link; nft list tables").stdout
         assert not {"17733", "oe0", "table"} & set(left.replace(":", " ").split())
+
+
+@pytest.fixture
+def hosts(daemons: tuple[Host, Host]) -> tuple[Host, Host]:
+    """Both run, and nothing is left of the test before, neither configured nor by hand."""
+    for host in daemons:
+        if host.process is None or host.process.poll() is not None:
+            host.begin({})
+            continue
+        host.reload({})
+        for what in ("sa", "policy"):
+            assert host.oepy(what, "flush").returncode == 0
+    ready(*daemons)
+    return daemons
 
 
 def test_two_hosts_with_manual_keys_talk_in_esp(net: Wired, hosts: tuple[Host, Host], tmp_path: Path) -> None:
     """Nothing but `manual:` is configured; pings and their answers are ESP on the wire, from the first packet, and
     `sas`, `policies` and `explain` show why."""
     a, b = hosts
-    a.begin(manual.section(A4, B4))
-    b.begin(manual.section(B4, A4))
-    ready(a, b)
+    a.reload(manual.section(A4, B4))
+    b.reload(manual.section(B4, A4))
     with Capture(net.wire.namespace, net.wire.ports, tmp_path / "c.pcap", incoming_only=True) as capture:
         assert None not in ping(net.a, B4, count=3)
         assert None not in ping(net.b, A4, count=2)
@@ -73,9 +87,8 @@ def test_other_traffic_stays_clear_and_ipv6_goes_inside(
 ) -> None:
     """IPv6 traffic in a tunnel over IPv4 is private; IPv4 between the same hosts, of no policy, is clear."""
     a, b = hosts
-    a.begin({"sas": manual.sas(A4, B4), "policies": manual.policies(A4, B4, near=A6, far=B6)})
-    b.begin({"sas": manual.sas(A4, B4), "policies": manual.policies(B4, A4, near=B6, far=A6)})
-    ready(a, b)
+    a.reload({"sas": manual.sas(A4, B4), "policies": manual.policies(A4, B4, near=A6, far=B6)})
+    b.reload({"sas": manual.sas(A4, B4), "policies": manual.policies(B4, A4, near=B6, far=A6)})
     with Capture(net.wire.namespace, net.wire.ports, tmp_path / "c.pcap", incoming_only=True) as capture:
         assert None not in ping(net.a, B6, count=3)
         capture.flush()
@@ -88,9 +101,8 @@ def test_other_traffic_stays_clear_and_ipv6_goes_inside(
 def test_another_key_lets_nothing_pass(net: Wired, hosts: tuple[Host, Host], tmp_path: Path) -> None:
     """With one wrong key nothing arrives, and nothing is in the clear: what is wrong is counted."""
     a, b = hosts
-    a.begin(manual.section(A4, B4))
-    b.begin(manual.section(B4, A4, integrity_key=manual.key(1)))
-    ready(a, b)
+    a.reload(manual.section(A4, B4))
+    b.reload(manual.section(B4, A4, integrity_key=manual.key(1)))
     with Capture(net.wire.namespace, net.wire.ports, tmp_path / "c.pcap", incoming_only=True) as capture:
         assert ping(net.a, B4, count=3, timeout=0.3) == [None] * 3
         capture.flush()
@@ -100,8 +112,9 @@ def test_another_key_lets_nothing_pass(net: Wired, hosts: tuple[Host, Host], tmp
 
 def test_clear_traffic_of_a_required_policy_is_dropped(net: Wired, hosts: tuple[Host, Host]) -> None:
     """b demands the SA; a has no daemon and sends in the clear: b's policy drops it, unless its level is use."""
-    _, b = hosts
-    b.start(manual.section(B4, A4))
+    a, b = hosts
+    a.stop()
+    b.reload(manual.section(B4, A4))
     assert ping(net.a, B4, count=2, timeout=0.3) == [None] * 2
     use = manual.policies(B4, A4, template={"level": "use"})
     b.reload({"sas": manual.sas(A4, B4), "policies": use})
@@ -118,11 +131,10 @@ def test_block_and_bypass(net: Wired, hosts: tuple[Host, Host], tmp_path: Path) 
     ]
     section = manual.section(A4, B4)
     section["policies"] += icmp_clear
-    a.begin(section)
+    a.reload(section)
     section = manual.section(B4, A4)
     section["policies"] += [{**item, "src": item["dst"], "dst": item["src"]} for item in icmp_clear]
-    b.begin(section)
-    ready(a, b)
+    b.reload(section)
     with Capture(net.wire.namespace, net.wire.ports, tmp_path / "c.pcap", incoming_only=True) as capture:
         assert None not in ping(net.a, B4, count=2)
         capture.flush()
@@ -141,9 +153,8 @@ def test_a_reload_touches_only_what_changed(net: Wired, hosts: tuple[Host, Host]
     """The SA that stays keeps its counters; mistakes change nothing; what goes away is clear again."""
     a, b = hosts
     section = manual.section(A4, B4)
-    a.begin(section)
-    b.begin(manual.section(B4, A4))
-    ready(a, b)
+    a.reload(section)
+    b.reload(manual.section(B4, A4))
     assert None not in ping(net.a, B4, count=3)
     more = {"direction": "out", "src": A4, "dst": "192.0.2.0/24", "action": "block"}
     a.reload({**section, "policies": [*section["policies"], more]})
@@ -165,9 +176,8 @@ def test_no_packet_slips_through_while_rules_change(
 ) -> None:
     """A sender that never stops, and ten changes of other policies: all that reaches the wire is ESP."""
     a, b = hosts
-    a.begin(manual.section(A4, B4))
-    b.begin(manual.section(B4, A4))
-    ready(a, b)
+    a.reload(manual.section(A4, B4))
+    b.reload(manual.section(B4, A4))
     stop = threading.Event()
     sent = 0
     sock = udp(net.a, B4, 9)
@@ -199,9 +209,7 @@ def test_the_daemons_commands(net: Wired, hosts: tuple[Host, Host], tmp_path: Pa
     """`oepy sa` and `oepy policy` through the daemon: keys from files and stdin, mistakes with their mend and exit
     status, flush of what is by hand."""
     a, b = hosts
-    a.begin({})
-    b.begin(manual.section(B4, A4))
-    ready(a, b)
+    b.reload(manual.section(B4, A4))
     for number, (src, dst) in enumerate(sorted(PAIR4), 0x1001):
         (tmp_path / f"{number}.enc").write_text(manual.key(number) + "\n")
         (tmp_path / f"{number}.enc").chmod(0o600)
@@ -238,9 +246,8 @@ def test_required_traffic_stays_shut_when_the_daemon_dies(
 ) -> None:
     """SIGKILL, a new start, and a clean stop: no packet of a required policy in the clear at any time."""
     a, b = hosts
-    a.begin(manual.section(A4, B4))
-    b.begin(manual.section(B4, A4))
-    ready(a, b)
+    a.reload(manual.section(A4, B4))
+    b.reload(manual.section(B4, A4))
     with Capture(net.wire.namespace, net.wire.ports, tmp_path / "c.pcap", incoming_only=True) as capture:
         assert None not in ping(net.a, B4, count=2)
         a.kill()
@@ -265,7 +272,7 @@ def test_transport_mode(net: Wired, hosts: tuple[Host, Host], tmp_path: Path) ->
             {**sa, "spi": hex(0x2000 + index)}
             for index, sa in enumerate(manual.sas(A6, B6, mode="transport", **ctr))
         ]
-        host.begin(
+        host.reload(
             {
                 "sas": [*manual.sas(A4, B4, mode="transport"), *six],
                 "policies": [
@@ -274,7 +281,6 @@ def test_transport_mode(net: Wired, hosts: tuple[Host, Host], tmp_path: Path) ->
                 ],
             }
         )
-    ready(a, b)
     with Capture(net.wire.namespace, net.wire.ports, tmp_path / "c.pcap", incoming_only=True) as capture:
         assert None not in ping(net.a, B4, count=3)
         assert None not in ping(net.b, A6, count=3)

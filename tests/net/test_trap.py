@@ -475,7 +475,7 @@ while True:
 
 
 async def test_no_change_of_tables_opens_a_private_prefix(net: Wired, tmp_path: Path) -> None:
-    """Twenty times each: stop to guard and start again, reload there and back, start over the leftovers of a
+    """Ten times each: stop to guard and start again, reload there and back, start over the leftovers of a
     run that was killed; a sender in a tight loop gets nothing through."""
     private = rule(GROUP.PRIVATE, f"{B4}/32")
     one, other = (
@@ -488,7 +488,7 @@ async def test_no_change_of_tables_opens_a_private_prefix(net: Wired, tmp_path: 
         sender = net.a.popen(sys.executable, "-c", _NEVER_STOPS, B4, stdout=subprocess.PIPE)
         assert sender.stdout is not None
         assert sender.stdout.readline() == "sending\n"
-        for _ in range(20):
+        for _ in range(10):
             trap.stop(guard=True)
             await asyncio.sleep(0.002)
             trap.start(one)

@@ -45,7 +45,7 @@ from tests.net.test_trap import _NEVER_STOPS
 
 pytestmark = [pytest.mark.root, pytest.mark.any_kernel]
 
-CHANGES = 20 if os.environ.get("OEPY_SECOND_KERNEL") else 200  # its processor is emulated
+CHANGES = 20 if os.environ.get("OEPY_SECOND_KERNEL") else 100  # its processor is emulated
 
 
 @pytest.fixture(scope="module")
