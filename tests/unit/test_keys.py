@@ -113,6 +113,7 @@ def test_rsa_exponent_length_in_three_bytes_is_read():
         (3, b"\xff" * 96, "not a point"),
         (4, b"\x01" * 33, "33 bytes"),
     ],
+    ids=lambda value: "data" if isinstance(value, bytes) else None,  # the same in every process
 )
 def test_malformed_dns_forms_are_refused_with_the_reason(algorithm, data, reason):
     """Each bound and each shape has its own words."""
