@@ -17,8 +17,11 @@ from oepy.lab.probe import ping
 
 pytestmark = pytest.mark.root
 
+# What a shell starts beside itself, or by nohup, ignores such signals, and its children would too
 _MAKES_ONE = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from oepy.lab.namespaces import Lab
 with Lab() as lab:
     print(lab.namespace("solo").name, flush=True)

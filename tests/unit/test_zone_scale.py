@@ -218,7 +218,11 @@ def test_a_command_that_is_ended_leaves_nothing(tmp_path, number):
     """By Ctrl-C or by `kill`, while a zone file is half-made."""
     write_inventory(tmp_path / "hosts.csv", 200_000, ipv6=False, shuffled=False)
     out = tmp_path / "out"
-    code = f"from oepy.cli import main; main(['zone', 'generate', '{tmp_path}/hosts.csv', '-o', '{out}'])"
+    # A shell that starts tests beside itself has them ignore SIGINT
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from oepy.cli import main; "
+    )
+    code += f"main(['zone', 'generate', '{tmp_path}/hosts.csv', '-o', '{out}'])"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     while not (out.exists() and list(out.glob(".db.*"))):
         assert process.poll() is None
