@@ -39,6 +39,7 @@ def test_the_whole_demo(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.timeout(600)  # once the lab took three minutes to come up, beside two emulated machines
 def test_an_interrupted_demo_cleans_up(number: int, tmp_path: Path) -> None:
     """Ctrl-C or SIGTERM in the middle: namespaces, processes and temporary files go."""
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
@@ -50,15 +51,22 @@ def test_an_interrupted_demo_cleans_up(number: int, tmp_path: Path) -> None:
         env=environment,
         start_new_session=True,
     )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("alpha"):
-            break
-    mine = [name for name in namespaces_here() if f"-{process.pid:x}-" in name]
-    assert len(mine) >= 8
-    os.killpg(process.pid, number)
-    process.stdout.close()
-    assert process.wait(30) != 0
+    try:
+        assert process.stdout is not None
+        told = []
+        for line in process.stdout:
+            told.append(line)
+            if line.startswith("alpha"):
+                break
+        mine = [name for name in namespaces_here() if f"-{process.pid:x}-" in name]
+        assert len(mine) >= 8, told
+        os.killpg(process.pid, number)
+        process.stdout.close()
+        assert process.wait(30) != 0
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(60)
     deadline = time.monotonic() + 5
     while set(mine) & set(namespaces_here()) and time.monotonic() < deadline:
         time.sleep(0.05)
