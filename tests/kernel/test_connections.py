@@ -14,7 +14,7 @@ from oepy.lab.capture import Capture
 from oepy.lab.charon import charon
 from oepy.lab.namespaces import Lab, Namespace
 from oepy.lab.probe import Pinger, echoes, ping
-from tests.net.daemon_host import Host, kinds, two_with_a_secret
+from tests.net.daemon_host import SECRET, Host, kinds, two_with_a_secret
 from tests.net.test_connections_mobike import (
     GATE,
     INSIDE,
@@ -163,7 +163,7 @@ connections {
     children { net { local_ts = 10.1.0.0/24\n ah_proposals = sha256-x25519,sha256 } }
   }
 }
-secrets { ike-1 { id-1 = gate.example\n id-2 = one.road.example\n secret = "wherever we are" } }
+secrets { ike-1 { id-1 = gate.example\n id-2 = one.road.example\n secret = "%s" } }
 """
 
 
@@ -183,7 +183,7 @@ def test_ah_with_strongswan(
         "ah_proposals": ["sha256-x25519"],
     }
     with charon(gate.name, tmp_path / "charon") as peer:
-        peer.load(_CHARON_AH)
+        peer.load(_CHARON_AH % SECRET)
         client.start({}, **section, datapath="xfrm")
         # On our side: at strongSwan's, whose policies have no device, a capture sees what has been decrypted, too
         with Capture(warrior, ["eth0", "eth1"], tmp_path / "wan.pcap") as capture:

@@ -20,6 +20,7 @@ from oepy.lab.capture import Capture
 from oepy.lab.namespaces import Namespace
 
 START_SECONDS = 180.0  # in the second kernel, beside other work
+SECRET = "a secret of two hosts"
 
 
 @contextlib.contextmanager
@@ -28,7 +29,7 @@ def two_with_a_secret(first: Namespace, second: Namespace, directory: Path) -> I
     made = Host(first, directory / "one"), Host(second, directory / "other")
     for host in made:
         (host.directory / "psk").touch(mode=0o600)
-        (host.directory / "psk").write_text("a secret of two hosts\n")
+        (host.directory / "psk").write_text(f"{SECRET}\n")
     try:
         yield made
     finally:
