@@ -12,6 +12,7 @@ from ipaddress import ip_network
 
 from oepy.interfaces import PolicyRule
 from oepy.model import Flow, IpAddress, IpNetwork, PolicyGroup
+from oepy.prefixtable import PrefixTable
 
 _Key = tuple[int, int]  # (prefix length, network bits)
 
@@ -51,36 +52,25 @@ def parse_prefix(text: str, example: str) -> IpNetwork:
 
 
 class PrefixSet:
-    """Whether any of some prefixes holds an address; costs one probe for each prefix length in use."""
+    """Whether any of some prefixes holds an address."""
 
     def __init__(self, networks: Iterable[IpNetwork] = ()) -> None:
-        self.networks = tuple(dict.fromkeys(networks))
-        self._known = {
-            (network.version, network.prefixlen, int(network.network_address) >> _rest(network))
-            for network in self.networks
-        }
-        self._lengths = {(version, length) for version, length, _ in self._known}
+        self._networks = frozenset(networks)
+        self._table: PrefixTable[None] = PrefixTable()
+        for network in self._networks:
+            self._table.add(network, None)
 
     def __contains__(self, address: IpAddress) -> bool:
-        number, width = int(address), address.max_prefixlen
-        return any(
-            version == address.version and (version, length, number >> (width - length)) in self._known
-            for version, length in self._lengths
-        )
+        return any(self._table.matching(address))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, PrefixSet) and self._known == other._known
+        return isinstance(other, PrefixSet) and self._networks == other._networks
 
     def __hash__(self) -> int:
-        return hash(frozenset(self._known))
+        return hash(self._networks)
 
 
 NO_PREFIXES = PrefixSet()
-
-
-def _rest(network: IpNetwork) -> int:
-    """Bits after the prefix."""
-    return network.max_prefixlen - network.prefixlen
 
 
 class PolicyTable:
@@ -93,7 +83,8 @@ class PolicyTable:
         self._by_network: dict[int, dict[_Key, list[PolicyRule]]] = {4: {}, 6: {}}
         for rule in rules:
             network = rule.network
-            key = (network.prefixlen, int(network.network_address) >> _rest(network))
+            shift = network.max_prefixlen - network.prefixlen
+            key = (network.prefixlen, int(network.network_address) >> shift)
             self._by_network[network.version].setdefault(key, []).append(rule)
         for tables in self._by_network.values():
             for entries in tables.values():
